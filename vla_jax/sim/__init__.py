@@ -1,0 +1,1 @@
+"""Environments, scripted demonstrations and closed-loop evaluation."""
