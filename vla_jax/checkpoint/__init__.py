@@ -1,0 +1,1 @@
+"""Checkpoints: one directory that needs nothing else."""

@@ -1,0 +1,1 @@
+"""Device mesh, the table of sharding rules, the placement report."""

@@ -1,0 +1,109 @@
+"""The optimiser's and the training loop's configuration."""
+
+import dataclasses
+from typing import Literal
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with clipping and a warm-up → hold → cosine learning rate."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment (mean of the gradient)."""
+    beta2: float = 0.95
+    """Decay of the second moment (mean of the squared gradient)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay: each step takes learning_rate · weight_decay · w away."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """Which parameters decay: matrices (not biases, norms, embeddings or position embeddings) or all."""
+    clip: Literal["global", "per_group"] = "global"
+    """Clip the norm of the whole gradient, or that of each top-level group (backbone, expert, …) by itself."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    warmup_fraction: float = 0.05
+    """Share of all steps in which the learning rate rises linearly from 0."""
+    hold_fraction: float = 0.0
+    """Share of all steps after the warm-up at the peak; the cosine takes the rest."""
+    final_fraction: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the first moment is stored (the second is always float32): bfloat16 saves 2 bytes per parameter."""
+
+    def __post_init__(self):
+        _check(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate}: must be above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optim.{name}={value}: must be in [0, 1)")
+        _check(self.eps > 0, f"optim.eps={self.eps}: must be above 0")
+        _check(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must not be negative")
+        _check(
+            self.clip_norm > 0,
+            f"optim.clip_norm={self.clip_norm}: must be above 0; a very large value turns clipping off",
+        )
+        for name in ("warmup_fraction", "hold_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
+        total = self.warmup_fraction + self.hold_fraction
+        _check(total <= 1, f"optim: warmup_fraction + hold_fraction = {total:g} is more than 1; lower one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, on how much at a time, and what to write down on the way."""
+
+    batch_size: int = 64
+    """Examples per step, over all devices and hosts."""
+    steps: int = 10_000
+    """Optimiser steps of the whole run."""
+    accumulate: int = 1
+    """Microbatches per step: divides the activation memory, changes nothing else."""
+    ema_decay: float | None = 0.999
+    """Decay of the averaged parameters, which validation and policies use; None: no average is kept."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; parameters, norms, softmax and losses stay float32."""
+    max_skipped: int = 20
+    """Stop after so many steps in a row were skipped because loss or gradient was not finite."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    val_every: int = 1000
+    """Steps between validations on held-out episodes; 0: never."""
+    val_batches: int = 8
+    """Batches per validation, the same ones each time."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints to keep; the others are deleted."""
+    tensorboard: bool = True
+    """Also write the metrics as TensorBoard events to RUN_DIR/tensorboard."""
+    wandb: bool = False
+    """Also send the metrics to Weights & Biases (needs the wandb extra)."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "steps", "accumulate", "max_skipped", "log_every", "save_every", "keep"):
+            value = getattr(self, name)
+            _check(value >= 1, f"train.{name}={value}: must be at least 1")
+        for name in ("val_every", "val_batches"):
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name}={value}: must not be negative")
+        _check(
+            self.val_every == 0 or self.val_batches > 0,
+            "train.val_batches=0 leaves nothing to validate on; use train.val_every=0 to turn validation off",
+        )
+        _check(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"train.ema_decay={self.ema_decay}: must be between 0 and 1, or None",
+        )
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}; "
+            f"use {-(-self.batch_size // self.accumulate) * self.accumulate}",
+        )
