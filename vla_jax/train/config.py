@@ -26,7 +26,7 @@ class OptimConfig:
     decay: Literal["matrices", "all"] = "matrices"
     """Which parameters decay: matrices (not biases, norms, embeddings or position embeddings) or all."""
     clip: Literal["global", "per_group"] = "global"
-    """Clip the norm of the whole gradient, or that of each top-level group (backbone, expert, …) by itself."""
+    """Clip the norm of the whole gradient, or that of each top-level group (backbone, expert) by itself."""
     clip_norm: float = 1.0
     """Largest gradient norm."""
     warmup_fraction: float = 0.05
@@ -68,11 +68,9 @@ class LoopConfig:
     """Microbatches per step: divides the activation memory, changes nothing else."""
     ema_decay: float | None = 0.999
     """Decay of the averaged parameters, which validation and policies use; None: no average is kept."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products; parameters, norms, softmax and losses stay float32."""
     max_skipped: int = 20
     """Stop after so many steps in a row were skipped because loss or gradient was not finite."""
-    log_every: int = 50
+    log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     val_every: int = 1000
     """Steps between validations on held-out episodes; 0: never."""
