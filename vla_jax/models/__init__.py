@@ -1,0 +1,1 @@
+"""Backbones, experts and the VLA that joins them: arrays in, arrays out."""

@@ -1,0 +1,111 @@
+"""Sizes of the models. A preset of `models/presets.py` is one value of `VLAConfig`."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The SigLIP image encoder."""
+
+    image_size: int = 64
+    """Height and width of every camera's image in pixels."""
+    patch: int = 8
+    """Side of a square patch in pixels; a camera gives (image_size / patch)² tokens."""
+    width: int = 128
+    """Width of the residual stream."""
+    depth: int = 3
+    """Transformer blocks."""
+    mlp: int = 256
+    """Width of the feed-forward layer."""
+    heads: int = 4
+    """Attention heads."""
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"vision.image_size={self.image_size} is not a multiple of vision.patch={self.patch}; "
+                f"use image_size={self.image_size // self.patch * self.patch or self.patch}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"vision.width={self.width} is not divisible by vision.heads={self.heads}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per camera."""
+        return (self.image_size // self.patch) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The Gemma decoder that reads image tokens and text."""
+
+    vocab: int = 0
+    """Rows of the embedding; 0: as many as the data set's tokenizer has."""
+    width: int = 128
+    """Width of the residual stream."""
+    depth: int = 3
+    """Transformer blocks; the expert has as many."""
+    mlp: int = 256
+    """Width of the gated feed-forward layer."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 1
+    """Key/value heads."""
+    head_dim: int = 32
+    """Width of a head."""
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"text.heads={self.heads} is not divisible by text.kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"text.head_dim={self.head_dim} is odd; rotary positions need an even one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """The action expert: its own weights beside the decoder's, in one attention (π0, arXiv:2410.24164)."""
+
+    width: int = 96
+    """Width of the residual stream."""
+    mlp: int = 192
+    """Width of the gated feed-forward layer."""
+    time: Literal["mlp", "adarms"] = "mlp"
+    """How the flow time enters: mixed into the action tokens by an MLP (π0) or through adaptive RMSNorm (π0.5)."""
+    state_token: bool = True
+    """Whether the robot's state is a token before the actions (π0). Without it the state is not used here."""
+    horizon: int = 8
+    """Actions of one chunk."""
+    action_dim: int = 0
+    """Action dimension; 0: as the data set has."""
+    state_dim: int = 0
+    """State dimension; 0: as the data set has."""
+
+    def __post_init__(self):
+        if self.horizon < 1:
+            raise ValueError(f"expert.horizon={self.horizon}: a chunk needs at least one action")
+        if self.width % 2:
+            raise ValueError(f"expert.width={self.width} is odd; the time embedding needs an even one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VLAConfig:
+    """A PaliGemma-style backbone and its action expert."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    expert: ExpertConfig = ExpertConfig()
+    cameras: tuple[str, ...] = ()
+    """Cameras in the order of their tokens; empty: all that the data set has, by name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of matrix products; parameters, norms, softmax, logits and losses are float32."""
+    remat: Literal["none", "nothing_saveable", "dots_with_no_batch_dims_saveable"] = "none"
+    """What the backward pass keeps of each block: everything, nothing, or the outputs of matrix products."""
+    unroll: int = 1
+    """Blocks per iteration of the scan over layers; the full depth is faster for tiny models on CPU."""
+
+    def __post_init__(self):
+        if len(set(self.cameras)) != len(self.cameras):
+            raise ValueError(f"model.cameras={self.cameras} names a camera twice")
+        if self.unroll < 1:
+            raise ValueError(f"model.unroll={self.unroll}: at least 1")

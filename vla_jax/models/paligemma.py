@@ -1,0 +1,99 @@
+"""PaliGemma (arXiv:2407.07726): SigLIP tokens in front of Gemma's text, prefix-LM attention.
+
+Parameters: `img/…` and `llm/…`, named and shaped as in the public checkpoints.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vla_jax.layers.attention import prefix_lm_mask, token_positions
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.gemma import Gemma, TowerConfig
+from vla_jax.models.siglip import SigLIP
+from vla_jax.types import Batch, Cache
+
+
+class PaliGemma(nn.Module):
+    """The backbone: reads images and text once, leaves a cache, decodes text."""
+
+    config: VLAConfig
+
+    def setup(self):
+        """Declares encoder and decoder."""
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        self.img = SigLIP(cfg.vision, cfg.text.width, dtype, cfg.remat, cfg.unroll)
+        tower = TowerConfig(
+            width=cfg.text.width,
+            depth=cfg.text.depth,
+            mlp=cfg.text.mlp,
+            heads=cfg.text.heads,
+            kv_heads=cfg.text.kv_heads,
+            head_dim=cfg.text.head_dim,
+        )
+        self.llm = Gemma(cfg.text.vocab, tower, dtype, cfg.remat, cfg.unroll)
+
+    def prefill(
+        self, batch: Batch, target_visible: Bool[Array, " b"] | None = None
+    ) -> tuple[Cache, Float[Array, "b l d"]]:
+        """Reads `[cameras][text]` and returns the cache and the outputs at the text positions.
+
+        `target_visible` says for which samples an expert may see the text target (default: none).
+        Images and prompt see each other; target tokens see everything before them (§3.1).
+        """
+        tokens, mask = self._embed(batch)
+        images = tokens.shape[1] - batch.tokens.shape[1]
+        causal = jnp.concatenate([jnp.zeros_like(mask[:, :images]), batch.token_causal], axis=1)
+        positions = token_positions(mask)
+        hidden, (keys, values) = self.llm(tokens, positions, prefix_lm_mask(mask, causal))
+        visible = mask & ~causal
+        if target_visible is not None:
+            visible = visible | (mask & target_visible[:, None])
+        cache = Cache(keys=keys, values=values, mask=mask, visible=visible, positions=positions)
+        return cache, hidden[:, images:]
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Float32 logits of the token that follows."""
+        return self.llm.logits(hidden)
+
+    def decode(
+        self, cache: Cache, token: Int[Array, " b"], slot: Int[Array, ""], *, visible: bool = True
+    ) -> tuple[Float[Array, "b v"], Cache]:
+        """Appends one text token per sample and predicts the next.
+
+        Its keys and values go into place `slot` of the cache, which must have been reserved beforehand (see
+        `models.generate.reserve`). `visible` says whether an expert may see it later.
+        """
+        x = self.llm.embed(token[:, None])
+        positions = jnp.sum(cache.mask, axis=1, keepdims=True)
+        own = jnp.ones((x.shape[0], 1, 1), bool)
+        hidden, (k, v) = self.llm(x, positions, own, (cache.keys, cache.values), cache.mask)
+        cache = cache.replace(
+            keys=jax.lax.dynamic_update_slice_in_dim(cache.keys, k, slot, axis=2),
+            values=jax.lax.dynamic_update_slice_in_dim(cache.values, v, slot, axis=2),
+            mask=_set(cache.mask, slot, True),
+            visible=_set(cache.visible, slot, visible),
+            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1),
+        )
+        return self.llm.logits(hidden[:, 0]), cache
+
+    def _embed(self, batch: Batch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        """Prefix tokens and their mask. All cameras go through the encoder as one batch."""
+        cameras = self.config.cameras
+        b = batch.tokens.shape[0]
+        images = jnp.concatenate([batch.images[name] for name in cameras])
+        encoded = self.img(images).reshape(len(cameras), b, -1, self.config.text.width)
+        encoded = encoded.transpose(1, 0, 2, 3)  # b c p d
+        present = jnp.stack([batch.image_mask[name] for name in cameras], axis=1)
+        mask = jnp.repeat(present, encoded.shape[2], axis=1)
+        tokens = jnp.concatenate(
+            [encoded.reshape(b, -1, encoded.shape[-1]), self.llm.embed(batch.tokens)], axis=1
+        )
+        tokens = nn.with_logical_constraint(tokens, ("batch", "length", "act_embed"))
+        return tokens, jnp.concatenate([mask, batch.token_mask], axis=1)
+
+
+def _set(mask: Bool[Array, "b s"], slot: Int[Array, ""], value: bool) -> Bool[Array, "b s"]:
+    return jax.lax.dynamic_update_slice_in_dim(mask, jnp.full((mask.shape[0], 1), value), slot, axis=1)

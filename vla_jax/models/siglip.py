@@ -1,0 +1,151 @@
+"""The SigLIP image encoder (Zhai et al. 2023, arXiv:2303.15343), a pre-LN ViT without class token or pooling.
+
+Parameter names and shapes are those of the public PaliGemma checkpoints. Width `d`, `n` heads of size `e`.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from vla_jax.layers import init
+from vla_jax.models.config import VisionConfig
+from vla_jax.models.stack import scan_blocks
+
+
+class SigLIP(nn.Module):
+    """Images to tokens of the decoder's width."""
+
+    config: VisionConfig
+    out_width: int
+    dtype: jnp.dtype
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b p d"]:
+        """Encodes uint8 images [b h w 3] to tokens [b p out_width]; the pixels go to [-1, 1]."""
+        cfg = self.config
+        if images.shape[1:3] != (cfg.image_size, cfg.image_size):
+            raise ValueError(
+                f"images are {images.shape[1:3]}, the encoder takes {cfg.image_size}×{cfg.image_size}"
+            )
+        x = images.astype(jnp.float32) / 127.5 - 1.0
+        x = nn.Conv(
+            cfg.width,
+            (cfg.patch, cfg.patch),
+            strides=(cfg.patch, cfg.patch),
+            padding="VALID",
+            kernel_init=init.kernel((None, None, None, "embed")),
+            bias_init=init.zeros(("embed",)),
+            name="embedding",
+        )(x)
+        x = x.reshape(x.shape[0], cfg.tokens, cfg.width)
+        x = x + self.param(
+            "pos_embedding", init.normal((None, None, "embed"), cfg.width**-0.5), (1, cfg.tokens, cfg.width)
+        )
+        x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "length", "act_embed"))
+        x = Transformer(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
+        return nn.Dense(
+            self.out_width,
+            dtype=self.dtype,
+            kernel_init=init.kernel((None, "embed")),
+            bias_init=init.zeros(("embed",)),
+            name="head",
+        )(x)
+
+
+class Transformer(nn.Module):
+    """The stacked blocks and the last norm."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+    remat: str
+    unroll: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        """[b p d] to [b p d]."""
+        blocks = scan_blocks(EncoderBlock, depth=self.config.depth, remat=self.remat, unroll=self.unroll)
+        x, _ = blocks(self.config, self.dtype, name="encoderblock")(x)
+        return _layer_norm(self.dtype, "encoder_norm")(x)
+
+
+class EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); attention is bidirectional."""
+
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b p d"]) -> tuple[Float[Array, "b p d"], None]:
+        """One block; the second output is what a scan over layers collects: nothing."""
+        x = x + _Attention(self.config, self.dtype, name="MultiHeadDotProductAttention_0")(
+            _layer_norm(self.dtype, "LayerNorm_0")(x)
+        )
+        x = x + _Mlp(self.config, self.dtype, name="MlpBlock_0")(_layer_norm(self.dtype, "LayerNorm_1")(x))
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+
+
+class _Attention(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        heads, width = self.config.heads, self.config.width // self.config.heads
+
+        def project(name: str) -> Array:
+            return nn.DenseGeneral(
+                (heads, width),
+                dtype=self.dtype,
+                kernel_init=init.kernel(("embed", "heads", "head_dim")),
+                bias_init=init.zeros(("heads", "head_dim")),
+                name=name,
+            )(x)
+
+        q, k, v = project("query"), project("key"), project("value")
+        q = nn.with_logical_constraint(q, ("batch", "length", "act_heads", None))
+        logits = jnp.einsum("btne,bsne->bnts", q * width**-0.5, k, preferred_element_type=jnp.float32)
+        out = jnp.einsum("bnts,bsne->btne", nn.softmax(logits, axis=-1).astype(self.dtype), v)
+        return nn.DenseGeneral(
+            self.config.width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=init.kernel(("heads", "head_dim", "embed")),
+            bias_init=init.zeros(("embed",)),
+            name="out",
+        )(out)
+
+
+class _Mlp(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
+        x = nn.Dense(
+            self.config.mlp,
+            dtype=self.dtype,
+            kernel_init=init.kernel(("embed", "mlp")),
+            bias_init=init.zeros(("mlp",)),
+            name="Dense_0",
+        )(x)
+        x = nn.with_logical_constraint(nn.gelu(x), ("batch", "length", "act_mlp"))
+        return nn.Dense(
+            self.config.width,
+            dtype=self.dtype,
+            kernel_init=init.kernel(("mlp", "embed")),
+            bias_init=init.zeros(("embed",)),
+            name="Dense_1",
+        )(x)
+
+
+def _layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with the public checkpoints' epsilon; flax computes its statistics in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        dtype=dtype,
+        scale_init=init.ones(("embed",)),
+        bias_init=init.zeros(("embed",)),
+        name=name,
+    )

@@ -1,0 +1,1 @@
+"""What is minimised: text and action losses, and the weight between them."""

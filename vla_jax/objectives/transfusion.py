@@ -1,0 +1,185 @@
+"""The Transfusion loss L = CE(text) + λ · L(actions) (Zhou et al. 2024, arXiv:2408.11039, eq. 4).
+
+Everything random is drawn once for the whole batch (`draw`), so that the loss of a batch does not depend on how
+it is split into microbatches or over devices; the denominators (`count`) are those of the whole batch, so that
+microbatch losses and gradients simply add up.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.gradient import scale_gradient
+from vla_jax.types import Batch, Cache, PyTree
+
+TIME_BINS = 10
+"""Bins of flow time in [0, 1] by which times and action losses are reported."""
+
+
+class Model(Protocol):
+    """What the objective asks of a model: a linen module's `apply` with these methods."""
+
+    def apply(self, variables: PyTree, *args, method: str):
+        """Methods `prefill`, `logits` and `denoise`, as `models.vla.VLA` has them."""
+
+
+class Draws(NamedTuple):
+    """What is random in one step, drawn for the whole batch; K draws per sample."""
+
+    x_t: Float[Array, "b draws k a"]
+    t: Float[Array, "b draws"]
+    target: Float[Array, "b draws k a"]
+    plan_visible: Bool[Array, " b"]
+
+
+class Counts(NamedTuple):
+    """Valid elements of the whole batch: the denominators of the two means."""
+
+    text: Float[Array, ""]
+    action: Float[Array, ""]
+
+
+class Losses(NamedTuple):
+    """The loss and its parts; every field is a sum over samples of shares of the whole batch's mean."""
+
+    total: Float[Array, ""]
+    text: Float[Array, ""]
+    action: Float[Array, ""]
+    text_accuracy: Float[Array, ""]
+    time_histogram: Float[Array, " bins"]
+    action_by_time: Float[Array, " bins"]
+    """Sum of the squared or absolute error, masked, per bin of t; divide by `elements_by_time`."""
+    elements_by_time: Float[Array, " bins"]
+
+
+def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> Draws:
+    """Draws times, noise and plan visibility for a batch. Masked action elements count as zero."""
+    key_process, key_plan = jax.random.split(key)
+    b, k, a = batch.actions.shape
+    draws = config.noise_draws
+    clean = jnp.where(batch.action_mask, batch.actions, 0)
+    corrupted = process.corrupt(key_process, jnp.repeat(clean, draws, axis=0))
+
+    def group(x: Array) -> Array:
+        return x.reshape(b, draws, *x.shape[1:])
+
+    return Draws(
+        x_t=group(corrupted.x_t),
+        t=group(corrupted.t),
+        target=group(corrupted.target),
+        plan_visible=jax.random.bernoulli(key_plan, config.plan_visible, (b,)),
+    )
+
+
+def count(batch: Batch, config: ObjectiveConfig) -> Counts:
+    """The denominators; at least 1, so that a batch without a modality has loss 0 there."""
+    text = jnp.sum(batch.token_loss).astype(jnp.float32)
+    action = jnp.sum(batch.action_mask).astype(jnp.float32) * config.noise_draws
+    return Counts(jnp.maximum(text, 1), jnp.maximum(action, 1))
+
+
+def transfusion_loss(
+    model: Model,
+    process,
+    config: ObjectiveConfig,
+    params: PyTree,
+    batch: Batch,
+    draws: Draws,
+    counts: Counts,
+    *,
+    target_tokens: int | None = None,
+) -> Losses:
+    """The loss of a batch, or a microbatch's share of it.
+
+    `target_tokens` bounds the text targets of one sample, so that logits exist for those positions only
+    (default: the length of the text). A term of weight zero is not computed at all.
+    """
+    variables = {"params": params}
+    cache, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
+
+    text = accuracy = jnp.zeros(())
+    if config.text:
+        text_sum, correct = text_loss(model, params, hidden, batch, target_tokens)
+        text, accuracy = text_sum / counts.text, correct / counts.text
+
+    action = jnp.zeros(())
+    histogram = by_time = elements = jnp.zeros((TIME_BINS,))
+    if config.action_weight > 0:
+        error = action_error(model, process, config, params, cache, batch, draws)
+        action = jnp.sum(error) / counts.action
+        histogram, by_time, elements = _by_time(draws.t, error, batch.action_mask)
+
+    total = text + config.action_weight * action
+    return Losses(total, text, action, accuracy, histogram, by_time, elements)
+
+
+def text_loss(
+    model: Model, params: PyTree, hidden: Float[Array, "b l d"], batch: Batch, target_tokens: int | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum of the cross-entropy over the target tokens, and how many are predicted right.
+
+    The token at position i is predicted from the output at i-1. Logits are computed only there: the target
+    positions of each sample are gathered first.
+    """
+    length = batch.tokens.shape[1]
+    size = min(target_tokens or length, length - 1)
+    positions = _first_true(batch.token_loss[:, 1:], size) + 1  # b g
+    valid = jnp.take_along_axis(batch.token_loss, positions, axis=1)
+    labels = jnp.take_along_axis(batch.tokens, positions, axis=1)
+    inputs = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
+    logits = model.apply({"params": params}, inputs, method="logits")
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
+    correct = (jnp.argmax(logits, axis=-1) == labels) & valid
+    return jnp.sum(jnp.where(valid, cross_entropy, 0)), jnp.sum(correct).astype(jnp.float32)
+
+
+def action_error(
+    model: Model, process, config: ObjectiveConfig, params: PyTree, cache: Cache, batch: Batch, draws: Draws
+) -> Float[Array, "b draws k a"]:
+    """Elementwise loss of the expert's prediction, zero where the mask is False."""
+    if config.insulation < 1:
+        cache = cache.replace(
+            keys=scale_gradient(cache.keys, config.insulation),
+            values=scale_gradient(cache.values, config.insulation),
+        )
+    b, count_, k, a = draws.x_t.shape
+
+    def rows(x: Array) -> Array:
+        return x.reshape(b * count_, *x.shape[2:])
+
+    mask = jnp.repeat(batch.action_mask, count_, axis=0)
+    prediction = model.apply(
+        {"params": params},
+        cache,
+        jnp.repeat(batch.state, count_, axis=0),
+        rows(draws.x_t),
+        rows(draws.t),
+        mask,
+        method="denoise",
+    )
+    error = process.loss(prediction, rows(draws.target))
+    return jnp.where(mask, error, 0).reshape(draws.x_t.shape)
+
+
+def _by_time(
+    t: Float[Array, "b draws"], error: Float[Array, "b draws k a"], mask: Bool[Array, "b k a"]
+) -> tuple[Float[Array, " bins"], Float[Array, " bins"], Float[Array, " bins"]]:
+    """How many draws, how much error and how many elements fall into each bin of t."""
+    bins = jnp.clip((t * TIME_BINS).astype(jnp.int32), 0, TIME_BINS - 1)
+    member = jax.nn.one_hot(bins, TIME_BINS)  # b draws bins
+    elements = jnp.broadcast_to(jnp.sum(mask, axis=(1, 2))[:, None], t.shape)
+    sums = jax.lax.stop_gradient(jnp.sum(error, axis=(2, 3)))
+    return (
+        jnp.sum(member, axis=(0, 1)),
+        jnp.einsum("br,brn->n", sums, member),
+        jnp.einsum("br,brn->n", elements.astype(jnp.float32), member),
+    )
+
+
+def _first_true(mask: Bool[Array, "b l"], size: int) -> Int[Array, "b g"]:
+    """Positions of the first `size` True entries of each row; False entries fill what is left."""
+    return jnp.argsort(~mask, axis=1, stable=True)[:, :size]
