@@ -1,0 +1,1 @@
+"""Trained policies, and the executors that run them on a robot."""
