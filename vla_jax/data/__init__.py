@@ -1,0 +1,1 @@
+"""Episodes in, batches out: schema, RLDS files, statistics, transforms, tokenizer, loader."""
