@@ -1,0 +1,74 @@
+"""Which data to train on, and how it becomes a batch."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One RLDS data set, its split, its text and image sizes, its normalisation, its loader."""
+
+    path: str = ""
+    """Directory of the data set (as launch.collect writes it)."""
+    val_share: float = 0.05
+    """Share of the episodes held out for validation; the choice depends on nothing but the data set."""
+    val_episodes: int | None = None
+    """Number of episodes held out for validation; overrides val_share."""
+    max_text_tokens: int = 48
+    """Tokens of prompt, separator, target and end together; a longer text is refused, never cut."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer that is trained from the data set's texts (and of the model's embedding)."""
+    cameras: tuple[str, ...] = ()
+    """Cameras the model sees, in this order; empty: all of the data set."""
+    image_size: int = 64
+    """Images reach the model as squares of this many pixels (resized with padding where they differ)."""
+    normalization: Literal["zscore", "quantile"] = "zscore"
+    """State and actions to mean 0 and deviation 1, or the 1 % and 99 % quantiles to -1 and 1."""
+    normalization_group: Literal["dataset", "task"] = "dataset"
+    """Statistics of the whole data set, or of each task: a task of small motions then weighs as much."""
+    task_weights: tuple[str, ...] = ()
+    """Shares of the samples per task as "task:weight", e.g. reach:2 push:1; every task once, 0 leaves one
+    out. Empty: every frame of the data set is as likely."""
+    workers: int = 0
+    """Processes that build batches; 0: threads of the training process."""
+    threads: int = 2
+    """Threads that build batches in each of these processes."""
+    prefetch: int = 4
+    """Batches kept ready."""
+    cache_mb: int = 1024
+    """Megabytes of still encoded episodes each process keeps in memory; others are read again."""
+
+    def __post_init__(self):
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"data.val_share={self.val_share}: must be in [0, 1)")
+        if self.val_episodes is not None and self.val_episodes < 0:
+            raise ValueError(f"data.val_episodes={self.val_episodes}: must not be negative")
+        at_least = {"max_text_tokens": 4, "image_size": 1, "threads": 1, "prefetch": 1, "cache_mb": 1}
+        for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        if self.normalization not in ("zscore", "quantile"):
+            raise ValueError(f"data.normalization={self.normalization!r}: use zscore or quantile")
+        if self.normalization_group not in ("dataset", "task"):
+            raise ValueError(f"data.normalization_group={self.normalization_group!r}: use dataset or task")
+        if len(set(self.cameras)) != len(self.cameras):
+            raise ValueError(f"data.cameras={self.cameras}: a camera is named twice")
+        self.weights()
+
+    def weights(self) -> dict[str, float]:
+        """`task_weights` as task → weight."""
+        weights: dict[str, float] = {}
+        for entry in self.task_weights:
+            task, _, number = entry.rpartition(":")
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = -1.0
+            if not task or not 0 <= weight < float("inf"):
+                raise ValueError(f"data.task_weights: {entry!r} is not task:weight, e.g. reach-v3:2")
+            if task in weights:
+                raise ValueError(f"data.task_weights: task {task!r} is named twice")
+            weights[task] = weight
+        if weights and not any(weights.values()):
+            raise ValueError("data.task_weights: all weights are 0; give one task more")
+        return weights
