@@ -123,5 +123,6 @@ def test_table_lists_tasks_where_there_are_several():
 
 def test_drawing_uses_no_global_state():
     modules = "curves, fan, sheet, style, table"
-    code = f"import sys; from vla_jax.sim.figures import {modules}; assert 'matplotlib.pyplot' not in sys.modules"
+    check = "assert 'matplotlib.pyplot' not in sys.modules"
+    code = f"import sys; from vla_jax.sim.figures import {modules}; {check}"
     subprocess.run([sys.executable, "-c", code], check=True)
