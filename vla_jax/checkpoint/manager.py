@@ -1,0 +1,171 @@
+"""The checkpoints of a run that is being trained: save while training goes on, continue from the newest.
+
+A step counts as a checkpoint only once it is whole: while it is written it has another name (on object stores:
+no commit mark). What is nevertheless unreadable (a truncated file, a flipped bit) is found on restoring, and the
+newest whole one is used, with a warning.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint.read import (
+    FOLDER,
+    CorruptCheckpointError,
+    first_line,
+    read_step_meta,
+    restore_items,
+    whole_steps,
+)
+
+#: The folder, beside the checkpoints, where unreadable ones are moved.
+UNREADABLE = "checkpoints.unreadable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What came back: the step, the arrays by item name, the metadata."""
+
+    step: int
+    items: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest `keep` of them. Only one process (or one group) may hold a run."""
+
+    def __init__(self, run_dir: str | Path, *, keep: int):
+        self.directory = Path(run_dir).absolute() / FOLDER
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saving: int | None = None
+
+    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts to save; returns as soon as the arrays are copied to the host and may change again.
+
+        `items` are trees of arrays, `meta` JSON values, among them `config`. Waits for the previous save
+        first. Raises OSError where that one or this one cannot be written.
+        """
+        self.wait()
+        self._saving = step
+        record = dict(
+            meta,
+            step=step,
+            items=sorted(items),
+            fingerprints={name: fingerprint(tree) for name, tree in items.items()},
+            versions=versions(),
+        )
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(record)))
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is a whole checkpoint; raises OSError where it cannot be."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(self._saving, error) from error
+        self._saving = None
+
+    def restore_latest(
+        self, abstract: Mapping[str, Any], *, config: Mapping[str, Any], free: tuple[str, ...]
+    ) -> Restored | None:
+        """The newest whole checkpoint, or None where there is none at all.
+
+        **Arguments:**
+
+        - `abstract`: for each item a tree of `jax.ShapeDtypeStruct` with the shardings to restore into, which
+          need not be those it was saved from.
+        - `config`: this run's configuration, as JSON values. Raises ValueError where the checkpoint's differs
+          in any field but those whose dotted names start with one of `free`.
+        """
+        warnings: list[str] = []
+        steps = whole_steps(self.directory)
+        for step in reversed(steps):
+            step_dir = self.directory / str(step)
+            try:
+                meta = read_step_meta(step_dir)
+                _check_config(step_dir, meta["config"], config, free)
+                items = restore_items(step_dir, abstract, meta)
+            except CorruptCheckpointError as error:
+                warnings.append(f"checkpoint {step_dir} is unreadable ({error})")
+                continue
+            for warning in warnings:
+                print(f"warning: {warning}; continuing from step {step}", file=sys.stderr)
+            self._move_aside([newer for newer in steps if newer > step])
+            return Restored(step, items, meta)
+        if warnings:
+            raise ValueError(f"{warnings[0]} and no older one is whole; move the folder away to start afresh")
+        return None
+
+    def close(self) -> None:
+        """Waits for a save in progress and lets go of the directory."""
+        self.wait()
+        self._manager.close()
+
+    def _move_aside(self, steps: list[int]) -> None:
+        """Unreadable steps would block the saves to come; they are kept for whoever wants to look at them."""
+        if not steps or jax.process_index():
+            return
+        target = self.directory.with_name(UNREADABLE)
+        target.mkdir(exist_ok=True)
+        for step in steps:
+            earlier = sum(1 for old in target.iterdir() if old.name.startswith(f"{step}-"))
+            (self.directory / str(step)).rename(target / f"{step}-{earlier}")
+        self._manager.reload()
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        """The error to raise where a save failed: one line that says what is still there."""
+        self._saving = None
+        whole = [s for s in whole_steps(self.directory) if s != step]
+        kept = f"the newest whole one is {whole[-1]}" if whole else "there is no earlier one"
+        return OSError(
+            f"checkpoint {step} could not be written to {self.directory} ({first_line(error)}); {kept}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that decides what a checkpoint means."""
+    found = {"python": platform.python_version()}
+    for package in ("vla_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # vla_jax, run from its sources
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects as ``{"a.b.c": value}``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_config(where: Path, saved: Mapping, config: Mapping, free: tuple[str, ...]) -> None:
+    old, new = flatten(saved), flatten(config)
+    differing = [
+        f"{key}={new.get(key, 'absent')!r} (saved: {old.get(key, 'absent')!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ...) != new.get(key, ...) and not key.startswith(free)
+    ]
+    if differing:
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise ValueError(
+            f"{where} belongs to another config: {', '.join(differing[:6])}{more}; "
+            "use that config again, or another run directory"
+        )

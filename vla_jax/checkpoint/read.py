@@ -1,0 +1,135 @@
+"""Reading checkpoints: find the newest whole one, restore any item of it onto any devices.
+
+RUN_DIR/checkpoints/<step>/{params, ema, opt_state}   arrays, each restorable alone
+RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that a policy needs
+"""
+
+import contextlib
+import gc
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vla_jax.checkpoint.fingerprint import fingerprint
+
+#: The folder of checkpoints inside a run's directory.
+FOLDER = "checkpoints"
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint that is there but cannot be read."""
+
+
+def load(path: str | Path, item: str, abstract: Any = None) -> Any:
+    """One item (``params``, ``ema``, ``opt_state``) of a checkpoint, without reading the others.
+
+    **Arguments:**
+
+    - `path`: a run's directory or its ``checkpoints`` folder (the newest whole one), or one step of it.
+    - `abstract`: a tree of `jax.ShapeDtypeStruct` with the shardings to restore into, which need not be those
+      it was saved from; None: whole arrays on the first device, as nested dicts.
+
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item.
+    """
+
+    def read(step_dir: Path) -> Any:
+        meta = read_step_meta(step_dir)
+        if item not in meta["items"]:
+            raise ValueError(f"{step_dir} has no '{item}'; it has {', '.join(meta['items'])}")
+        return restore_items(step_dir, {item: abstract}, meta)[item]
+
+    return _newest(path, read)
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The JSON of a checkpoint: step, config, items, assets, versions. `path` as for `load`."""
+    return _newest(path, read_step_meta)
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps in a folder of checkpoints that were written to the end, oldest first."""
+    steps = (int(child.name) for child in folder.iterdir() if child.name.isdigit())
+    return sorted(step for step in steps if ocp.utils.is_checkpoint_finalized(folder / str(step)))
+
+
+def read_step_meta(step_dir: Path) -> dict[str, Any]:
+    """The metadata of one step; raises CorruptCheckpointError."""
+    with _reading():
+        meta = ocp.JsonCheckpointHandler().restore(step_dir / "meta")
+        missing = {"step", "config", "items", "fingerprints"} - meta.keys()
+        if missing:
+            raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
+        return meta
+
+
+def restore_items(step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Some items of one step, checked against their checksums; raises CorruptCheckpointError."""
+    items = {}
+    for name, tree in abstract.items():
+        with _reading(), ocp.StandardCheckpointer() as checkpointer:
+            target = _saved_shapes(step_dir / name) if tree is None else tree
+            items[name] = checkpointer.restore(step_dir / name, target)
+            if fingerprint(items[name]) != meta["fingerprints"][name]:
+                raise ValueError(f"the checksum of '{name}' is wrong")
+    return items
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line of bearable length."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[0].split(" See full TensorStore details")[0]
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _newest(path: str | Path, read: Callable[[Path], Any]) -> Any:
+    candidates = _locate(Path(path).absolute())
+    for i, step_dir in enumerate(candidates):
+        try:
+            return read(step_dir)
+        except CorruptCheckpointError as error:
+            message = f"checkpoint {step_dir} is unreadable ({error})"
+            if i + 1 == len(candidates):
+                raise ValueError(message) from error
+            print(f"warning: {message}; using step {candidates[i + 1].name}", file=sys.stderr)
+
+
+def _locate(path: Path) -> list[Path]:
+    """The steps that `path` stands for, newest first."""
+    if path.name.isdigit() and (path / "meta").is_dir():
+        return [path]
+    for folder in (path / FOLDER, path):
+        steps = whole_steps(folder) if folder.is_dir() else []
+        if steps:
+            return [folder / str(step) for step in reversed(steps)]
+    raise FileNotFoundError(f"no checkpoint in {path}: give a run's directory, or one of its {FOLDER}/<step>")
+
+
+def _saved_shapes(item_dir: Path) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    saved = ocp.StandardCheckpointHandler().metadata(item_dir).tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Orbax raises many types of exception for a damaged file; they all become CorruptCheckpointError.
+
+    The coroutines of the arrays that it had not yet reached then print their own traces when they are
+    collected; the one error says it all.
+    """
+    hook = sys.unraisablehook
+    try:
+        yield
+    except Exception as error:
+        message = first_line(error)
+        sys.unraisablehook = lambda _: None
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise CorruptCheckpointError(message) from None
+    finally:
+        sys.unraisablehook = hook
