@@ -1,0 +1,185 @@
+"""The tabletop's scenes and physics: pure functions of one scene; vmap them for more.
+
+State is (x_m, y_m, opening: 1 open … 0 closed), action is (vx_m_per_s, vy_m_per_s, gripper_close: above 0.5
+closes, otherwise opens). Only the obstacle, a disc, can be hit; objects lie flat.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
+from vla_jax.sim.tabletop.geometry import detour, segment_distance
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("block", "cup", "ball")
+OBJECTS = 3
+NOTHING = -1
+"""The value of `State.reached` before the gripper has closed on an object."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What lies on the table and does not move. `target` is the index of the object that is asked for."""
+
+    objects: Float[Array, "3 2"]
+    colours: Int[Array, "3"]
+    shapes: Int[Array, "3"]
+    obstacle: Float[Array, "2"]
+    obstacle_radius: Float[Array, ""]
+    start: Float[Array, "2"]
+    target: Int[Array, ""]
+
+    @property
+    def goal(self) -> Float[Array, "2"]:
+        """Centre of the target."""
+        return self.objects[self.target]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """The robot, and how its episode stands. `reached` is the object that the gripper closed on, or NOTHING."""
+
+    position: Float[Array, "2"]
+    opening: Float[Array, ""]
+    steps: Int[Array, ""]
+    done: Bool[Array, ""]
+    success: Bool[Array, ""]
+    collision: Bool[Array, ""]
+    reached: Int[Array, ""]
+
+    @property
+    def vector(self) -> Float[Array, "3"]:
+        """What the robot knows of itself: x_m, y_m, opening."""
+        return jnp.concatenate([self.position, self.opening[None]])
+
+
+def sample_kind(config: TabletopConfig, key: Array) -> Int[Array, ""]:
+    """Draws an index into KINDS with the configured probabilities."""
+    return jax.random.choice(key, len(KINDS), p=jnp.array(config.kind_weights) / sum(config.kind_weights))
+
+
+def sample_scene(config: TabletopConfig, key: Array, kind: Int[Array, ""]) -> Scene:
+    """Draws a scene of one kind: three distinct objects far away, a start nearby, an obstacle in between."""
+    keys = jax.random.split(key, 6)
+    start = jnp.stack([_between(keys[0], config.start_x_m), _between(keys[1], config.start_y_m)])
+    target = jax.random.randint(keys[2], (), 0, OBJECTS)
+    looks = jax.random.choice(keys[3], len(COLOURS) * len(SHAPES), (OBJECTS,), replace=False)
+    objects = _sample_objects(config, keys[4])
+    obstacle, radius = _sample_obstacle(config, keys[5], kind, start, objects[target])
+    return Scene(
+        objects=objects,
+        colours=looks // len(SHAPES),
+        shapes=looks % len(SHAPES),
+        obstacle=obstacle,
+        obstacle_radius=radius,
+        start=start,
+        target=target,
+    )
+
+
+def _between(key: Array, bounds: tuple[float, float], shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+    return jax.random.uniform(key, shape, minval=bounds[0], maxval=bounds[1])
+
+
+def _sample_objects(config: TabletopConfig, key: Array) -> Float[Array, "3 2"]:
+    """Uniform over all placements whose x differ by the gap: sorted uniforms in the free width, then spread."""
+    along, across = jax.random.split(key)
+    low, high = config.object_x_m
+    free = high - low - (OBJECTS - 1) * config.object_gap_m
+    x = (
+        low
+        + jnp.sort(jax.random.uniform(along, (OBJECTS,))) * free
+        + jnp.arange(OBJECTS) * config.object_gap_m
+    )
+    y = _between(across, config.object_y_m, (OBJECTS,))
+    return jnp.stack([x, y], axis=1)
+
+
+def _sample_obstacle(config: TabletopConfig, key: Array, kind, start, goal):
+    """Centre and radius: on the straight line (symmetric), beside its middle, or wholly beside it (clear)."""
+    keys = jax.random.split(key, 5)
+    radius = _between(keys[0], config.obstacle_radius_m)
+    y = _between(keys[1], config.obstacle_y_m)
+    detour_radius = config.detour_radius_m(radius)
+    offset = jnp.stack(
+        [
+            jnp.zeros(()),
+            _between(keys[2], config.asymmetric_shift_m),
+            detour_radius + _between(keys[3], config.clear_gap_m),
+        ]
+    )[kind]
+    line = goal - start
+    x = start[0] + line[0] * (y - start[1]) / line[1]
+    shift = offset * jnp.linalg.norm(line) / line[1]  # along x, so that the distance to the line is `offset`
+    shift = jnp.where(jax.random.bernoulli(keys[4]), shift, -shift)
+    # Both ways round stay on the table, except where the straight line is free: there the disc itself does.
+    reach = jnp.where(kind == KINDS.index("clear"), radius, detour_radius + config.gripper_radius_m)
+    leaves = (x + shift < reach) | (x + shift > config.table_m - reach)
+    return jnp.stack([x + jnp.where(leaves, -shift, shift), y]), radius
+
+
+def scene_kind(config: TabletopConfig, scene: Scene) -> Int[Array, ""]:
+    """Index into KINDS for the scene's present target, by the lengths of the two ways."""
+    ways = detour(scene.start, scene.goal, scene.obstacle, config.detour_radius_m(scene.obstacle_radius))
+    equal = jnp.abs(ways.left - ways.right) < config.side_tolerance_m
+    return jnp.where(ways.blocked, jnp.where(equal, 0, 1), 2)
+
+
+def initial_state(scene: Scene) -> State:
+    """The robot at its start with an open gripper."""
+    return State(
+        position=scene.start,
+        opening=jnp.ones(()),
+        steps=jnp.zeros((), jnp.int32),
+        done=jnp.zeros((), bool),
+        success=jnp.zeros((), bool),
+        collision=jnp.zeros((), bool),
+        reached=jnp.full((), NOTHING, jnp.int32),
+    )
+
+
+def clearance(config: TabletopConfig, scene: Scene, start: Float[Array, "2"], end: Float[Array, "2"]):
+    """Least distance between the gripper's and the obstacle's edges on a straight move; negative = overlap."""
+    distance = segment_distance(scene.obstacle, start, end)
+    return distance - scene.obstacle_radius - config.gripper_radius_m
+
+
+def move(
+    config: TabletopConfig, position: Float[Array, "2"], velocity: Float[Array, "2"]
+) -> Float[Array, "2"]:
+    """Where one control period brings the gripper: speed is limited, and it stays on the table."""
+    speed = jnp.linalg.norm(velocity)
+    velocity = velocity * jnp.minimum(1, config.max_speed_m_per_s / speed)
+    low, high = config.gripper_radius_m, config.table_m - config.gripper_radius_m
+    return jnp.clip(position + config.dt_s * velocity, low, high)
+
+
+def step(config: TabletopConfig, scene: Scene, state: State, action: Float[Array, "3"]) -> State:
+    """One control period. An episode that is done stays as it is.
+
+    The gripper grasps at the moment at which it becomes closed: on the object within reach, else on nothing,
+    and then it can open again. A collision anywhere on the move, or a grasped object, ends the episode.
+    """
+    position = move(config, state.position, action[:2])
+    rate = jnp.where(action[2] > 0.5, -config.gripper_rate, config.gripper_rate)
+    opening = jnp.clip(state.opening + rate, 0, 1)
+    distances = jnp.linalg.norm(scene.objects - position, axis=1)
+    nearest = jnp.argmin(distances).astype(jnp.int32)
+    collision = clearance(config, scene, state.position, position) < 0
+    grasps = (opening == 0) & (state.opening > 0) & (distances[nearest] <= config.grasp_radius_m) & ~collision
+    steps = state.steps + 1
+    after = State(
+        position=position,
+        opening=opening,
+        steps=steps,
+        done=collision | grasps | (steps >= config.max_steps),
+        success=grasps & (nearest == scene.target),
+        collision=collision,
+        reached=jnp.where(grasps, nearest, NOTHING),
+    )
+    return jax.tree.map(lambda old, new: jnp.where(state.done, old, new), state, after)
