@@ -80,7 +80,7 @@ def prepare_directory(
     out_dir.mkdir(parents=True, exist_ok=True)
     wanted = {"schema": schema.to_json(), "num_shards": num_shards}
     if not (out_dir / SCHEMA_FILE).exists():
-        _write_atomically(out_dir / SCHEMA_FILE, json.dumps(wanted, indent=2).encode())
+        write_atomically(out_dir / SCHEMA_FILE, json.dumps(wanted, indent=2).encode())
     found, shards = read_schema(out_dir)
     if found != schema:
         raise ValueError(f"{out_dir} holds another schema (there against here): {found.difference(schema)}")
@@ -90,7 +90,7 @@ def prepare_directory(
         return
     path = out_dir / ARGUMENTS_FILE
     if not path.exists():
-        _write_atomically(path, json.dumps(dict(arguments), indent=2, sort_keys=True).encode())
+        write_atomically(path, json.dumps(dict(arguments), indent=2, sort_keys=True).encode())
     before, now = json.loads(path.read_text()), json.loads(json.dumps(dict(arguments)))
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
@@ -245,7 +245,8 @@ def _count_records(path: Path) -> int:
     return count
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all, also after a crash."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

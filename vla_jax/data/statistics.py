@@ -1,0 +1,194 @@
+"""Mean, deviation, range and quantiles of states and actions, in one pass that decodes no image.
+
+Moments are merged chunk by chunk in float64 (Chan, Golub and LeVeque 1979, eq. 2.1). Quantiles are exact
+(linear interpolation, as numpy's) up to `MAX_ROWS` rows; beyond, they are those of a uniform sample of that
+many rows, always the same one.
+
+A dimension that never changes (min == max) is *constant*: its deviation is exactly 0 and it normalises to 0.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vla_jax.data.derived import cached
+from vla_jax.data.index import check_finite
+from vla_jax.data.schema import DatasetSchema
+from vla_jax.data.source import EncodedEpisode, EpisodeSource
+
+MAX_ROWS = 200_000
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FieldStatistics:
+    """Statistics per dimension; `std` is that of the population (divided by the count)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    count: int
+
+    def __post_init__(self):
+        for field in ("mean", "std", "min", "max", "q01", "q99"):
+            object.__setattr__(self, field, tuple(float(x) for x in getattr(self, field)))
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions."""
+        return len(self.mean)
+
+    @property
+    def constant(self) -> tuple[bool, ...]:
+        """Which dimensions never change."""
+        return tuple(low == high for low, high in zip(self.min, self.max))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Statistics of state and action over the same steps."""
+
+    state: FieldStatistics
+    action: FieldStatistics
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Statistics":
+        """The inverse of `dataclasses.asdict`. Raises ValueError where a statistic is missing."""
+        try:
+            return cls(**{field: FieldStatistics(**values[field]) for field in ("state", "action")})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"statistics are incomplete: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetStatistics:
+    """Statistics of all episodes, and of each task's."""
+
+    dataset: Statistics
+    per_task: dict[str, Statistics]
+
+    def constant_dims(self, schema: DatasetSchema) -> tuple[str, ...]:
+        """A line for each constant dimension, to be shown to the user before training."""
+        names = {"state": schema.state_names, "action": schema.action_names}
+        lines = []
+        for group, statistics in {"": self.dataset, **self.per_task}.items():
+            for field, fields in names.items():
+                values = getattr(statistics, field)
+                lines += [
+                    f"{f'task {group}: ' if group else ''}{field} {name!r} is always {value:g}; it normalises to 0"
+                    for name, value, constant in zip(fields, values.min, values.constant)
+                    if constant
+                ]
+        return tuple(lines)
+
+
+class Accumulator:
+    """Running statistics of rows [n dims] that arrive in chunks."""
+
+    def __init__(self, dims: int, max_rows: int = MAX_ROWS):
+        self.count = 0
+        self._mean = np.zeros(dims)
+        self._squares = np.zeros(dims)  # sum of squared deviations from the mean
+        self._min = np.full(dims, np.inf)
+        self._max = np.full(dims, -np.inf)
+        # The rows of lowest priority among all are a uniform sample without replacement.
+        self._random = np.random.default_rng(0)
+        self._max_rows = max_rows
+        self._rows: list[np.ndarray] = []
+        self._priorities: list[np.ndarray] = []
+        self._kept = 0
+
+    def add(self, rows: Float[np.ndarray, "n dims"]) -> None:
+        """Take in a chunk of rows."""
+        exact = rows.astype(np.float64)
+        n = len(exact)
+        mean = exact.mean(axis=0)
+        delta, total = mean - self._mean, self.count + n
+        self._squares += ((exact - mean) ** 2).sum(axis=0) + delta**2 * (self.count * n / total)
+        self._mean += delta * (n / total)
+        self.count = total
+        self._min = np.minimum(self._min, exact.min(axis=0))
+        self._max = np.maximum(self._max, exact.max(axis=0))
+        self._rows.append(rows)
+        self._priorities.append(self._random.random(n))
+        self._kept += n
+        if self._kept > 2 * self._max_rows:
+            self._shrink()
+
+    def result(self) -> FieldStatistics:
+        """The statistics of all rows so far."""
+        self._shrink()
+        constant = self._min == self._max
+        quantiles = np.quantile(self._rows[0].astype(np.float64), (0.01, 0.99), axis=0)
+        return FieldStatistics(
+            mean=np.where(constant, self._min, self._mean),
+            std=np.where(constant, 0.0, np.sqrt(self._squares / self.count)),
+            min=self._min,
+            max=self._max,
+            q01=quantiles[0],
+            q99=quantiles[1],
+            count=self.count,
+        )
+
+    def _shrink(self) -> None:
+        rows, priorities = np.concatenate(self._rows), np.concatenate(self._priorities)
+        if len(rows) > self._max_rows:
+            keep = np.argpartition(priorities, self._max_rows)[: self._max_rows]
+            rows, priorities = rows[keep], priorities[keep]
+        self._rows, self._priorities, self._kept = [rows], [priorities], len(rows)
+
+
+def compute_statistics(
+    episodes: Iterable[EncodedEpisode], schema: DatasetSchema, max_rows: int = MAX_ROWS
+) -> DatasetStatistics:
+    """Statistics of the given episodes. Raises ValueError at missing dims and at NaN or infinite values."""
+    sizes = {"state": len(schema.state_names), "action": len(schema.action_names)}
+    groups: dict[str | None, dict[str, Accumulator]] = {}
+    for episode in episodes:
+        check_finite(episode, schema)
+        for group in (None, episode.metadata["task"]):
+            for field, dims in sizes.items():
+                rows = getattr(episode, field)
+                if rows.shape[1] != dims:
+                    raise ValueError(
+                        f"episode {episode.number}: {field} has {rows.shape[1]} dims, the schema {schema.name} {dims}"
+                    )
+                accumulators = groups.setdefault(group, {})
+                accumulators.setdefault(field, Accumulator(dims, max_rows)).add(rows)
+    if not groups:
+        raise ValueError(f"no episodes to compute the statistics of {schema.name} from")
+    results = {
+        group: Statistics(**{field: accumulator.result() for field, accumulator in fields.items()})
+        for group, fields in groups.items()
+    }
+    dataset = results.pop(None)
+    return DatasetStatistics(dataset=dataset, per_task={task: results[task] for task in sorted(results)})
+
+
+def dataset_statistics(
+    source: EpisodeSource, episodes: Sequence[int], fingerprint: str | None = None
+) -> DatasetStatistics:
+    """Statistics of some episodes of a data set, kept beside it under what they were computed from."""
+    numbers = [int(number) for number in episodes]
+    key = {
+        "data": fingerprint or source.fingerprint(),
+        "episodes": numbers,
+        "max_rows": MAX_ROWS,
+        "version": _VERSION,
+    }
+    value = cached(
+        source.path,
+        "statistics",
+        key,
+        lambda: dataclasses.asdict(compute_statistics(map(source.read, numbers), source.schema)),
+    )
+    return DatasetStatistics(
+        dataset=Statistics.from_json(value["dataset"]),
+        per_task={task: Statistics.from_json(values) for task, values in value["per_task"].items()},
+    )
