@@ -1,4 +1,4 @@
-"""Importing metaworld with a working headless OpenGL, or one clear error.
+"""A working headless OpenGL before mujoco is imported, or one clear error.
 
 mujoco reads ``MUJOCO_GL`` once, when it is first imported, and a back end that fails to load leaves its
 traces in the process. So candidates are tried in a short-lived child process, and only then is mujoco
@@ -9,25 +9,21 @@ import importlib.util
 import os
 import subprocess
 import sys
-from types import ModuleType
 
 _CANDIDATES = ("egl", "osmesa")
 _PROBE = "from mujoco.gl_context import GLContext; c = GLContext(8, 8); c.make_current(); c.free()"
 
 
-def load_metaworld() -> ModuleType:
-    """The metaworld package, ready to render.
+def prepare() -> None:
+    """Makes sure that metaworld can be imported and will render, without importing it.
 
-    Sets ``MUJOCO_GL`` where it is unset on Linux (elsewhere mujoco's own default needs no display).
-    Raises ModuleNotFoundError if the extra is not installed, OSError if nothing can render.
+    Sets ``MUJOCO_GL`` (child processes inherit it) where it is unset on Linux; elsewhere mujoco's own default
+    needs no display. Raises ModuleNotFoundError if the extra is not installed, OSError if nothing can render.
     """
     if importlib.util.find_spec("metaworld") is None:
         raise ModuleNotFoundError("MetaWorld is not installed: pip install -r requirements-sim.txt")
     if sys.platform == "linux" and "mujoco" not in sys.modules and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = choose_backend()
-    import metaworld
-
-    return metaworld
 
 
 def choose_backend() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vla_jax.sim.metaworld.headless import load_metaworld
+from vla_jax.sim.metaworld.headless import prepare
 
 CAMERA = "corner2"
 CAMERA_POSITION_M = (0.75, 0.075, 0.7)
@@ -33,7 +33,7 @@ class Renderer:
     """Renders any number of models, without shadows, reflections and multisampling (20 times faster)."""
 
     def __init__(self, image_size: int):
-        load_metaworld()
+        prepare()
         import mujoco
         from mujoco.gl_context import GLContext
 
