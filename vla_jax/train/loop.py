@@ -1,0 +1,249 @@
+"""The training loop: restore or initialise, step, log, validate, save.
+
+It knows nothing of robots or of models: a `Job` brings the functions. Two rules shape it. Nothing waits for the
+device: results are read two steps late, while the next steps already run. And whatever a run writes to
+``metrics.jsonl`` or into a checkpoint is a function of (config, data, step), so that a run that was killed and
+started again ends with the same bytes.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from vla_jax.checkpoint import Checkpoints
+from vla_jax.sharding import activate, batch_sharding, check_batch, placement, replicated
+from vla_jax.train.config import LoopConfig
+from vla_jax.train.flops import total_peak
+from vla_jax.train.interrupt import StopSignal
+from vla_jax.train.metrics import MetricsLog
+from vla_jax.train.prefetch import Prefetch
+from vla_jax.train.progress import Progress, StepClock
+from vla_jax.train.state import StateBuilder, TrainState
+from vla_jax.types import Batch, PyTree
+
+IN_FLIGHT = 2
+"""Steps the host may be ahead of the results it has read."""
+
+FREE_TO_CHANGE = (
+    "mesh.",
+    "solver.",
+    "model.remat",
+    "model.unroll",
+    "train.log_every",
+    "train.val_",
+    "train.save_every",
+    "train.keep",
+    "train.max_skipped",
+    "train.tensorboard",
+    "train.wandb",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "data.cache_mb",
+)
+"""Fields that may differ when a run is continued: they change how it is computed or reported, not what."""
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+
+
+class TrainingDiverged(ValueError):
+    """Too many steps in a row had no finite loss or gradient."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained."""
+
+    builder: StateBuilder
+    """Shapes, shardings and initialiser of the state."""
+    schedule: optax.Schedule
+    """Learning rate by step, for the log."""
+    train_step: TrainStep
+    """Pure; its metrics hold ``skipped``, 1 where the update was left out."""
+    validate: Callable[[PyTree, Iterator[Batch]], dict[str, Any]] | None
+    """(parameters, device batches) → metrics; None: no validation."""
+    batches: Callable[[int], Iterator[Batch]]
+    """Host batches from a step on."""
+    val_batches: Callable[[], Iterator[Batch]]
+    """Host batches of one validation."""
+    config: Mapping[str, Any]
+    """The resolved configuration as JSON values: saved, and compared on continuing."""
+    assets: Mapping[str, Any]
+    """JSON values that a policy needs besides the parameters: transforms, statistics, tokenizer."""
+    sample_flops: float
+    """Analytic FLOPs of one training sample."""
+    key: PRNGKeyArray
+    """Initialises the parameters."""
+
+
+def fit(job: Job, loop: LoopConfig, run_dir: Path) -> TrainState:
+    """Trains until `loop.steps`, or until told to stop, and returns the last state.
+
+    Everything goes to `run_dir`; where it holds a checkpoint, training continues from it. Raises ValueError
+    where that checkpoint belongs to another config, and TrainingDiverged.
+    """
+    mesh = job.builder.mesh
+    check_batch(loop.batch_size, loop.accumulate, mesh)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(run_dir))
+        checkpoints = Checkpoints(run_dir, keep=loop.keep)
+        stack.callback(checkpoints.close)
+        state, start = _restore_or_init(job, checkpoints)
+        progress = Progress(start=start, steps=loop.steps)
+        stack.callback(progress.close)
+        if start >= loop.steps:
+            progress.say(f"{run_dir} is finished: step {start} of {loop.steps}")
+            return state
+        if start:
+            progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")
+        log = MetricsLog(
+            run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=job.config
+        )
+        stack.callback(log.close)
+        batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
+        stop = stack.enter_context(StopSignal())
+        trainer = _Trainer(job, loop, checkpoints, log, progress)
+        state, step = trainer.run(state, start, batches, stop)
+        checkpoints.wait()
+        if step < loop.steps:
+            progress.say(
+                f"stopped and saved at step {step} of {loop.steps}; run the same command to continue"
+            )
+        else:
+            progress.say(f"finished: {run_dir}, step {step}")
+        return state
+
+
+class _Trainer:
+    """The loop's own bookkeeping."""
+
+    def __init__(
+        self, job: Job, loop: LoopConfig, checkpoints: Checkpoints, log: MetricsLog, progress: Progress
+    ):
+        self.job, self.loop = job, loop
+        self.checkpoints, self.log, self.progress = checkpoints, log, progress
+        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self.skipped = 0
+        self.peak = total_peak(job.builder.mesh.devices.flatten().tolist())
+        self.clock = StepClock()
+
+    def run(
+        self, state: TrainState, step: int, batches: Iterator[Batch], stop: StopSignal
+    ) -> tuple[TrainState, int]:
+        """Steps until the end or the signal; the last step is saved."""
+        loop = self.loop
+        batch = next(batches)
+        train_step = self._compile(state, batch)
+        while True:
+            state, metrics = train_step(state, batch)
+            step += 1
+            self.pending.append((step, metrics))
+            self._read(IN_FLIGHT)
+            last = step == loop.steps or stop.requested
+            if loop.val_every and (step % loop.val_every == 0 or step == loop.steps):
+                self._validate(state, step)
+            if step % loop.save_every == 0 or last:
+                self._save(state, step)
+            if last:
+                return state, step
+            with self.clock.waiting():
+                batch = next(batches)
+
+    def _compile(self, state: TrainState, batch: Batch):
+        builder = self.job.builder
+        with self.clock.paused(), activate(builder.mesh):
+            self.progress.say("compiling the training step …")
+            start = time.perf_counter()
+            step = jax.jit(
+                self.job.train_step,
+                in_shardings=(builder.shardings, batch_sharding(builder.mesh)),
+                out_shardings=(builder.shardings, replicated(builder.mesh)),
+                donate_argnums=0,
+            )
+            compiled = step.lower(state, batch).compile()
+            self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+            return compiled
+
+    def _read(self, leave: int) -> None:
+        """Takes in the results of all but the newest `leave` steps; waits for those that still run."""
+        while len(self.pending) > leave:
+            step, metrics = self.pending.popleft()
+            self.skipped = self.skipped + 1 if float(metrics["skipped"]) else 0
+            self.clock.arrived()
+            self.progress.advance()
+            if self.skipped >= self.loop.max_skipped:
+                raise TrainingDiverged(
+                    f"step {step}: loss or gradient was not finite {self.skipped} times in a row; lower "
+                    "optim.learning_rate, look at the data, or raise train.max_skipped"
+                )
+            if step % self.loop.log_every == 0:
+                self._report(step, jax.device_get(metrics))
+
+    def _report(self, step: int, metrics: dict[str, Any]) -> None:
+        self.log.metrics(step, metrics | {"learning_rate": self.job.schedule(step - 1)})
+        perf = self.clock.read(
+            batch_size=self.loop.batch_size, sample_flops=self.job.sample_flops, peak=self.peak
+        )
+        self.log.perf(step, perf)
+        self.progress.show(step, metrics, perf)
+
+    def _validate(self, state: TrainState, step: int) -> None:
+        if self.job.validate is None:
+            return
+        self._read(0)
+        mesh = self.job.builder.mesh
+        params = state.params if state.ema is None else state.ema
+        with self.clock.paused(), Prefetch(self.job.val_batches(), batch_sharding(mesh)) as batches:
+            with activate(mesh):
+                metrics = jax.device_get(self.job.validate(params, batches))
+            self.log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
+        shown = "  ".join(f"{name} {float(v):.4g}" for name, v in metrics.items() if v.ndim == 0)
+        self.progress.say(f"step {step} validation: {shown}")
+
+    def _save(self, state: TrainState, step: int) -> None:
+        self._read(0)
+        self.log.sync()
+        with self.clock.paused():
+            meta = {"config": dict(self.job.config), "assets": dict(self.job.assets)}
+            self.checkpoints.save(step, state.items(), meta)
+
+
+def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    shapes = job.builder.shapes
+    restored = checkpoints.restore_latest(shapes.items(), config=job.config, free=FREE_TO_CHANGE)
+    if restored is None:
+        return job.builder.init(job.key), 0
+    step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
+    return TrainState.from_items(step, restored.items), restored.step
+
+
+@contextlib.contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Two processes that train into one directory would ruin it; the lock goes with its process, however it ends."""
+    if jax.process_index():
+        yield
+        return
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{run_dir} is being trained by another process; use another --run-dir"
+            ) from error
+        yield
+
+
+def report(builder: StateBuilder, *, full: bool) -> str:
+    """Where the state lies: per item, or (full) per array."""
+    table = placement(builder.shapes, builder.shardings, builder.mesh)
+    return f"{table.table()}\n{table.summary()}" if full else table.summary()

@@ -1,0 +1,104 @@
+"""The progress line, and the clock behind it."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+from tqdm import tqdm
+
+
+class StepClock:
+    """Wall time per step, and the share of it spent waiting for data, since it was last read.
+
+    Steps are counted where their results arrive, so nothing is synchronised on its account. Time spent in
+    `paused` (compiling, validating, saving) belongs to no step.
+    """
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._steps = 0
+        self._wait = self._pause = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around taking the next batch."""
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around whatever is not a training step."""
+        start = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - start
+
+    def arrived(self) -> None:
+        """One step's results are here."""
+        self._steps += 1
+
+    def read(self, *, batch_size: int, sample_flops: float, peak: float | None) -> dict[str, float]:
+        """Seconds per step, data wait, samples per second and MFU since the last call; starts anew.
+
+        `sample_flops` per training sample (see `flops.py`), `peak` FLOP/s of all devices, None where unknown.
+        """
+        seconds = time.perf_counter() - self._start - self._pause
+        steps = max(self._steps, 1)
+        samples = self._steps * batch_size / seconds
+        perf = {
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": self._wait / steps,
+            "samples_per_second": samples,
+        }
+        if peak is not None:
+            perf["mfu"] = samples * sample_flops / peak
+        self.__init__()
+        return perf
+
+
+class Progress:
+    """A bar on a terminal, a line now and then in a log file, nothing on hosts other than the first."""
+
+    def __init__(self, *, start: int, steps: int, seconds_between_lines: float = 10.0):
+        self._quiet = bool(jax.process_index())
+        self._bar = None
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = tqdm(initial=start, total=steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._steps = steps
+        self._between = seconds_between_lines
+        self._last = -float("inf")
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, metrics: Mapping[str, float], perf: Mapping[str, float]) -> None:
+        """Shows the losses of a step and the speed."""
+        parts = {
+            name: f"{float(metrics[name]):.4g}"
+            for name in ("loss", "text_loss", "action_loss")
+            if name in metrics
+        }
+        parts["step"] = f"{perf['step_seconds'] * 1e3:.0f}ms"
+        parts["wait"] = f"{perf['data_wait_seconds'] * 1e3:.0f}ms"
+        parts["samples/s"] = f"{perf['samples_per_second']:.0f}"
+        if "mfu" in perf:
+            parts["mfu"] = f"{perf['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.set_postfix(parts, refresh=False)
+        elif not self._quiet and time.monotonic() - self._last >= self._between:
+            self._last = time.monotonic()
+            self.say(f"step {step}/{self._steps}  " + "  ".join(f"{k} {v}" for k, v in parts.items()))
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar."""
+        if not self._quiet:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

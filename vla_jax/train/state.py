@@ -1,0 +1,78 @@
+"""The training state, and how it comes to lie on the mesh without ever being whole on one device."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from vla_jax.sharding import activate, shardings
+from vla_jax.types import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    step: Int[Array, ""]
+    """Steps done, skipped ones included; with the seed it decides all randomness and the data."""
+    params: PyTree
+    ema: PyTree | None
+    """Exponential moving average of the parameters; None where none is kept."""
+    opt_state: optax.OptState
+
+    def items(self) -> dict[str, PyTree]:
+        """What a checkpoint holds as arrays: each can be restored by itself. The step is metadata."""
+        averaged = {} if self.ema is None else {"ema": self.ema}
+        return {"params": self.params, "opt_state": self.opt_state} | averaged
+
+    @classmethod
+    def from_items(cls, step: Int[Array, ""], items: dict[str, PyTree]) -> "TrainState":
+        """The inverse of `items`."""
+        return cls(step=step, params=items["params"], ema=items.get("ema"), opt_state=items["opt_state"])
+
+
+InitParams = Callable[[PRNGKeyArray], PyTree]
+"""Key → boxed parameters, as ``model.init(key, …)["params"]`` returns them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBuilder:
+    """How to make a state on a mesh: the initialiser, the shapes and where each array goes."""
+
+    create: Callable[[PRNGKeyArray], TrainState]
+    """Boxed state from a key; not to be called outside jit."""
+    shapes: TrainState
+    """`jax.ShapeDtypeStruct`s with shardings: the target of a restore."""
+    shardings: TrainState
+    mesh: Mesh
+
+    def init(self, key: PRNGKeyArray) -> TrainState:
+        """A new state. Every device computes only its own shards."""
+        with activate(self.mesh):
+            return jax.jit(lambda key: nn.unbox(self.create(key)), out_shardings=self.shardings)(key)
+
+
+def state_builder(
+    init_params: InitParams, tx: optax.GradientTransformation, *, ema: bool, mesh: Mesh
+) -> StateBuilder:
+    """Plans a state without computing anything. Raises ValueError where a parameter cannot lie on the mesh."""
+
+    def create(key: PRNGKeyArray) -> TrainState:
+        params = init_params(key)
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32), params=params, ema=average, opt_state=tx.init(params)
+        )
+
+    boxed = jax.eval_shape(create, jax.random.key(0))
+    places = shardings(boxed, mesh)
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nn.unbox(boxed), places
+    )
+    return StateBuilder(create, shapes, places, mesh)
