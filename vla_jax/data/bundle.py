@@ -1,0 +1,191 @@
+"""Everything a model needs to know of its data, in one object that a checkpoint stores and a policy replays."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vla_jax.data import transforms as tf
+from vla_jax.data.config import DataConfig
+from vla_jax.data.derived import DIRECTORY, key_hash
+from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
+from vla_jax.data.normalize import Normalize
+from vla_jax.data.sample import Sample, Transform
+from vla_jax.data.schema import DatasetSchema
+from vla_jax.data.source import EpisodeSource
+from vla_jax.data.statistics import dataset_statistics
+from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
+from vla_jax.types import Batch, Observation
+
+_TOKENIZER_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataBundle:
+    """Schema, and the transforms with their tokenizer and statistics."""
+
+    schema: DatasetSchema
+    transforms: tuple[Transform, ...]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the Tokenize transform."""
+        return self._only(tf.Tokenize).tokenizer
+
+    @property
+    def normalize(self) -> Normalize:
+        """The normalisation, with its statistics."""
+        return self._only(Normalize)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras the model sees."""
+        return tuple(self._only(tf.SelectCameras).cameras)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Samples in the robot's units as the model's batch; leaves are numpy arrays."""
+        return collate([tf.apply_inputs(self.transforms, sample) for sample in samples])
+
+    def observation_batch(self, observation: Observation, targets: Sequence[str] | None = None) -> Batch:
+        """What the robots see as the model's batch; `targets` are plans to follow, one per robot."""
+        return self.batch(
+            [
+                _observed(observation, row, targets[row] if targets is not None else None)
+                for row in range(len(observation.instruction))
+            ]
+        )
+
+    def robot_actions(
+        self, actions: Float[np.ndarray, "b *draws k a"], observation: Observation
+    ) -> Float[np.ndarray, "b *draws k robot_a"]:
+        """The model's actions in the robots' units. Any axes may lie between batch and chunk."""
+        rows = [
+            tf.apply_outputs(
+                self.transforms, _observed(observation, row, None).replace(actions=chunk)
+            ).actions
+            for row, chunk in enumerate(np.asarray(actions))
+        ]
+        return np.stack(rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {"schema": self.schema.to_json(), "transforms": tf.to_json(self.transforms)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DataBundle":
+        """The inverse of `to_json`."""
+        schema = DatasetSchema.from_json(values["schema"])
+        return cls(schema=schema, transforms=tf.from_json(values["transforms"]))
+
+    def _only(self, kind: type) -> Any:
+        found = [transform for transform in self.transforms if isinstance(transform, kind)]
+        if len(found) != 1:
+            raise ValueError(f"the stored transforms hold {len(found)} {kind.__name__}, not one")
+        return found[0]
+
+
+def prepare(
+    config: DataConfig, *, cameras: Sequence[str] = (), state_dim: int = 0, action_dim: int = 0
+) -> DataBundle:
+    """Tokenizer, statistics and transforms for a data set; the slow parts are kept beside it.
+
+    `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and
+    masked; 0 or empty takes the data set's own.
+    """
+    source = EpisodeSource(config.path, cache_mb=config.cache_mb)
+    schema, index = source.schema, index_dataset(source)
+    train, _ = split_episodes(index, config)
+    statistics = dataset_statistics(source, train, index.fingerprint)
+    for line in statistics.constant_dims(schema):
+        logging.getLogger(__name__).info("%s", line)
+    cameras = tuple(cameras) or config.cameras or tuple(schema.cameras)
+    unknown = [camera for camera in cameras if camera not in schema.cameras]
+    if unknown:
+        raise ValueError(f"camera {unknown[0]!r} is not in {config.path}, which has {list(schema.cameras)}")
+    by_task = config.normalization_group == "task"
+    tokenizer = _tokenizer(source, index, config.vocab_size)
+    transforms = (
+        tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras}),
+        tf.ResizeImages(config.image_size, config.image_size),
+        Normalize(
+            method=config.normalization,
+            group=config.normalization_group,
+            statistics=statistics.per_task if by_task else {"": statistics.dataset},
+            task_of=_task_of(index) if by_task else {},
+        ),
+        tf.PadDims(
+            state_dim=state_dim or len(schema.state_names),
+            action_dim=action_dim or len(schema.action_names),
+            robot_action_dim=len(schema.action_names),
+        ),
+        tf.Tokenize(tokenizer, config.max_text_tokens),
+    )
+    _check_texts(tokenizer, index, config.max_text_tokens)
+    if len(schema.state_names) > transforms[3].state_dim:
+        raise ValueError(
+            f"{config.path} has {len(schema.state_names)} state dims, the model {state_dim}; raise the model's"
+        )
+    return DataBundle(schema=schema, transforms=transforms)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Transformed samples as one batch of numpy arrays."""
+    first = samples[0]
+    trained = first.actions is not None
+    return Batch(
+        images={camera: np.stack([s.images[camera] for s in samples]) for camera in first.images},
+        image_mask={camera: np.asarray([s.image_mask[camera] for s in samples]) for camera in first.images},
+        state=np.stack([s.state for s in samples]),
+        tokens=np.stack([s.text.tokens for s in samples]),
+        token_mask=np.stack([s.text.mask for s in samples]),
+        token_causal=np.stack([s.text.causal for s in samples]),
+        token_loss=np.stack([s.text.loss for s in samples]),
+        actions=np.stack([s.actions for s in samples]) if trained else None,
+        action_mask=np.stack([s.action_mask for s in samples]) if trained else None,
+    )
+
+
+def _observed(observation: Observation, row: int, target: str | None) -> Sample:
+    return Sample(
+        images={camera: frames[row] for camera, frames in observation.images.items()},
+        state=observation.state[row],
+        instruction=observation.instruction[row],
+        text_target=target,
+    )
+
+
+def _tokenizer(source: EpisodeSource, index: DatasetIndex, vocab_size: int) -> Tokenizer:
+    texts = sorted({text for _, instruction, target in index.texts for text in (instruction, target)})
+    key = key_hash({"texts": texts, "vocab_size": vocab_size, "version": _TOKENIZER_VERSION})
+    directory = Path(source.path) / DIRECTORY / f"tokenizer-{key}"
+    if directory.exists():
+        return Tokenizer.load(directory)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    try:
+        tokenizer.save(directory)
+    except OSError as error:
+        logging.getLogger(__name__).warning("tokenizer is not kept beside the data: %s", error)
+    return tokenizer
+
+
+def _task_of(index: DatasetIndex) -> dict[str, str]:
+    tasks = index.tasks_of_instruction()
+    for instruction, names in tasks.items():
+        if len(names) > 1:
+            raise ValueError(
+                f"instruction {instruction!r} belongs to the tasks {list(names)}, so per-task statistics cannot "
+                "be chosen by it; use data.normalization_group=dataset"
+            )
+    return {instruction: names[0] for instruction, names in tasks.items()}
+
+
+def _check_texts(tokenizer: Tokenizer, index: DatasetIndex, limit: int) -> None:
+    """Refuse a limit that some text of the data set does not fit, before training starts."""
+    pairs = {(instruction, target) for _, instruction, target in index.texts}
+    lengths = {pair: int(tokenizer.encode_prompt(*pair, 4096).mask.sum()) for pair in sorted(pairs)}
+    longest = max(lengths, key=lengths.get)
+    tokenizer.encode_prompt(*longest, limit)

@@ -1,0 +1,48 @@
+"""A sample (one row of a batch in the making) and what it means to transform one."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from vla_jax.data.tokenizer import TextTokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row of a batch in the making: what a robot sees, and for training what it should do."""
+
+    images: dict[str, UInt8[np.ndarray, "h w 3"]]
+    state: Float[np.ndarray, " q"]
+    instruction: str
+    text_target: str | None = None
+    """The text to predict, or the plan to follow; None or "": none."""
+    task: str | None = None
+    """None: found from the instruction where it is needed."""
+    actions: Float[np.ndarray, "k a"] | None = None
+    action_mask: Bool[np.ndarray, "k a"] | None = None
+    image_mask: dict[str, bool] = dataclasses.field(default_factory=dict)
+    """Camera → whether there is an image; set by SelectCameras."""
+    text: TextTokens | None = None
+    """Set by Tokenize."""
+
+    def replace(self, **changes: Any) -> "Sample":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+class Transform(Protocol):
+    """One step of the way from sample to model and back."""
+
+    def inputs(self, sample: Sample) -> Sample:
+        """Towards the model."""
+
+    def outputs(self, sample: Sample) -> Sample:
+        """The model's actions, one step back towards the robot."""
+
+
+def check_dims(field: str, x: np.ndarray, dims: int) -> None:
+    """Raise a ValueError where the last axis is not the expected one."""
+    if x.shape[-1] != dims:
+        raise ValueError(f"{field} has {x.shape[-1]} dims, {dims} expected (of the data trained on)")

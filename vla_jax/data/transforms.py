@@ -1,0 +1,191 @@
+"""What happens to a sample between the data set (or the robot) and the model, and back.
+
+Each transform is a frozen dataclass: `inputs` takes a sample towards the model, `outputs` takes the model's
+actions back to the robot's units (it acts on `actions` alone; its last axes are [k a], any number may lead).
+The list that was trained with is stored in the checkpoint by `to_json` and replayed from `from_json`, so the
+two cannot drift apart. A statistic that is missing or of another size is an error, never skipped.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from vla_jax.data.normalize import Normalize
+from vla_jax.data.sample import Sample, Transform, check_dims
+from vla_jax.data.statistics import Statistics
+from vla_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectCameras:
+    """Keeps the cameras the model sees; one that a sample lacks becomes a masked black image."""
+
+    cameras: dict[str, tuple[int, int]]
+    """Camera → (height, width) of the black image."""
+
+    def __post_init__(self):
+        sizes = {camera: (int(size[0]), int(size[1])) for camera, size in self.cameras.items()}
+        object.__setattr__(self, "cameras", sizes)
+
+    def inputs(self, sample: Sample) -> Sample:
+        """Exactly `cameras`, and `image_mask` for them. A sample with none of them is an error."""
+        mask = {camera: camera in sample.images for camera in self.cameras}
+        if not any(mask.values()):
+            raise ValueError(
+                f"the observation has cameras {sorted(sample.images)}, none of the model's {list(self.cameras)}"
+            )
+        images = {
+            camera: sample.images[camera] if mask[camera] else np.zeros((*size, 3), np.uint8)
+            for camera, size in self.cameras.items()
+        }
+        return sample.replace(images=images, image_mask=mask)
+
+    def outputs(self, sample: Sample) -> Sample:
+        """Nothing to undo."""
+        return sample
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeImages:
+    """Images of another size are scaled into [height, width], bilinear, keeping their proportions, on black."""
+
+    height: int
+    width: int
+
+    def inputs(self, sample: Sample) -> Sample:
+        """Images of the right size are left as they are."""
+        images = {camera: self.resize(image) for camera, image in sample.images.items()}
+        return sample.replace(images=images)
+
+    def outputs(self, sample: Sample) -> Sample:
+        """Nothing to undo."""
+        return sample
+
+    def resize(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "height width 3"]:
+        """One image."""
+        h, w = image.shape[:2]
+        if (h, w) == (self.height, self.width):
+            return image
+        scale = min(self.height / h, self.width / w)
+        new_h, new_w = max(1, int(h * scale + 1e-6)), max(1, int(w * scale + 1e-6))
+        scaled = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BILINEAR)
+        result = np.zeros((self.height, self.width, 3), np.uint8)
+        top, left = (self.height - new_h) // 2, (self.width - new_w) // 2
+        result[top : top + new_h, left : left + new_w] = np.asarray(scaled)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class PadDims:
+    """State and actions padded with zeros to the model's dimensions; padded action dims are masked."""
+
+    state_dim: int
+    """The model's state dimensions."""
+    action_dim: int
+    """The model's action dimensions."""
+    robot_action_dim: int
+    """The robot's own action dimensions."""
+
+    def __post_init__(self):
+        if self.robot_action_dim > self.action_dim:
+            raise ValueError(
+                f"the data have {self.robot_action_dim} action dims, the model {self.action_dim}; raise the model's"
+            )
+
+    def inputs(self, sample: Sample) -> Sample:
+        """Pads the last axis."""
+        if sample.state.shape[-1] > self.state_dim:
+            raise ValueError(
+                f"the state has {sample.state.shape[-1]} dims, the model {self.state_dim}; raise the model's"
+            )
+        changes: dict[str, Any] = {"state": _pad(sample.state, self.state_dim)}
+        if sample.actions is not None:
+            check_dims("action", sample.actions, self.robot_action_dim)
+            changes["actions"] = _pad(sample.actions, self.action_dim)
+            changes["action_mask"] = _pad(sample.action_mask, self.action_dim)
+        return sample.replace(**changes)
+
+    def outputs(self, sample: Sample) -> Sample:
+        """Cuts the padding off."""
+        check_dims("model action", sample.actions, self.action_dim)
+        return sample.replace(actions=sample.actions[..., : self.robot_action_dim])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Instruction and text target to token ids."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+
+    def inputs(self, sample: Sample) -> Sample:
+        """Sets `text`. Raises ValueError where it does not fit into max_tokens."""
+        text = self.tokenizer.encode_prompt(sample.instruction, sample.text_target, self.max_tokens)
+        return sample.replace(text=text)
+
+    def outputs(self, sample: Sample) -> Sample:
+        """Nothing to undo."""
+        return sample
+
+
+_TYPES: Mapping[str, type] = {
+    kind.__name__: kind for kind in (SelectCameras, ResizeImages, Normalize, PadDims, Tokenize)
+}
+
+
+def apply_inputs(transforms: Sequence[Transform], sample: Sample) -> Sample:
+    """All transforms in order."""
+    for transform in transforms:
+        sample = transform.inputs(sample)
+    return sample
+
+
+def apply_outputs(transforms: Sequence[Transform], sample: Sample) -> Sample:
+    """All transforms backwards, from the model's actions to the robot's."""
+    for transform in reversed(transforms):
+        sample = transform.outputs(sample)
+    return sample
+
+
+def to_json(transforms: Sequence[Transform]) -> list[dict[str, Any]]:
+    """The transforms with all they need (statistics, tokenizer) as JSON values."""
+    result = []
+    for transform in transforms:
+        values = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform) if f.init}
+        if isinstance(transform, Normalize):
+            values["statistics"] = {
+                key: dataclasses.asdict(statistics) for key, statistics in transform.statistics.items()
+            }
+        elif isinstance(transform, Tokenize):
+            values["tokenizer"] = transform.tokenizer.to_files()
+        result.append({"type": type(transform).__name__, **values})
+    return result
+
+
+def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
+    """The inverse of `to_json`. Raises ValueError for an unknown transform or a missing value."""
+    transforms = []
+    for entry in values:
+        arguments = dict(entry)
+        name = arguments.pop("type", None)
+        if name not in _TYPES:
+            raise ValueError(f"stored transform {name!r} is unknown; this version has {sorted(_TYPES)}")
+        try:
+            if name == "Normalize":
+                statistics = arguments["statistics"]
+                arguments["statistics"] = {key: Statistics.from_json(v) for key, v in statistics.items()}
+            elif name == "Tokenize":
+                arguments["tokenizer"] = Tokenizer.from_files(arguments["tokenizer"])
+            transforms.append(_TYPES[name](**arguments))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"stored transform {name} is incomplete: {error}") from None
+    return tuple(transforms)
+
+
+def _pad(x: np.ndarray, dims: int) -> np.ndarray:
+    missing = dims - x.shape[-1]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
