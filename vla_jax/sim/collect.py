@@ -32,6 +32,7 @@ from vla_jax.data.schema import Episode
 from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource
 
 _MAX_SHARDS = 1000
+_TABLETOP_BATCH = 128
 #: Temporary names that the writer leaves behind when it is killed.
 _LEFTOVER = re.compile(r"\.(.*\.array_record-.*\.tmp|(schema|arguments)\.json\..*|metadata-.*)")
 
@@ -98,7 +99,8 @@ def make_source(config: CollectConfig) -> Source:
     """The source that `config.env` names. Raises ValueError for one that does not exist."""
     kind, _, rest = config.env.partition(":")
     if kind == "tabletop" and not rest:
-        return TabletopSource(config.episodes, config.seed, config.noisy_share, config.image_size)
+        batch = min(_TABLETOP_BATCH, config.episodes, config.shard_size or _TABLETOP_BATCH)
+        return TabletopSource(config.episodes, config.seed, config.noisy_share, config.image_size, batch)
     if kind == "metaworld" and rest:
         counts = parse_tasks(rest, config.episodes)
         return MetaWorldSource(counts, config.seed, config.noisy_share, config.image_size)

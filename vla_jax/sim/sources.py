@@ -76,10 +76,10 @@ class TabletopSource:
     """Tabletop demonstrations, computed in jitted batches."""
 
     shard_size = 256
-    _batch = 128
 
-    def __init__(self, episodes: int, seed: int, noisy_share: float, image_size: int):
+    def __init__(self, episodes: int, seed: int, noisy_share: float, image_size: int, batch: int):
         check_seeds(seed, episodes)
+        self._batch = batch
         self._config = tabletop.TabletopConfig(noisy_fraction=noisy_share, image_size=image_size)
         self._first = seed
         self.schema = schema_of(make_spec(self._config))

@@ -1,14 +1,16 @@
-"""A working headless OpenGL before mujoco is imported, or one clear error.
+"""A working headless OpenGL, or one clear error.
 
-mujoco reads ``MUJOCO_GL`` once, when it is first imported, and a back end that fails to load leaves its
-traces in the process. So candidates are tried in a short-lived child process, and only then is mujoco
-imported here.
+A back end that fails to load leaves its traces in the process, so candidates are tried in a short-lived child
+process. mujoco itself reads ``MUJOCO_GL`` only when it is first imported, which may have happened before; so the
+back end is imported by its name.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 _CANDIDATES = ("egl", "osmesa")
 _PROBE = "from mujoco.gl_context import GLContext; c = GLContext(8, 8); c.make_current(); c.free()"
@@ -22,8 +24,20 @@ def prepare() -> None:
     """
     if importlib.util.find_spec("metaworld") is None:
         raise ModuleNotFoundError("MetaWorld is not installed: pip install -r requirements-sim.txt")
-    if sys.platform == "linux" and "mujoco" not in sys.modules and not os.environ.get("MUJOCO_GL"):
+    if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = choose_backend()
+
+
+def make_context(size: int) -> Any:
+    """An OpenGL context for pictures of up to size × size pixels; call `prepare` first. Raises OSError."""
+    backend = os.environ.get("MUJOCO_GL", "").lower()
+    module = f"mujoco.{backend}" if backend in _CANDIDATES else "mujoco.gl_context"
+    try:
+        context = importlib.import_module(module).GLContext(size, size)
+        context.make_current()
+    except Exception as error:  # the back ends raise whatever their bindings raise
+        raise OSError(f"cannot make an OpenGL context: {error}; try MUJOCO_GL=egl or osmesa") from error
+    return context
 
 
 def choose_backend() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vla_jax.sim.metaworld.headless import prepare
+from vla_jax.sim.metaworld.headless import make_context, prepare
 
 CAMERA = "corner2"
 CAMERA_POSITION_M = (0.75, 0.075, 0.7)
@@ -35,16 +35,11 @@ class Renderer:
     def __init__(self, image_size: int):
         prepare()
         import mujoco
-        from mujoco.gl_context import GLContext
 
         self._mj = mujoco
         self._scale = render_scale(image_size)
         self._size = image_size * self._scale
-        try:
-            self._gl = GLContext(self._size, self._size)
-            self._gl.make_current()
-        except Exception as error:  # the back ends raise whatever their bindings raise
-            raise OSError(f"cannot make an OpenGL context: {error}; try MUJOCO_GL=egl or osmesa") from error
+        self._gl = make_context(self._size)
         self._rect = mujoco.MjrRect(0, 0, self._size, self._size)
         self._option, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
         self._models: dict[str, tuple[Any, Any, Any, Any]] = {}
