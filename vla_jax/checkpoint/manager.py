@@ -82,7 +82,7 @@ class Checkpoints:
         self._saving = None
 
     def restore_latest(
-        self, abstract: Mapping[str, Any], *, config: Mapping[str, Any], free: tuple[str, ...]
+        self, abstract: Mapping[str, Any], *, same: Mapping[str, Any], free: tuple[str, ...] = ()
     ) -> Restored | None:
         """The newest whole checkpoint, or None where there is none at all.
 
@@ -90,8 +90,8 @@ class Checkpoints:
 
         - `abstract`: for each item a tree of `jax.ShapeDtypeStruct` with the shardings to restore into, which
           need not be those it was saved from.
-        - `config`: this run's configuration, as JSON values. Raises ValueError where the checkpoint's differs
-          in any field but those whose dotted names start with one of `free`.
+        - `same`: entries of the metadata that must be what they were, above all `config`. Raises ValueError where
+          the checkpoint's differ in any field but those whose dotted names start with one of `free`.
         """
         warnings: list[str] = []
         steps = whole_steps(self.directory)
@@ -99,7 +99,7 @@ class Checkpoints:
             step_dir = self.directory / str(step)
             try:
                 meta = read_step_meta(step_dir)
-                _check_config(step_dir, meta["config"], config, free)
+                _check_same(step_dir, {key: meta.get(key) for key in same}, same, free)
                 items = restore_items(step_dir, abstract, meta)
             except CorruptCheckpointError as error:
                 warnings.append(f"checkpoint {step_dir} is unreadable ({error})")
@@ -156,8 +156,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_config(where: Path, saved: Mapping, config: Mapping, free: tuple[str, ...]) -> None:
-    old, new = flatten(saved), flatten(config)
+def _check_same(where: Path, saved: Mapping, given: Mapping, free: tuple[str, ...]) -> None:
+    old, new = (
+        {key.removeprefix("config."): value for key, value in flatten(x).items()} for x in (saved, given)
+    )
     differing = [
         f"{key}={new.get(key, 'absent')!r} (saved: {old.get(key, 'absent')!r})"
         for key in sorted(old.keys() | new.keys())

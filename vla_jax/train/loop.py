@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
-from vla_jax.sharding import activate, batch_sharding, check_batch, placement, replicated
+from vla_jax.sharding import activate, batch_sharding, check_batch, replicated
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
 from vla_jax.train.interrupt import StopSignal
@@ -45,6 +46,7 @@ FREE_TO_CHANGE = (
     "train.max_skipped",
     "train.tensorboard",
     "train.wandb",
+    "data.path",  # the data's fingerprint is compared instead
     "data.workers",
     "data.threads",
     "data.prefetch",
@@ -75,10 +77,9 @@ class Job:
     """Host batches from a step on."""
     val_batches: Callable[[], Iterator[Batch]]
     """Host batches of one validation."""
-    config: Mapping[str, Any]
-    """The resolved configuration as JSON values: saved, and compared on continuing."""
-    assets: Mapping[str, Any]
-    """JSON values that a policy needs besides the parameters: transforms, statistics, tokenizer."""
+    meta: Mapping[str, Any]
+    """JSON values that are saved with the parameters: `config` (resolved), `data_fingerprint`, and whatever a
+    policy needs. The two named ones are compared on continuing."""
     sample_flops: float
     """Analytic FLOPs of one training sample."""
     key: PRNGKeyArray
@@ -106,9 +107,10 @@ def fit(job: Job, loop: LoopConfig, run_dir: Path) -> TrainState:
             return state
         if start:
             progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")
-        log = MetricsLog(
-            run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=job.config
-        )
+        config = job.meta["config"]
+        if not jax.process_index():
+            (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        log = MetricsLog(run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=config)
         stack.callback(log.close)
         batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
         stop = stack.enter_context(StopSignal())
@@ -214,13 +216,13 @@ class _Trainer:
         self._read(0)
         self.log.sync()
         with self.clock.paused():
-            meta = {"config": dict(self.job.config), "assets": dict(self.job.assets)}
-            self.checkpoints.save(step, state.items(), meta)
+            self.checkpoints.save(step, state.items(), self.job.meta)
 
 
 def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     shapes = job.builder.shapes
-    restored = checkpoints.restore_latest(shapes.items(), config=job.config, free=FREE_TO_CHANGE)
+    same = {key: job.meta[key] for key in ("config", "data_fingerprint")}
+    restored = checkpoints.restore_latest(shapes.items(), same=same, free=FREE_TO_CHANGE)
     if restored is None:
         return job.builder.init(job.key), 0
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
@@ -229,7 +231,7 @@ def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, in
 
 @contextlib.contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
-    """Two processes that train into one directory would ruin it; the lock goes with its process, however it ends."""
+    """Two processes that train into one directory would ruin it; the lock ends with its process, however that ends."""
     if jax.process_index():
         yield
         return
@@ -241,9 +243,3 @@ def _only_one(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is being trained by another process; use another --run-dir"
             ) from error
         yield
-
-
-def report(builder: StateBuilder, *, full: bool) -> str:
-    """Where the state lies: per item, or (full) per array."""
-    table = placement(builder.shapes, builder.shardings, builder.mesh)
-    return f"{table.table()}\n{table.summary()}" if full else table.summary()

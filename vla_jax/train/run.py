@@ -1,0 +1,150 @@
+"""From a configuration to a trained policy: puts data, model, objective and optimiser together for the loop."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from vla_jax.config import TrainConfig, config_hash, to_json
+from vla_jax.data.bundle import DataBundle, prepare
+from vla_jax.data.index import index_dataset
+from vla_jax.data.loader import make_loader
+from vla_jax.flow.processes import make_process
+from vla_jax.models.vla import VLA
+from vla_jax.sharding import batch_sharding, check_batch, make_mesh, placement, replicated
+from vla_jax.train.flops import Flops, model_flops
+from vla_jax.train.loop import Job, fit
+from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.state import StateBuilder, state_builder
+from vla_jax.train.step import add_up, make_eval_step, make_train_step
+from vla_jax.types import Batch, PyTree
+
+
+def train(config: TrainConfig, run_dir: str | Path, *, dry_run: bool = False) -> None:
+    """Trains, or continues to train, into `run_dir`; with `dry_run` only prints what would happen.
+
+    Raises ValueError, FileNotFoundError and OSError with one clear line each; see `loop.fit`.
+    """
+    run_dir = Path(run_dir)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    bundle = prepare_data(config)
+    config = resolve(config, bundle)
+    job = make_job(config, bundle, mesh)
+    table = placement(job.builder.shapes, job.builder.shardings, mesh)
+    if not jax.process_index():
+        print(describe(json.loads(to_json(config))))
+        print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
+    if not dry_run:
+        fit(job, config.train, run_dir)
+
+
+def prepare_data(config: TrainConfig) -> DataBundle:
+    """Transforms, statistics and tokenizer of the configured data set."""
+    if not config.data.path:
+        raise ValueError("data.path is not set; give --data.path DIR, a data set of launch.collect")
+    expert = config.model.expert
+    return prepare(
+        config.data,
+        cameras=config.model.cameras,
+        state_dim=expert.state_dim,
+        action_dim=expert.action_dim,
+    )
+
+
+def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
+    """The configuration with the sizes that it left to the data set."""
+    return config.resolve(
+        cameras=bundle.cameras,
+        state_dim=len(bundle.schema.state_names),
+        action_dim=len(bundle.schema.action_names),
+        vocab=bundle.tokenizer.vocab_size,
+    )
+
+
+def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -> Job:
+    """Everything the loop needs, from a resolved configuration."""
+    loop = config.train
+    sizes = {"horizon": config.model.expert.horizon, "batch_size": loop.batch_size, "seed": config.seed}
+    loader = make_loader(config.data, bundle, **sizes)
+    held_out = make_loader(config.data, bundle, **sizes, split="val") if loop.val_every else None
+    model, process = VLA(config.model), make_process(config.process)
+    tx = make_optimizer(config.optim, loop.steps)
+    builder = state_builder(
+        init_params(model, loader.example_batch()), tx, ema=loop.ema_decay is not None, mesh=mesh
+    )
+
+    def val_batches() -> Iterator[Batch]:
+        return (held_out.batch(i) for i in range(loop.val_batches))
+
+    return Job(
+        builder=builder,
+        schedule=learning_rate(config.optim, loop.steps),
+        train_step=make_train_step(model, process, config, tx),
+        validate=make_validate(model, process, config, builder) if held_out else None,
+        batches=loader.iterate,
+        val_batches=val_batches,
+        meta={
+            "config": json.loads(to_json(config)),
+            "config_hash": config_hash(config),
+            "data": bundle.to_json(),
+            "data_fingerprint": index_dataset(loader.source).fingerprint,
+        },
+        sample_flops=train_flops(config),
+        key=jax.random.key(config.seed),
+    )
+
+
+def init_params(model: VLA, example: Batch):
+    """Key → boxed parameters. Only the shapes of `example` matter."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+
+    def init(key: PRNGKeyArray) -> PyTree:
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        t = jnp.zeros(batch.actions.shape[:1])
+        return model.init(key, batch, batch.actions, t)["params"]
+
+    return init
+
+
+def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilder):
+    """(parameters, device batches) → metrics. Noise is the same in every validation, so that they compare."""
+    mesh = builder.mesh
+    eval_step = jax.jit(
+        make_eval_step(model, process, config),
+        in_shardings=(builder.shardings.params, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    key = jax.random.key(config.seed)
+
+    def validate(params: PyTree, batches: Iterator[Batch]) -> dict[str, Any]:
+        return add_up(
+            [eval_step(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(batches)]
+        )
+
+    return validate
+
+
+def train_flops(config: TrainConfig) -> int:
+    """Analytic FLOPs of one training sample; terms of weight zero are not computed and not counted."""
+    objective = config.objective
+    return count_flops(config).train_sample(objective.noise_draws if objective.action_weight else 0)
+
+
+def count_flops(config: TrainConfig) -> Flops:
+    """Analytic FLOPs of a resolved configuration's model on its data."""
+    target_tokens = config.data.max_target_tokens if config.objective.text else 0
+    return model_flops(config.model, text_tokens=config.data.max_text_tokens, target_tokens=target_tokens)
+
+
+def describe(config: Mapping[str, Any], prefix: str = "") -> str:
+    """A configuration for people: one line per section."""
+    own = [f"{key}={value}" for key, value in config.items() if not isinstance(value, Mapping)]
+    lines = [f"{prefix or 'run'}: {' '.join(own)}"] if own else []
+    sections = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    lines += [describe(value, f"{prefix}.{key}".lstrip(".")) for key, value in sections.items()]
+    return "\n".join(lines)
