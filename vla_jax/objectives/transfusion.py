@@ -58,7 +58,7 @@ class Losses(NamedTuple):
 def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> Draws:
     """Draws times, noise and plan visibility for a batch. Masked action elements count as zero."""
     key_process, key_plan = jax.random.split(key)
-    b, k, a = batch.actions.shape
+    b = batch.actions.shape[0]
     draws = config.noise_draws
     clean = jnp.where(batch.action_mask, batch.actions, 0)
     corrupted = process.corrupt(key_process, jnp.repeat(clean, draws, axis=0))
@@ -146,16 +146,16 @@ def action_error(
             keys=scale_gradient(cache.keys, config.insulation),
             values=scale_gradient(cache.values, config.insulation),
         )
-    b, count_, k, a = draws.x_t.shape
+    b, repeats = draws.t.shape
 
     def rows(x: Array) -> Array:
-        return x.reshape(b * count_, *x.shape[2:])
+        return x.reshape(b * repeats, *x.shape[2:])
 
-    mask = jnp.repeat(batch.action_mask, count_, axis=0)
+    mask = jnp.repeat(batch.action_mask, repeats, axis=0)
     prediction = model.apply(
         {"params": params},
         cache,
-        jnp.repeat(batch.state, count_, axis=0),
+        jnp.repeat(batch.state, repeats, axis=0),
         rows(draws.x_t),
         rows(draws.t),
         mask,

@@ -1,0 +1,94 @@
+"""The whole of an experiment in one frozen dataclass, composed of every package's own."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from typing import Any
+
+from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.config import DataConfig
+from vla_jax.flow.config import ProcessConfig, SolverConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.sharding.config import MeshConfig
+from vla_jax.train.config import LoopConfig, OptimConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; `configs/*.py` hold values of it, the command line overrides any field."""
+
+    seed: int = 0
+    """Seed of parameters, data order and noise."""
+    model: VLAConfig = VLAConfig()
+    process: ProcessConfig = ProcessConfig()
+    solver: SolverConfig = SolverConfig()
+    """How policies sample unless told otherwise."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def resolve(
+        self, *, cameras: tuple[str, ...], state_dim: int, action_dim: int, vocab: int
+    ) -> "TrainConfig":
+        """Fills in what was left to the data set, and refuses sizes that cannot hold it."""
+        text, expert = self.model.text, self.model.expert
+        missing = [name for name in self.model.cameras if name not in cameras]
+        if missing:
+            raise ValueError(
+                f"model.cameras names '{missing[0]}', but the data set {self.data.path} has {', '.join(cameras)}"
+            )
+        sizes = {
+            "model.text.vocab": (text.vocab, vocab, "the tokenizer's entries"),
+            "model.expert.action_dim": (expert.action_dim, action_dim, "the data set's action dimensions"),
+            "model.expert.state_dim": (expert.state_dim, state_dim, "the data set's state dimensions"),
+        }
+        for name, (given, needed, what) in sizes.items():
+            if given and given < needed:
+                raise ValueError(f"{name}={given} is smaller than {what}, {needed}; use {name}=0 or more")
+        model = dataclasses.replace(
+            self.model,
+            cameras=self.model.cameras or cameras,
+            text=dataclasses.replace(text, vocab=text.vocab or vocab),
+            expert=dataclasses.replace(
+                expert, action_dim=expert.action_dim or action_dim, state_dim=expert.state_dim or state_dim
+            ),
+        )
+        return dataclasses.replace(self, model=model)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as JSON, the form that is saved."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The inverse of `to_json`. Raises ValueError on a field that this version does not have."""
+    return _build(TrainConfig, json.loads(text), "")
+
+
+def config_hash(config: TrainConfig) -> str:
+    """A short fingerprint of everything in a configuration."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Rebuilds frozen dataclasses and tuples from what JSON keeps of them."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(f"the configuration has a field '{where}{unknown[0]}' that this version does not know")
+        return kind(**{name: _build(hints[name], v, f"{where}{name}.") for name, v in value.items()})
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
