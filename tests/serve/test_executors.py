@@ -74,7 +74,7 @@ def test_plan_is_decoded_once_held_and_shown():
     executor = RecedingHorizon(policy, config, solver=SOLVER, key=jax.random.key(0))
     drive(executor, robots=2, rounds=3)
     assert [call[0] for call in policy.calls] == ["plan", "act", "act", "act"]
-    assert all(call[2:] == (("plan 0", "plan 1"), True) for call in policy.calls[1:])
+    assert all(call[2:] == (["plan 0", "plan 1"], True) for call in policy.calls[1:])
     assert len({str(call[1]) for call in policy.calls}) == 4
 
 
@@ -85,10 +85,20 @@ def test_without_see_plan_nothing_is_decoded_and_a_forced_plan_is_shown_anyway()
     assert all(call[0] == "act" and call[2:] == (None, False) for call in policy.calls)
     executor.reset(observe(np.zeros((2, 1))), plan=["a", "b"])
     executor(observe(np.zeros((2, 1))))
-    assert policy.calls[-1][2:] == (("a", "b"), True)
+    assert policy.calls[-1][2:] == (["a", "b"], True)
     executor.reset(observe(np.zeros((2, 1))))
     executor(observe(np.zeros((2, 1))))
     assert policy.calls[-1][2:] == (None, False)
+
+
+def test_only_active_robots_are_computed_and_each_keeps_its_own_plan():
+    policy = CountingPolicy()
+    executor = RecedingHorizon(policy, ExecutorConfig(execute=2), solver=SOLVER, key=jax.random.key(0))
+    observation = observe(np.array([[10.0], [20.0], [30.0]]))
+    executor.reset(observation, plan=["a", "b", "c"])
+    actions = executor(observation, active=np.array([True, False, True]))
+    np.testing.assert_array_equal(actions[..., 0], [[11, 12], [0, 0], [31, 32]])
+    assert policy.calls[-1][2] == ["a", "c"]
 
 
 def test_impossible_settings_are_refused():

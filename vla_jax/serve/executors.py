@@ -10,7 +10,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.types import Observation
@@ -82,18 +82,37 @@ class RecedingHorizon:
             )
         self.held_plan = None if plan is None else tuple(plan)
 
-    def __call__(self, observation: Observation) -> Float[np.ndarray, "b execute a"]:
-        """The actions to run now, [b execute a] in the robot's units."""
+    def __call__(
+        self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
+    ) -> Float[np.ndarray, "b execute a"]:
+        """The actions to run now, in the robot's units; zeros for robots that are not `active`.
+
+        Nothing is computed for inactive robots (episodes that have ended).
+        """
+        robots = len(observation.instruction)
+        rows = np.arange(robots) if active is None else np.flatnonzero(active)
         chunk = self._policy.act(
-            observation,
+            take(observation, rows),
             self._next_key(),
             solver=self._solver,
-            plan=self.held_plan,
+            plan=None if self.held_plan is None else [self.held_plan[row] for row in rows],
             see_plan=self.held_plan is not None,
         )
-        return np.asarray(chunk)[:, : self._config.execute]
+        chunk = np.asarray(chunk)[:, : self._config.execute]
+        actions = np.zeros((robots, *chunk.shape[1:]), chunk.dtype)
+        actions[rows] = chunk
+        return actions
 
     def _next_key(self) -> Array:
         key = jax.random.fold_in(self._key, self._calls)
         self._calls += 1
         return key
+
+
+def take(observation: Observation, rows: Sequence[int] | Int[np.ndarray, " r"]) -> Observation:
+    """The observations of some robots."""
+    return Observation(
+        images={name: image[np.asarray(rows)] for name, image in observation.images.items()},
+        state=observation.state[np.asarray(rows)],
+        instruction=tuple(observation.instruction[row] for row in rows),
+    )

@@ -1,0 +1,200 @@
+"""Closed-loop evaluation of a policy: what all environments share.
+
+What is asked and counted stands in `evaluate_tabletop` and `evaluate_metaworld`. The report is plain JSON; keys
+that do not apply are absent; `details` holds what the pictures and tables add.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from vla_jax.flow.config import SolverConfig
+from vla_jax.serve.executors import ChunkPolicy, ExecutorConfig, RecedingHorizon
+from vla_jax.sim import metrics
+from vla_jax.sim.env import VectorEnv
+from vla_jax.sim.rollout import Rollout, rollout
+from vla_jax.types import Observation
+
+HELD_OUT = 2**31
+"""Evaluation seeds start here; demonstrations are collected from smaller ones."""
+SEEDS_APART = 1_000_000
+"""Distance between the first episodes of two evaluation seeds, so that they share none."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is running, how many episodes it has, and how many more have ended."""
+
+
+def silent(name: str, total: int, ended: int) -> None:
+    """Progress that is not shown."""
+
+
+class EvaluablePolicy(ChunkPolicy):
+    """What evaluation asks of a policy beyond acting."""
+
+    writes_plans: bool
+    """Whether it was trained to predict the text target."""
+    sees_plans: bool
+    """Whether its actions were trained with a visible text target."""
+    action_scale: Float[np.ndarray, " a"]
+    """Standard deviation of each action dimension in the training data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to run."""
+
+    episodes: int = 512
+    """Held-out episodes (of each task)."""
+    seed: int = 0
+    """Chooses the scenes and the policy's noise."""
+    execute: int = 8
+    """Actions run of each chunk before the next prediction."""
+    see_plan: bool = False
+    """Let the actions see the plan that is decoded at each episode's start."""
+    samples: int = 32
+    """Chunks sampled per scene to measure diversity."""
+    diversity_scenes: int = 16
+    """Scenes in which diversity is measured."""
+    latency_calls: int = 60
+    """Timed calls at batch 1; fewer where they take longer than 20 s altogether."""
+    record: int = 64
+    """Episodes whose frames are kept for pictures."""
+
+    def __post_init__(self):
+        for name, least in {"episodes": 1, "samples": 2, "diversity_scenes": 1, "latency_calls": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.episodes > SEEDS_APART:
+            raise ValueError(f"episodes={self.episodes}: at most {SEEDS_APART}")
+        last = HELD_OUT + (self.seed + 1) * SEEDS_APART
+        if self.seed < 0 or last > 2**32:
+            raise ValueError(f"seed={self.seed}: must lie in [0, {(2**32 - HELD_OUT) // SEEDS_APART})")
+
+    def seeds(self) -> list[int]:
+        """The episodes' seeds, none of which a demonstration has."""
+        first = HELD_OUT + self.seed * SEEDS_APART
+        return list(range(first, first + self.episodes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The report, and the own-instruction episodes behind it."""
+
+    report: dict[str, Any]
+    rollout: Rollout
+
+
+class Runner:
+    """A policy with its settings: runs episodes in pieces, each use with noise of its own."""
+
+    def __init__(
+        self, policy: EvaluablePolicy, config: EvaluateConfig, solver: SolverConfig, progress: Progress
+    ):
+        if config.see_plan and not (policy.writes_plans and policy.sees_plans):
+            raise ValueError(
+                "see_plan: this policy was not trained to act on plans; train with objective.text and "
+                "objective.plan_visible above 0, or leave --see-plan out"
+            )
+        self.policy, self.config, self.solver, self.progress = policy, config, solver, progress
+        self._uses = 0
+
+    def key(self) -> jax.Array:
+        """A key that was not used before."""
+        self._uses += 1
+        return jax.random.fold_in(jax.random.key(self.config.seed), self._uses)
+
+    def run(
+        self,
+        name: str,
+        env: VectorEnv,
+        seeds: Sequence[int],
+        *,
+        plan: Sequence[str] | None = None,
+        record: int = 0,
+    ) -> Rollout:
+        """One rollout of the receding-horizon executor."""
+        config = ExecutorConfig(execute=self.config.execute, see_plan=self.config.see_plan)
+        executor = RecedingHorizon(self.policy, config, solver=self.solver, key=self.key())
+        return rollout(
+            env,
+            executor,
+            seeds,
+            plan=plan,
+            record=record,
+            progress=lambda ended: self.progress(name, len(seeds), ended),
+        )
+
+    def diversity(self, observation: Observation) -> float:
+        """Mean pairwise distance of chunks sampled for the first observation of some episodes."""
+        chunks = self.policy.act(
+            observation,
+            self.key(),
+            solver=self.solver,
+            see_plan=self.config.see_plan,
+            samples=self.config.samples,
+        )
+        return metrics.chunk_diversity(np.asarray(chunks), self.policy.action_scale)
+
+    def latency_ms(self, observation: Observation) -> dict[str, float]:
+        """Median and 95th percentile of one `act` for one robot: images in, actions on the host out.
+
+        Compilation and warm-up come first. With `see_plan` the plan is given, as it is held in an episode.
+        """
+        plan = self.policy.plan(observation, self.key()) if self.config.see_plan else None
+        keys = list(jax.random.split(self.key(), self.config.latency_calls + 3))
+        taken = []
+        for key in keys:
+            start = time.perf_counter()
+            jax.block_until_ready(
+                self.policy.act(
+                    observation, key, solver=self.solver, plan=plan, see_plan=self.config.see_plan
+                )
+            )
+            taken.append(1e3 * (time.perf_counter() - start))
+            if sum(taken[3:]) > 20e3 and len(taken) >= 3 + 5:
+                break
+        median, late = np.percentile(taken[3:], [50, 95])
+        return {"latency_ms_p50": float(median), "latency_ms_p95": float(late)}
+
+
+def write_json(report: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes the report in one move, so that it is whole or not there."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.replace(path)
+
+
+def pieces_of(seeds: Sequence[int], size: int) -> list[list[int]]:
+    """The seeds in as few pieces of at most `size` as possible, nearly equal ones."""
+    return [piece.tolist() for piece in np.array_split(np.asarray(seeds), -(-len(seeds) // size))]
+
+
+def join(pieces: Sequence[Rollout]) -> Rollout:
+    """Several rollouts as one."""
+    return Rollout(
+        records=[record for piece in pieces for record in piece.records],
+        recordings=[recording for piece in pieces for recording in piece.recordings],
+    )
+
+
+def finish(
+    report: dict[str, Any], details: dict[str, Any], config: EvaluateConfig, solver: SolverConfig
+) -> dict[str, Any]:
+    """Drops what does not apply and adds how it was measured."""
+    kept = {key: value for key, value in report.items() if value is not None}
+    return kept | {
+        "seed": config.seed,
+        "solver": dataclasses.asdict(solver),
+        "config": dataclasses.asdict(config),
+        "details": {key: value for key, value in details.items() if value is not None},
+    }
