@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import logging
 import os
 import re
 import sys
@@ -40,6 +41,8 @@ def run(main: Callable[[], None]) -> None:
     """
     trace = "--traceback" in sys.argv or os.environ.get("VLA_TRACEBACK", "") not in ("", "0")
     sys.argv[:] = [arg for arg in sys.argv if arg != "--traceback"]
+    if not trace:  # Orbax logs through absl every trace of every thread of an error that we report
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main()
     except BrokenPipeError:  # the reader of our output has seen enough: `… --help | head`

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from vla_jax.checkpoint.read import (
     restore_items,
     whole_steps,
 )
+from vla_jax.sharding.report import human
 
 #: The folder, beside the checkpoints, where unreadable ones are moved.
 UNREADABLE = "checkpoints.unreadable"
@@ -56,6 +58,7 @@ class Checkpoints:
         first. Raises OSError where that one or this one cannot be written.
         """
         self.wait()
+        self._check_space(step, items)
         self._saving = step
         record = dict(
             meta,
@@ -127,6 +130,13 @@ class Checkpoints:
             earlier = sum(1 for old in target.iterdir() if old.name.startswith(f"{step}-"))
             (self.directory / str(step)).rename(target / f"{step}-{earlier}")
         self._manager.reload()
+
+    def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
+        """A full disk is better met before than in the middle of writing."""
+        shards = [s for x in jax.tree.leaves(dict(items)) for s in x.addressable_shards if s.replica_id == 0]
+        needed, free = sum(s.data.nbytes for s in shards), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise self._failed(step, OSError(f"{human(needed)} to write, {human(free)} free on the disk"))
 
     def _failed(self, step: int, error: Exception) -> OSError:
         """The error to raise where a save failed: one line that says what is still there."""

@@ -6,6 +6,7 @@ RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that
 
 import contextlib
 import gc
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -81,8 +82,11 @@ def restore_items(step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str
 
 def first_line(error: BaseException) -> str:
     """An exception in one line of bearable length."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = lines[0].split(" See full TensorStore details")[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = line.split(" See full TensorStore details")[0]
+    system = re.search(r"([^:]*) \[os_error_code=", line)  # what the operating system said, behind long paths
+    if system:
+        return system.group(1).strip()
     return line if len(line) <= 200 else line[:197] + "..."
 
 
