@@ -106,8 +106,14 @@ def prepare(
     unknown = [camera for camera in cameras if camera not in schema.cameras]
     if unknown:
         raise ValueError(f"camera {unknown[0]!r} is not in {config.path}, which has {list(schema.cameras)}")
+    robot_state_dim, robot_action_dim = len(schema.state_names), len(schema.action_names)
+    if 0 < state_dim < robot_state_dim:
+        raise ValueError(
+            f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; raise the model's"
+        )
     by_task = config.normalization_group == "task"
     tokenizer = _tokenizer(source, index, config.vocab_size)
+    _check_texts(tokenizer, index, config.max_text_tokens)
     transforms = (
         tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras}),
         tf.ResizeImages(config.image_size, config.image_size),
@@ -118,17 +124,12 @@ def prepare(
             task_of=_task_of(index) if by_task else {},
         ),
         tf.PadDims(
-            state_dim=state_dim or len(schema.state_names),
-            action_dim=action_dim or len(schema.action_names),
-            robot_action_dim=len(schema.action_names),
+            state_dim=state_dim or robot_state_dim,
+            action_dim=action_dim or robot_action_dim,
+            robot_action_dim=robot_action_dim,
         ),
         tf.Tokenize(tokenizer, config.max_text_tokens),
     )
-    _check_texts(tokenizer, index, config.max_text_tokens)
-    if len(schema.state_names) > transforms[3].state_dim:
-        raise ValueError(
-            f"{config.path} has {len(schema.state_names)} state dims, the model {state_dim}; raise the model's"
-        )
     return DataBundle(schema=schema, transforms=transforms)
 
 
@@ -185,7 +186,6 @@ def _task_of(index: DatasetIndex) -> dict[str, str]:
 
 def _check_texts(tokenizer: Tokenizer, index: DatasetIndex, limit: int) -> None:
     """Refuse a limit that some text of the data set does not fit, before training starts."""
-    pairs = {(instruction, target) for _, instruction, target in index.texts}
-    lengths = {pair: int(tokenizer.encode_prompt(*pair, 4096).mask.sum()) for pair in sorted(pairs)}
-    longest = max(lengths, key=lengths.get)
+    pairs = sorted({(instruction, target) for _, instruction, target in index.texts})
+    longest = max(pairs, key=lambda pair: tokenizer.prompt_length(*pair))
     tokenizer.encode_prompt(*longest, limit)

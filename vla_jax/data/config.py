@@ -16,6 +16,8 @@ class DataConfig:
     """Number of episodes held out for validation; overrides val_share."""
     max_text_tokens: int = 48
     """Tokens of prompt, separator, target and end together; a longer text is refused, never cut."""
+    max_target_tokens: int = 24
+    """Tokens of a target with its end: logits are computed for so many positions. A longer one is refused."""
     vocab_size: int = 1024
     """Tokens of the tokenizer that is trained from the data set's texts (and of the model's embedding)."""
     cameras: tuple[str, ...] = ()
@@ -43,7 +45,14 @@ class DataConfig:
             raise ValueError(f"data.val_share={self.val_share}: must be in [0, 1)")
         if self.val_episodes is not None and self.val_episodes < 0:
             raise ValueError(f"data.val_episodes={self.val_episodes}: must not be negative")
-        at_least = {"max_text_tokens": 4, "image_size": 1, "threads": 1, "prefetch": 1, "cache_mb": 1}
+        at_least = {
+            "max_text_tokens": 4,
+            "max_target_tokens": 1,
+            "image_size": 1,
+            "threads": 1,
+            "prefetch": 1,
+            "cache_mb": 1,
+        }
         for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")

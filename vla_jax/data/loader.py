@@ -14,6 +14,7 @@ from typing import Literal
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Bool, Float, Int
 
 from vla_jax.data.bundle import DataBundle
@@ -24,7 +25,7 @@ from vla_jax.data.source import EpisodeSource
 from vla_jax.types import Batch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Loader:
     """Random access to batches; made by `make_loader`. It pickles, so that worker processes can have one."""
 
@@ -69,6 +70,8 @@ class Loader:
             grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
         )
         if config.workers:
+            if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which other launchers never parse
+                flags.FLAGS.mark_as_parsed()
             per_worker = math.ceil(config.prefetch / config.workers)
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)

@@ -6,17 +6,19 @@ RLDS (Ramos et al. 2021, arXiv:2111.02767): an episode is a nested data set `ste
     schema.json            written first: names and sizes of everything recorded, number of shards
     arguments.json         how it was collected, if the caller says so
     NAME-train.array_record-00000-of-00008 …
+    checksums.json         of the shards: their sizes alone tell little, array_record pads to 64 KiB
     features.json, dataset_info.json   written last: without dataset_info.json a data set is half-written
 
 Shards are written by any number of processes in any order, each atomically; a stopped collection goes on with
 `missing_shards`. Images are handed to TFDS as PNG bytes, because its own encoder needs TensorFlow.
 """
 
+import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from vla_jax.data.schema import METADATA, DatasetSchema, Episode
 SPLIT = "train"
 SCHEMA_FILE = "schema.json"
 ARGUMENTS_FILE = "arguments.json"
+CHECKSUMS_FILE = "checksums.json"
 INFO_FILE = "dataset_info.json"
 
 
@@ -151,10 +154,10 @@ def write_shard(
                     record = _serialize(layout, schema, episode)
                 except ValueError as error:
                     raise ValueError(f"episode {count} of shard {shard}: {error}") from None
-                writer.write(record)
+                _on_disk(target, writer.write, record)
                 count += 1
         finally:
-            writer.close()
+            _on_disk(target, writer.close)
         if count == 0:
             raise ValueError(f"shard {shard} of {out_dir} got no episodes; use fewer shards")
         (Path(out_dir) / INFO_FILE).unlink(missing_ok=True)  # it counts the episodes of the old shard
@@ -197,6 +200,8 @@ def finalize(out_dir: str | os.PathLike, schema: DatasetSchema, num_shards: int)
     )
     info.set_file_format("array_record")
     info.set_splits(tfds.core.SplitDict([split]))
+    checksums = {path.name: _checksum(path) for path in paths}
+    write_atomically(out_dir / CHECKSUMS_FILE, json.dumps(checksums, indent=2).encode())
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".metadata-") as temporary:
         info.write_to_directory(temporary)
         names = sorted((path.name for path in Path(temporary).iterdir()), key=lambda name: name == INFO_FILE)
@@ -231,6 +236,20 @@ def _serialize(layout: tfds.features.FeaturesDict, schema: DatasetSchema, episod
     ]
     example = layout.encode_example({"steps": steps, "episode_metadata": metadata})
     return ExampleSerializer(layout.get_serialized_info()).serialize_example(example)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _on_disk(target: Path, write: Callable[..., None], *record: bytes) -> None:
+    """array_record reports a full disk as a RuntimeError with its own file names in it."""
+    try:
+        write(*record)
+    except RuntimeError as error:
+        reason = str(error).split(";")[0]
+        raise OSError(f"cannot write {target} ({reason}); make room and run the same command again") from None
 
 
 def _count_records(path: Path) -> int:

@@ -121,10 +121,10 @@ class EpisodeSource:
         return episode
 
     def fingerprint(self) -> str:
-        """Changes when the data do: a hash of the metadata and of the files' names and sizes."""
+        """Changes when the data do: a hash of metadata and checksums, and of the files' names and sizes."""
         digest = hashlib.sha256()
         for path in sorted(self.path.iterdir()):
-            if path.name in (rlds.SCHEMA_FILE, rlds.INFO_FILE):
+            if path.name in (rlds.SCHEMA_FILE, rlds.CHECKSUMS_FILE, rlds.INFO_FILE):
                 digest.update(path.read_bytes())
             elif path.name.startswith(f"{self.schema.name}-{rlds.SPLIT}."):
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())

@@ -110,6 +110,10 @@ class Tokenizer:
             self._cache[key] = found
         return found
 
+    def prompt_length(self, instruction: str, target: str | None) -> int:
+        """How many tokens `encode_prompt` needs."""
+        return sum(map(len, self._pieces(instruction, target)))
+
     def to_files(self) -> dict[str, str]:
         """File name → content, to be stored in a checkpoint."""
         return dict(self._files)
@@ -147,9 +151,12 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _encode_prompt(self, instruction: str, target: str | None, max_len: int) -> TextTokens:
+    def _pieces(self, instruction: str, target: str | None) -> tuple[list[int], list[int]]:
         prompt = [BOS, *self._ids(instruction.strip().replace(SEPARATOR, " ")), *self._separator]
-        answer = [*self._ids(target), EOS] if target else []
+        return prompt, [*self._ids(target), EOS] if target else []
+
+    def _encode_prompt(self, instruction: str, target: str | None, max_len: int) -> TextTokens:
+        prompt, answer = self._pieces(instruction, target)
         length = len(prompt) + len(answer)
         if length > max_len:
             text = repr(instruction) + (f" with target {target!r}" if target else "")

@@ -187,5 +187,8 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
 
 
 def _pad(x: np.ndarray, dims: int) -> np.ndarray:
-    missing = dims - x.shape[-1]
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    if x.shape[-1] == dims:
+        return x
+    result = np.zeros((*x.shape[:-1], dims), x.dtype)
+    result[..., : x.shape[-1]] = x
+    return result
