@@ -4,12 +4,13 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vla_jax.flow.schedules import Schedule
 
 
-def time_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def time_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Times are float32 even beside bfloat16 data: 0.999 and 1 are the same number in bfloat16."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -35,9 +36,15 @@ class AffinePath:
 
     schedule: Schedule
 
+    def interpolate(
+        self, x_0: Float[Array, "..."], x_1: Float[Array, "..."], t: Float[Array, "*t"]
+    ) -> Float[Array, "..."]:
+        """``x_t = alpha x_1 + sigma x_0``; t may be [], [b], [b k]."""
+        u = align(t, x_1)
+        return (self.schedule.alpha(u) * x_1 + self.schedule.sigma(u) * x_0).astype(x_1.dtype)
+
     def sample(self, x_0: Float[Array, "..."], x_1: Float[Array, "..."], t: Float[Array, "*t"]) -> PathSample:
         """``x_t`` and ``dx_t = alpha' x_1 + sigma' x_0``; t may be [], [b], [b k]."""
         s, u = self.schedule, align(t, x_1)
-        x_t = s.alpha(u) * x_1 + s.sigma(u) * x_0
         dx_t = s.d_alpha(u) * x_1 + s.d_sigma(u) * x_0
-        return PathSample(x_1, x_0, t, x_t.astype(x_1.dtype), dx_t.astype(x_1.dtype))
+        return PathSample(x_1, x_0, t, self.interpolate(x_0, x_1, t), dx_t.astype(x_1.dtype))

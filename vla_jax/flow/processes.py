@@ -11,40 +11,22 @@ K noise draws per sample are a larger batch. Everything is jit-, vmap- and grad-
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
-from vla_jax.flow.config import ProcessConfig, SolverConfig
+from vla_jax.flow.base import Corrupted, Samples, elementwise, solve
+from vla_jax.flow.config import STOCHASTIC, ProcessConfig, SolverConfig
+from vla_jax.flow.couplings import sinkhorn_pairs
+from vla_jax.flow.diffusion import Diffusion
 from vla_jax.flow.paths import AffinePath, time_dtype
 from vla_jax.flow.schedules import VP, CondOT, Cosine, LinearVP, Polynomial, Schedule
-from vla_jax.flow.solvers import Field, integrate, time_grid
+from vla_jax.flow.solvers import Field
+from vla_jax.flow.step_schedules import CosineSteps, LinearSteps
 from vla_jax.flow.times import Beta, LogitNormal, TimeSampler, Uniform
-
-
-class Corrupted(NamedTuple):
-    """Training examples of a field: its input (x_t, t), what it should answer, and the noise used."""
-
-    x_t: Float[Array, "b ..."]
-    t: Float[Array, "b *k"]
-    target: Float[Array, "b ..."]
-    noise: Float[Array, "b ..."]
-
-
-class Samples(NamedTuple):
-    """What a solver made, the evaluations of the field it took, and the points on the way if asked for."""
-
-    x: Float[Array, "b ..."]
-    nfe: int | Int[Array, ""]
-    trajectory: Float[Array, "n b ..."] | None = None
-
-
-def elementwise(loss: Literal["mse", "l1"], prediction: Array, target: Array) -> Array:
-    """Squared or absolute error of every element, in float32 or wider."""
-    error = prediction.astype(time_dtype(prediction.dtype)) - target
-    return jnp.square(error) if loss == "mse" else jnp.abs(error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +35,7 @@ class Flow:
 
     schedule: Schedule = dataclasses.field(default_factory=CondOT)
     times: TimeSampler = dataclasses.field(default_factory=TimeSampler)
+    coupling: Literal["independent", "sinkhorn"] = "independent"
     criterion: Literal["mse", "l1"] = "mse"
 
     def corrupt(
@@ -65,11 +48,14 @@ class Flow:
     ) -> Corrupted:
         """``x_t = alpha a + sigma eps`` with target ``alpha' a + sigma' eps`` (CondOT: ``a - eps``).
 
-        Times and noise are drawn unless given: t [b k] is a time per token, noise comes from a coupling.
+        Times and noise are drawn unless given: t [b k] is a time per token; given noise is used as it is, paired
+        already, e.g. by `couplings.exact_pairs` in a data thread.
         """
         for_noise, for_time = jax.random.split(key)
         if noise is None:
             noise = jax.random.normal(for_noise, a.shape, a.dtype)
+            if self.coupling == "sinkhorn":
+                noise = noise[sinkhorn_pairs(noise, a)]
         if t is None:
             t = self.times(for_time, a.shape[0], time_dtype(a.dtype))
         point = AffinePath(self.schedule).sample(noise, a, t)
@@ -87,20 +73,14 @@ class Flow:
         solver: SolverConfig,
         *,
         noise: Float[Array, "b ..."] | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         intermediates: bool = False,
     ) -> Samples:
         """Solve ``dx/dt = field(x, t)`` from noise at t = 0 (drawn from `key` unless given) to t = 1."""
+        if solver.method in STOCHASTIC:
+            raise ValueError(f"solver.method {solver.method} samples a ddpm process, not flow; use euler")
         x = jax.random.normal(key, shape, dtype) if noise is None else noise
-        solution = integrate(
-            field,
-            x,
-            time_grid(solver.grid, solver.num_steps),
-            method=solver.method,
-            unroll=solver.unroll,
-            intermediates=intermediates,
-        )
-        return Samples(solution.x, solver.nfe, solution.trajectory)
+        return solve(field, x, solver, intermediates=intermediates)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,26 +105,28 @@ class Regression:
         shape: tuple[int, ...],
         solver: SolverConfig,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> Samples:
         """One evaluation at zeros whatever key and solver are: no randomness, no steps."""
         zeros = jnp.zeros(shape, dtype)
         return Samples(field(zeros, jnp.zeros(shape[:1], time_dtype(dtype))).astype(dtype), 1)
 
 
-Process = Flow | Regression
+Process = Flow | Diffusion | Regression
 
 
 def make_schedule(config: ProcessConfig) -> Schedule:
     """The schedule that `config.path` names."""
     schedules = {
-        "cond_ot": CondOT(),
-        "polynomial": Polynomial(config.power) if config.power > 1 else CondOT(),
-        "vp": VP(),
-        "linear_vp": LinearVP(),
-        "cosine": Cosine(),
+        "cond_ot": CondOT,
+        "polynomial": lambda: Polynomial(config.power),
+        "vp": VP,
+        "linear_vp": LinearVP,
+        "cosine": Cosine,
+        "ddpm_linear": lambda: LinearSteps(config.diffusion_steps),
+        "ddpm_cosine": lambda: CosineSteps(config.diffusion_steps),
     }
-    return schedules[config.path]
+    return schedules[config.path]()
 
 
 def make_times(config: ProcessConfig) -> TimeSampler:
@@ -163,4 +145,13 @@ def make_process(config: ProcessConfig) -> Process:
     """The process that a config describes."""
     if config.kind == "regression":
         return Regression(criterion=config.loss)
-    return Flow(schedule=make_schedule(config), times=make_times(config), criterion=config.loss)
+    schedule, times = make_schedule(config), make_times(config)
+    if config.kind == "ddpm":
+        return Diffusion(
+            schedule=schedule,
+            times=times,
+            prediction=config.prediction,
+            clip=config.clip,
+            criterion=config.loss,
+        )
+    return Flow(schedule=schedule, times=times, coupling=config.coupling, criterion=config.loss)

@@ -53,6 +53,10 @@ class Schedule(abc.ABC):
     def d_sigma(self, t: Time) -> Time:
         """Time derivative of sigma."""
 
+    def sigma_d_sigma(self, t: Time) -> Time:
+        """``sigma sigma' = (sigma^2)' / 2``: finite at t = 1 even where sigma' is not."""
+        return self.sigma(t) * self.d_sigma(t)
+
     def log_snr(self, t: Time) -> Time:
         """``log(alpha / sigma)``, increasing; +inf at t = 1, and -inf at t = 0 where alpha(0) = 0."""
         return jnp.log(self.alpha(t)) - jnp.log(self.sigma(t))
@@ -177,7 +181,11 @@ class VariancePreserving(Schedule):
 
     def d_sigma(self, t: Time) -> Time:
         """From ``alpha alpha' + sigma sigma' = 0``; truly -inf at t = 1."""
-        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+        return self.sigma_d_sigma(t) / self.sigma(t)
+
+    def sigma_d_sigma(self, t: Time) -> Time:
+        """``-alpha alpha'``."""
+        return -self.alpha(t) * self.d_alpha(t)
 
     def pair_of_velocity(self, velocity: Array, x: Array, t: Array) -> tuple[Array, Array]:
         """Without sigma': ``x1 = alpha x + sigma^2 v / alpha'``, ``eps = sigma (x - alpha v / alpha')``."""

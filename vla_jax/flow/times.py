@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 
@@ -53,7 +54,7 @@ class TimeSampler:
     t_max: float = 1.0
     stratified: bool = False
 
-    def __call__(self, key: Key[Array, ""], n: int, dtype: jnp.dtype = jnp.float32) -> Float[Array, " n"]:
+    def __call__(self, key: Key[Array, ""], n: int, dtype: DTypeLike = jnp.float32) -> Float[Array, " n"]:
         """`n` times. Stratified: one from each of n equal slices, in random order (less gradient noise)."""
         draw, order = jax.random.split(key)
         u = jax.random.uniform(draw, (n,), dtype)

@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import install_import_hook
+
+with install_import_hook("vla_jax.flow", "beartype.beartype"):  # shapes are checked in these tests
+    import vla_jax.flow.processes  # noqa: F401
+    import vla_jax.flow.oracle  # noqa: F401
+
+from vla_jax.flow.oracle import GaussianMixture
+from vla_jax.flow.schedules import VP, CondOT, Cosine, LinearVP, Polynomial
+from vla_jax.flow.step_schedules import CosineSteps, LinearSteps
+
+SMOOTH = [CondOT(), Polynomial(2.0), Polynomial(3.0), Cosine(), LinearVP(), VP()]
+ALL = [*SMOOTH, LinearSteps(100), CosineSteps(100)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def name(schedule):
+    return f"{type(schedule).__name__}{getattr(schedule, 'power', '')}"
+
+
+@pytest.fixture(params=ALL, ids=name)
+def schedule(request):
+    return request.param
+
+
+@pytest.fixture(params=SMOOTH, ids=name)
+def smooth(request):
+    return request.param
+
+
+@pytest.fixture
+def mixture():
+    """Three bumps in the plane, of different weights and widths, on a path to choose."""
+
+    def make(schedule):
+        return GaussianMixture(
+            weights=jnp.array([0.5, 0.3, 0.2]),
+            means=jnp.array([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]]),
+            stds=jnp.array([[0.4, 0.6], [0.5, 0.3], [0.7, 0.5]]),
+            schedule=schedule,
+        )
+
+    return make

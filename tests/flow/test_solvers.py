@@ -1,0 +1,145 @@
+"""Solvers: their order on the exact mixture, their options, adaptive steps, and that they transform cleanly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.flow.base import solve
+from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.schedules import CondOT
+from vla_jax.flow.solvers import integrate, time_grid
+
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+
+
+def test_orders(smooth, mixture):
+    """C5: error ~ N^-order for every path, each sample on its way to its own end time.
+
+    The three resolutions run as one batch with times of their own: a sample that has arrived makes steps of zero.
+    """
+    g = mixture(smooth)
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    end = jnp.linspace(0.5, 1.0, 8)
+    resolutions = (160, 320, 640)
+    ramps = jnp.stack([jnp.minimum(jnp.arange(641) / n, 1) for n in resolutions], 1)
+    times = (ramps[:, :, None] * end).reshape(641, 24)
+
+    @jax.jit
+    def solve_all(x):
+        return {m: integrate(g.velocity, jnp.tile(x, (3, 1)), times, method=m).x for m in ORDERS}
+
+    for method, ends in jax.device_get(solve_all(x)).items():
+        a, b, c = ends.reshape(3, 8, 2)
+        order = np.log2(np.linalg.norm(a - b) / np.linalg.norm(b - c))
+        assert abs(order - ORDERS[method]) < 0.1, (method, order)
+
+
+def test_against_diffrax_and_each_other(mixture):
+    """C14: dopri5 and tsit5 reach what many RK4 steps reach; evaluations are counted as they happen."""
+    g = mixture(CondOT())
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    calls = []
+
+    def field(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return g.velocity(x, t)
+
+    truth = solve(g.velocity, x, SolverConfig(method="rk4", num_steps=200)).x
+    for method in ("dopri5", "tsit5"):
+        solver = SolverConfig(method=method, rtol=1e-8, atol=1e-8, num_steps=4)
+        result = solve(field, x, solver, intermediates=True)
+        jax.effects_barrier()
+        np.testing.assert_allclose(result.x, truth, atol=1e-6)
+        assert int(result.nfe) == len(calls) > 50
+        calls.clear()
+        assert result.trajectory.shape == (5, 8, 2)
+        np.testing.assert_array_equal(result.trajectory[0], x)
+        np.testing.assert_array_equal(result.trajectory[-1], result.x)
+        assert solver.nfe is None
+
+
+@pytest.mark.parametrize("method", ORDERS)
+def test_evaluations_are_counted(method):
+    calls = []
+
+    def field(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    solver = SolverConfig(method=method, num_steps=3)
+    result = solve(field, jnp.ones((2, 1)), solver)
+    jax.effects_barrier()
+    assert len(calls) == result.nfe == solver.nfe
+
+
+def test_against_a_loop_in_numpy():
+    """Euler and midpoint, the two that policies use, step by step; unrolling changes nothing."""
+    x0 = np.random.default_rng(0).normal(size=(3, 4, 2))
+
+    def slope(x, t):
+        return np.sin(3 * t) * x - x**3
+
+    def field(x, t):
+        return jnp.sin(3 * t)[:, None, None] * x - x**3
+
+    x, y = x0, x0
+    for i in range(7):
+        t, h = i / 7, 1 / 7
+        x = x + h * slope(x, t)
+        y = y + h * slope(y + h / 2 * slope(y, t), t + h / 2)
+    for method, expected in (("euler", x), ("midpoint", y)):
+        for unroll in (1, 3):
+            made = integrate(field, jnp.asarray(x0), time_grid("uniform", 7), method=method, unroll=unroll)
+            np.testing.assert_allclose(made.x, expected, rtol=1e-12)
+
+
+def test_intermediates_backwards_and_dtypes(mixture):
+    g = mixture(CondOT())
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    there = integrate(g.velocity, x, time_grid("uniform", 80), method="rk4", intermediates=True)
+    assert there.trajectory.shape == (81, 4, 2)
+    np.testing.assert_array_equal(there.trajectory[0], x)
+    np.testing.assert_array_equal(there.trajectory[-1], there.x)
+    back = integrate(g.velocity, there.x, time_grid("uniform", 80)[::-1].copy(), method="rk4")
+    np.testing.assert_allclose(back.x, x, atol=1e-4)
+    half = integrate(
+        lambda x, t: (x * t[:, None]).astype(jnp.float32), x.astype(jnp.bfloat16), time_grid("uniform", 4)
+    )
+    assert half.x.dtype == jnp.bfloat16
+
+
+def test_jit_vmap_grad():
+    """Reverse-mode through the scan against the closed form of dx/dt = theta x: d x(1) / d theta = x0 e^theta."""
+
+    def end(theta, x):
+        return integrate(lambda x, t: theta * x, x, time_grid("uniform", 50), method="rk4").x.sum()
+
+    theta = jnp.array([0.5, -1.0])
+    x = jnp.ones((2, 1, 1))
+    gradient = jax.jit(jax.vmap(jax.grad(end)))(theta, x)
+    np.testing.assert_allclose(gradient, jnp.exp(theta), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_grids(n):
+    for name in ("uniform", "edm"):
+        grid = time_grid(name, n)
+        assert grid.shape == (n + 1,) and grid[0] == 0 and grid[-1] == 1 and (np.diff(grid) > 0).all()
+    if n == 10:  # levels 80 ... 0.002 of Karras et al. on CondOT are (1 - t) / t
+        np.testing.assert_allclose((1 - time_grid("edm", n)[-2]) / time_grid("edm", n)[-2], 0.002, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_steps": 0},
+        {"unroll": 0},
+        {"eta": 0.5},
+        {"eta": -1.0},
+        {"rtol": 0.0},
+    ],
+)
+def test_impossible_solvers_are_refused(options):
+    with pytest.raises(ValueError, match="solver"):
+        SolverConfig(**options)

@@ -1,0 +1,57 @@
+"""What all processes share: the shape of a training example, of a result, and of a loss."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vla_jax.flow.adaptive import integrate_adaptive
+from vla_jax.flow.config import ADAPTIVE, SolverConfig
+from vla_jax.flow.paths import time_dtype
+from vla_jax.flow.solvers import Field, integrate, time_grid
+
+
+class Corrupted(NamedTuple):
+    """Training examples of a field: its input (x_t, t), what it should answer, and the noise used."""
+
+    x_t: Float[Array, "b ..."]
+    t: Float[Array, "b *k"]
+    target: Float[Array, "b ..."]
+    noise: Float[Array, "b ..."]
+
+
+class Samples(NamedTuple):
+    """What a solver made, the evaluations of the field it took, and the points on the way if asked for."""
+
+    x: Float[Array, "b ..."]
+    nfe: int | Int[Array, ""]
+    trajectory: Float[Array, "n b ..."] | None = None
+
+
+def elementwise(
+    loss: Literal["mse", "l1"], prediction: Float[Array, "*s"], target: Float[Array, "*s"]
+) -> Float[Array, "*s"]:
+    """Squared or absolute error of every element, in float32 or wider."""
+    error = prediction.astype(time_dtype(prediction.dtype)) - target
+    return jnp.square(error) if loss == "mse" else jnp.abs(error)
+
+
+def solve(
+    field: Field, x: Float[Array, "b ..."], solver: SolverConfig, *, intermediates: bool = False
+) -> Samples:
+    """Carry `x` along ``dx/dt = field(x, t)`` from t = 0 to t = 1, with fixed or adaptive steps."""
+    times = time_grid(solver.grid, solver.num_steps)
+    if solver.method in ADAPTIVE:
+        return Samples(
+            *integrate_adaptive(
+                field,
+                x,
+                times if intermediates else times[[0, -1]],
+                method=solver.method,
+                rtol=solver.rtol,
+                atol=solver.atol,
+                intermediates=intermediates,
+            )
+        )
+    end = integrate(field, x, times, method=solver.method, unroll=solver.unroll, intermediates=intermediates)
+    return Samples(end.x, solver.nfe, end.trajectory)
