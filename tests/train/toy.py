@@ -63,9 +63,7 @@ def make_step(tx, poison_from: int | None = None):
         new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {"loss": loss, "bins": jnp.stack([loss, 2 * loss]), "skipped": 1.0 - finite}
-        state = dataclasses.replace(
-            state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state
-        )
+        state = dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
         return state, metrics
 
     return train_step
@@ -112,7 +110,14 @@ def make_job(loop: LoopConfig, mesh_config: MeshConfig, *, batches=None, optim=N
 
 
 def small_loop(**changes) -> LoopConfig:
-    values = {"batch_size": 8, "steps": 12, "log_every": 1, "val_every": 4, "save_every": 4, "tensorboard": False}
+    values = {
+        "batch_size": 8,
+        "steps": 12,
+        "log_every": 1,
+        "val_every": 4,
+        "save_every": 4,
+        "tensorboard": False,
+    }
     return LoopConfig(**(values | changes))
 
 

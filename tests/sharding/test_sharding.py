@@ -1,0 +1,155 @@
+"""Meshes, rules and placement: refused where they cannot work, equal to one device where they can."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from vla_jax.sharding import RULES, MeshConfig, check_batch, make_mesh, placement, shardings
+
+
+def mesh_of(**sizes):
+    """A mesh of any size without the devices."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def boxed(names, shape):
+    init = nn.with_logical_partitioning(nn.initializers.zeros, names)
+    return jax.eval_shape(lambda: {"layer": {"w": init(jax.random.key(0), shape)}})
+
+
+@pytest.fixture(scope="module")
+def eight():
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sharding.eight"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
+def test_sharded_equals_one_device(eight, mesh):
+    found = eight[mesh]
+    assert found["init"] == 0  # bit for bit: random bits do not depend on the sharding
+    assert found["loss"] < 1e-6
+    assert found["params"] < 1e-5
+
+
+def test_parameters_and_moments_are_split_by_the_rules(eight):
+    assert eight["8x1x1"]["kernel"] == [16, 32]
+    assert eight["1x8x1"]["kernel"] == eight["1x8x1"]["moment"] == [2, 32]
+    assert eight["2x2x2"]["kernel"] == eight["2x2x2"]["moment"] == [8, 16]
+    assert eight["8x1x1"]["unsharded"] == 1 and eight["2x2x2"]["unsharded"] < 0.01
+
+
+def test_constraints_are_in_the_lowered_program(eight):
+    # Two activations, forward and backward. Outside `activate` they mean nothing, hence the count above 0.
+    assert all(eight[mesh]["constraints"] >= 2 for mesh in ("8x1x1", "1x8x1", "2x2x2"))
+    assert eight["outside"] == 0
+
+
+def test_a_checkpoint_is_restored_onto_another_mesh(eight):
+    for mesh in ("1x8x1", "2x2x2"):
+        assert eight[mesh]["restored"] == 0
+        assert eight[mesh]["restored_shards"]
+    assert eight["whole"] == 0 and eight["whole_devices"] == 1
+
+
+def test_rules_name_each_axis_once():
+    names = [name for name, _ in RULES]
+    assert len(names) == len(set(names))
+    for name in (
+        "layers",
+        "embed",
+        "mlp",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab",
+        "patch",
+        "action",
+        "batch",
+        "length",
+    ):
+        assert name in names
+
+
+def test_misspelt_axis_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"layer/w: axis 'emded' .* did you mean 'embed'\?"):
+        shardings(boxed(("emded", "mlp"), (4, 4)), mesh_of(data=1, fsdp=2, tensor=1))
+
+
+def test_unnamed_parameter_is_refused():
+    with pytest.raises(ValueError, match="names no axes"):
+        shardings({"w": jax.ShapeDtypeStruct((4,), jnp.float32)}, mesh_of(data=1, fsdp=2, tensor=1))
+
+
+def test_indivisible_axis_is_refused_with_what_would_work():
+    with pytest.raises(
+        ValueError, match=r"axis 'heads' of 6 is not divisible by mesh.tensor=4; use mesh.tensor=2"
+    ):
+        shardings(boxed(("embed", "heads"), (8, 6)), mesh_of(data=1, fsdp=2, tensor=4))
+
+
+def test_a_mesh_axis_is_used_once_per_array():
+    tree = shardings(boxed(("embed", "mlp"), (8, 8)), mesh_of(data=2, fsdp=2, tensor=2))
+    assert tree["layer"]["w"].spec == PartitionSpec("fsdp", "tensor")
+
+
+def fake_devices(n):
+    return [SimpleNamespace(id=i) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(fsdp=3), r"3 does not divide the 8 devices; .*\[1, 2, 4, 8\]"),
+        (MeshConfig(data=2, fsdp=2, tensor=1), r"needs 4 devices, but there are 8"),
+    ],
+)
+def test_impossible_meshes(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(config, fake_devices(8))
+
+
+@pytest.mark.parametrize("values", [{"data": 0}, {"fsdp": -2}, {"data": -1, "fsdp": -1}])
+def test_mesh_config_is_checked(values):
+    with pytest.raises(ValueError, match="mesh"):
+        MeshConfig(**values)
+
+
+def test_batch_must_divide():
+    mesh = mesh_of(data=4, fsdp=2, tensor=1)
+    check_batch(32, 2, mesh)
+    with pytest.raises(
+        ValueError, match=r"batch 30 is not divisible by 8 batch shards .*use train.batch_size=32"
+    ):
+        check_batch(30, 1, mesh)
+    with pytest.raises(ValueError, match="2 microbatches"):
+        check_batch(24, 2, mesh)
+
+
+def test_placement_counts_bytes_by_hand():
+    mesh = mesh_of(data=2, fsdp=4, tensor=2)
+    tree = {
+        "w": boxed(("embed", "mlp"), (8, 6))["layer"]["w"],
+        "norm": boxed((None,), (10,))["layer"]["w"],
+    }
+    places = shardings(tree, mesh)
+    table = placement(nn.unbox(tree), places, mesh)
+    assert table.bytes == 8 * 6 * 4 + 10 * 4
+    assert table.device_bytes == 2 * 3 * 4 + 10 * 4
+    assert table.unsharded_share == pytest.approx(40 / (192 + 40))
+    assert "fsdp, tensor" in table.table()
+    assert "17.2% not sharded" in table.summary()
