@@ -217,6 +217,10 @@ class TestBundle:
             ValueError, match=r"text of \d+ tokens is over the limit of 4: .*max_text_tokens="
         ):
             prepare(dataclasses.replace(config, max_text_tokens=4))
+        with pytest.raises(
+            ValueError, match=r"text target of \d+ tokens is over the limit of 2: .*max_target_tokens"
+        ):
+            prepare(dataclasses.replace(config, max_target_tokens=2))
 
     def test_one_instruction_for_two_tasks(self, tmp_path):
         toy.write(tmp_path, [toy.make_episode(seed, language_instruction="go") for seed in range(4)])

@@ -116,7 +116,7 @@ def test_deterministic_and_independent_of_order():
     room=st.integers(0, 9),
 )
 def test_prompt_layout(instruction, target, room):
-    length = TOKENIZER.prompt_length(instruction, target)
+    length, answer_length = TOKENIZER.lengths(instruction, target)
     row = TOKENIZER.encode_prompt(instruction, target, length + room)
     prompt = [BOS, *TOKENIZER.encode(instruction.strip().replace("\n", " ")), SEPARATOR]
     answer = [*TOKENIZER.encode(target), EOS] if target else []
@@ -125,6 +125,7 @@ def test_prompt_layout(instruction, target, room):
     assert row.loss.tolist() == [False] * len(prompt) + [True] * len(answer) + [False] * room
     assert row.causal.tolist() == [False] * len(prompt) + [bool(target)] * (len(answer) + room)
     assert row.tokens.tolist().count(SEPARATOR) == 1
+    assert len(answer) == answer_length
     if target:
         assert TOKENIZER.decode(row.tokens[row.loss]) == target
     with pytest.raises(ValueError, match=f"text of {length} tokens is over the limit of {length - 1}: "):
@@ -138,6 +139,14 @@ def test_too_long_names_the_text_and_the_remedy():
         "text of 9 tokens is over the limit of 5: 'grab the red cup' with target 'pass left'; "
         "shorten it or train with data.max_text_tokens=9 or more"
     )
+
+
+def test_a_target_has_its_own_limit():
+    TOKENIZER.encode_prompt("grab", "pass left", 20, 3)
+    with pytest.raises(
+        ValueError, match="text target of 3 tokens is over the limit of 2: 'pass left'; shorten it"
+    ):
+        TOKENIZER.encode_prompt("grab", "pass left", 20, 2)
 
 
 def test_cached_rows_cannot_be_changed():

@@ -179,7 +179,7 @@ def everything():
             method="quantile", group="task", statistics={"a": STATISTICS, "b": SMALL}, task_of={"go": "b"}
         ),
         tf.PadDims(state_dim=4, action_dim=5, robot_action_dim=3),
-        tf.Tokenize(train_tokenizer(["go", "stop"], 300), 8),
+        tf.Tokenize(train_tokenizer(["go", "stop"], 300), 8, 4),
     )
 
 

@@ -113,7 +113,8 @@ def prepare(
         )
     by_task = config.normalization_group == "task"
     tokenizer = _tokenizer(source, index, config.vocab_size)
-    _check_texts(tokenizer, index, config.max_text_tokens)
+    tokenize = tf.Tokenize(tokenizer, config.max_text_tokens, config.max_target_tokens)
+    _check_texts(tokenize, index)
     transforms = (
         tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras}),
         tf.ResizeImages(config.image_size, config.image_size),
@@ -128,7 +129,7 @@ def prepare(
             action_dim=action_dim or robot_action_dim,
             robot_action_dim=robot_action_dim,
         ),
-        tf.Tokenize(tokenizer, config.max_text_tokens),
+        tokenize,
     )
     return DataBundle(schema=schema, transforms=transforms)
 
@@ -184,8 +185,12 @@ def _task_of(index: DatasetIndex) -> dict[str, str]:
     return {instruction: names[0] for instruction, names in tasks.items()}
 
 
-def _check_texts(tokenizer: Tokenizer, index: DatasetIndex, limit: int) -> None:
-    """Refuse a limit that some text of the data set does not fit, before training starts."""
-    pairs = sorted({(instruction, target) for _, instruction, target in index.texts})
-    longest = max(pairs, key=lambda pair: tokenizer.prompt_length(*pair))
-    tokenizer.encode_prompt(*longest, limit)
+def _check_texts(tokenize: tf.Tokenize, index: DatasetIndex) -> None:
+    """Refuse limits that some text of the data set does not fit, before training starts."""
+    tokenizer, pairs = (
+        tokenize.tokenizer,
+        sorted({(instruction, target) for _, instruction, target in index.texts}),
+    )
+    for part in (0, 1):  # the longest text, the longest target
+        longest = max(pairs, key=lambda pair: tokenizer.lengths(*pair)[part])
+        tokenizer.encode_prompt(*longest, tokenize.max_tokens, tokenize.max_target_tokens)

@@ -4,7 +4,8 @@ Moments are merged chunk by chunk in float64 (Chan, Golub and LeVeque 1979, eq. 
 (linear interpolation, as numpy's) up to `MAX_ROWS` rows; beyond, they are those of a uniform sample of that
 many rows, always the same one.
 
-A dimension that never changes (min == max) is *constant*: its deviation is exactly 0 and it normalises to 0.
+A dimension that never changes (min == max) is *constant*: it normalises to 0. (Its deviation is exactly 0 too:
+float64 sums of equal float32 values do not round.)
 """
 
 import dataclasses
@@ -124,11 +125,10 @@ class Accumulator:
     def result(self) -> FieldStatistics:
         """The statistics of all rows so far."""
         self._shrink()
-        constant = self._min == self._max
         quantiles = np.quantile(self._rows[0].astype(np.float64), (0.01, 0.99), axis=0)
         return FieldStatistics(
-            mean=np.where(constant, self._min, self._mean),
-            std=np.where(constant, 0.0, np.sqrt(self._squares / self.count)),
+            mean=self._mean,
+            std=np.sqrt(self._squares / self.count),
             min=self._min,
             max=self._max,
             q01=quantiles[0],

@@ -55,7 +55,7 @@ class Tokenizer:
         # An instruction that spells "<eos>" is text, not the end of the sequence.
         self._tokenizer.encode_special_tokens = True
         self._separator = self._ids(SEPARATOR)
-        self._cache: dict[tuple[str, str | None, int], TextTokens] = {}
+        self._cache: dict[tuple, TextTokens] = {}
 
     def __getstate__(self) -> dict[str, str]:
         return self._files
@@ -94,25 +94,28 @@ class Tokenizer:
         known = [j for i in ids for j in ([i] if 0 <= i < self.vocab_size else unknown)]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
-    def encode_prompt(self, instruction: str, target: str | None, max_len: int) -> TextTokens:
-        """[bos prompt separator][target eos][pad], each [max_len].
+    def encode_prompt(
+        self, instruction: str, target: str | None, max_len: int, max_target: int | None = None
+    ) -> TextTokens:
+        """[bos prompt separator][target eos][pad], each [max_len]; [target eos] at most `max_target`.
 
         The prompt is stripped, and a line feed in it becomes a space. `target` None or "" leaves its part
         out. `causal` is True from the first target token on, padding included; `loss` at target and eos.
         Raises ValueError where it does not fit: nothing is ever cut.
         """
-        key = (instruction, target, max_len)
+        key = (instruction, target, max_len, max_target)
         found = self._cache.get(key)
         if found is None:
-            found = self._encode_prompt(instruction, target, max_len)
+            found = self._encode_prompt(*key)
             if len(self._cache) >= _CACHED_TEXTS:
                 self._cache.clear()
             self._cache[key] = found
         return found
 
-    def prompt_length(self, instruction: str, target: str | None) -> int:
-        """How many tokens `encode_prompt` needs."""
-        return sum(map(len, self._pieces(instruction, target)))
+    def lengths(self, instruction: str, target: str | None) -> tuple[int, int]:
+        """How many tokens `encode_prompt` needs: for all of it, and for [target eos]."""
+        prompt, answer = self._pieces(instruction, target)
+        return len(prompt) + len(answer), len(answer)
 
     def to_files(self) -> dict[str, str]:
         """File name → content, to be stored in a checkpoint."""
@@ -155,7 +158,9 @@ class Tokenizer:
         prompt = [BOS, *self._ids(instruction.strip().replace(SEPARATOR, " ")), *self._separator]
         return prompt, [*self._ids(target), EOS] if target else []
 
-    def _encode_prompt(self, instruction: str, target: str | None, max_len: int) -> TextTokens:
+    def _encode_prompt(
+        self, instruction: str, target: str | None, max_len: int, max_target: int | None
+    ) -> TextTokens:
         prompt, answer = self._pieces(instruction, target)
         length = len(prompt) + len(answer)
         if length > max_len:
@@ -163,6 +168,11 @@ class Tokenizer:
             raise ValueError(
                 f"text of {length} tokens is over the limit of {max_len}: {text}; "
                 f"shorten it or train with data.max_text_tokens={length} or more"
+            )
+        if max_target is not None and len(answer) > max_target:
+            raise ValueError(
+                f"text target of {len(answer)} tokens is over the limit of {max_target}: {target!r}; "
+                f"shorten it or train with data.max_target_tokens={len(answer)} or more"
             )
         tokens = np.full(max_len, PAD, np.int32)
         tokens[:length] = prompt + answer

@@ -121,10 +121,15 @@ class Tokenize:
 
     tokenizer: Tokenizer
     max_tokens: int
+    """Of prompt and target together."""
+    max_target_tokens: int
+    """Of the target with its end."""
 
     def inputs(self, sample: Sample) -> Sample:
-        """Sets `text`. Raises ValueError where it does not fit into max_tokens."""
-        text = self.tokenizer.encode_prompt(sample.instruction, sample.text_target, self.max_tokens)
+        """Sets `text`. Raises ValueError where it does not fit."""
+        text = self.tokenizer.encode_prompt(
+            sample.instruction, sample.text_target, self.max_tokens, self.max_target_tokens
+        )
         return sample.replace(text=text)
 
     def outputs(self, sample: Sample) -> Sample:
