@@ -79,6 +79,12 @@ class TabletopConfig:
             raise ValueError(
                 f"kind_weights {self.kind_weights} must be {len(KINDS)} non-negative numbers with a positive sum"
             )
+        for name in ("start_x_m", "start_y_m", "object_x_m", "object_y_m", "obstacle_y_m"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < self.table_m:
+                raise ValueError(
+                    f"{name} {(low, high)} is not a range on the table; use 0 < low <= high < {self.table_m}"
+                )
         width = self.object_x_m[1] - self.object_x_m[0]
         if width < 2 * self.object_gap_m:
             raise ValueError(

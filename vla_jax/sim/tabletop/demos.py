@@ -6,21 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from vla_jax.sim.tabletop.config import TabletopConfig
-from vla_jax.sim.tabletop.episode import Episode, checked_seeds, measure, records, sample_episode, texts
+from vla_jax.sim.tabletop.episode import (
+    Episode,
+    checked_seeds,
+    kind_weights,
+    measure,
+    records,
+    sample_episode,
+    texts,
+)
 from vla_jax.sim.tabletop.expert import Rollout, rollout
-from vla_jax.sim.tabletop.render import render
+from vla_jax.sim.tabletop.render import render, rgb_view
+from vla_jax.sim.tabletop.world import Scene, State
 
-LENGTH_MULTIPLE = 8
-"""Padded lengths are multiples of this, so that few programs are compiled."""
+FRAMES_MULTIPLE = 256
+"""Pictures are rendered in multiples of this, so that few programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demonstrations:
-    """Expert episodes on the host, padded to a common length t; step i of episode b is real if i < lengths[b].
+    """Expert episodes on the host, padded with zeros to a common length t = max(lengths).
 
     Each step holds what is seen *before* its action. `actions` are the expert's own (clean) ones, also where
     a disturbance was executed. `plans` and `instructions` hold for the whole episode.
@@ -38,15 +48,15 @@ class Demonstrations:
 def generate(config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None) -> Demonstrations:
     """The expert's episodes of the seeds, each a pure function of its seed. 64 to 256 at a time is fast."""
     seeds = checked_seeds(seeds)
-    episodes, run, track = jax.tree.map(np.asarray, _rollouts(config, seeds, kind))
+    episodes, run, track = jax.tree.map(np.asarray, _rollouts(config, seeds, kind_weights(config, kind)))
     lengths = run.final.steps
-    length = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, config.max_steps)
-    states = jax.tree.map(lambda leaf: leaf[:, :length], run.states)
+    live = np.arange(lengths.max()) < lengths[:, None]
+    state = np.concatenate([run.states.position, run.states.opening[..., None]], axis=-1)
     instructions, plans = texts(episodes)
     return Demonstrations(
-        images={name: np.asarray(image) for name, image in _pictures(config, episodes, states).items()},
-        state=np.concatenate([states.position, states.opening[..., None]], axis=-1),
-        actions=run.actions[:, :length],
+        images=_pictures(config, episodes.scene, run.states, live),
+        state=np.where(live[..., None], state[:, : live.shape[1]], 0),
+        actions=np.where(live[..., None], run.actions[:, : live.shape[1]], 0),
         lengths=lengths,
         instructions=instructions,
         plans=plans,
@@ -63,17 +73,36 @@ def generate(config: TabletopConfig, seeds: Sequence[int], *, kind: str | None =
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _rollouts(config: TabletopConfig, seeds, kind: str | None) -> tuple[Episode, Rollout, Any]:
+@functools.partial(jax.jit, static_argnums=0)
+def _rollouts(config: TabletopConfig, seeds, weights) -> tuple[Episode, Rollout, Any]:
     def one(seed):
-        episode = sample_episode(config, seed, kind=kind)
+        episode = sample_episode(config, seed, jnp.stack(weights), False)
         run = rollout(config, episode.scene, episode.side, episode.disturbance)
         return episode, run, measure(config, episode, run.positions, run.final.steps)
 
     return jax.vmap(one)(seeds)
 
 
+def _pictures(
+    config: TabletopConfig, scenes: Scene, states: State, live: Bool[np.ndarray, "b t"]
+) -> dict[str, UInt8[np.ndarray, "b t h w 3"]]:
+    """Renders the live steps only: episodes differ in length by up to a factor of three."""
+    rows, times = np.nonzero(live)
+    padding = (0, -len(rows) % FRAMES_MULTIPLE)
+    some_rows, some_times = np.pad(rows, padding), np.pad(times, padding)
+    words = _render(
+        config,
+        jax.tree.map(lambda leaf: leaf[some_rows], scenes),
+        jax.tree.map(lambda leaf: leaf[some_rows, some_times], states),
+    )
+    images = {}
+    for name, packed in words.items():
+        frames = rgb_view(packed)[: len(rows)]
+        images[name] = np.zeros((*live.shape, *frames.shape[1:]), np.uint8)
+        images[name][rows, times] = frames
+    return images
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _pictures(config: TabletopConfig, episodes: Episode, states):
-    over_time = jax.vmap(functools.partial(render, config), in_axes=(None, 0))
-    return jax.vmap(over_time)(episodes.scene, states)
+def _render(config: TabletopConfig, scenes: Scene, states: State):
+    return jax.vmap(functools.partial(render, config))(scenes, states)

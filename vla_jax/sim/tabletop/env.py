@@ -14,6 +14,7 @@ from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.episode import (
     Episode,
     checked_seeds,
+    kind_weights,
     measure,
     object_names,
     records,
@@ -21,7 +22,7 @@ from vla_jax.sim.tabletop.episode import (
     texts,
 )
 from vla_jax.sim.tabletop.expert import expert_action
-from vla_jax.sim.tabletop.render import render
+from vla_jax.sim.tabletop.render import render, to_images
 from vla_jax.sim.tabletop.world import State, initial_state, step
 from vla_jax.types import Observation
 
@@ -62,12 +63,12 @@ class TabletopEnv:
         self.config = config
         self.spec = make_spec(config)
         self._swapped = instruction == "swapped"
-        self._kind = kind
+        self._weights = kind_weights(config, kind)
 
     def reset(self, seeds: Sequence[int]) -> Observation:
         """Starts one episode per seed."""
         self._seeds = checked_seeds(seeds)
-        self.episodes: Episode = _sample(self.config, self._seeds, self._kind, self._swapped)
+        self.episodes: Episode = _sample(self.config, self._seeds, self._weights, self._swapped)
         """The scenes and what is asked for, as device arrays with a leading axis b."""
         self.state: State = jax.vmap(initial_state)(self.episodes.scene)
         """The robots, as device arrays with a leading axis b."""
@@ -88,9 +89,9 @@ class TabletopEnv:
 
     def observe(self) -> Observation:
         """What the robots see now."""
-        images, state = _observe(self.config, self.episodes, self.state)
+        words, state = _observe(self.config, self.episodes, self.state)
         return Observation(
-            images={name: np.asarray(image) for name, image in images.items()},
+            images=to_images(words),
             state=np.asarray(state),
             instruction=self.instructions,
         )
@@ -150,9 +151,9 @@ class TabletopEnv:
         }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _sample(config: TabletopConfig, seeds, kind: str | None, swapped: bool) -> Episode:
-    return jax.vmap(lambda seed: sample_episode(config, seed, kind=kind, swapped=swapped))(seeds)
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(config: TabletopConfig, seeds, weights, swapped) -> Episode:
+    return jax.vmap(lambda seed: sample_episode(config, seed, jnp.stack(weights), swapped))(seeds)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.expert import choose_side, rollout, sample_disturbance
 from vla_jax.sim.tabletop.geometry import LEFT, RIGHT, segment_distance
 from vla_jax.sim.tabletop.language import PHRASINGS, instruction_text, object_name, plan_text
-from vla_jax.sim.tabletop.world import OBJECTS, Scene, clearance, sample_kind, sample_scene, scene_kind
+from vla_jax.sim.tabletop.world import OBJECTS, Scene, clearance, pick, sample_scene, scene_kind
 
 SIDE_NAMES = {LEFT: "left", RIGHT: "right"}
 
@@ -32,27 +32,39 @@ class Episode:
     disturbance: Float[Array, "t 2"]
 
 
-def sample_episode(
-    config: TabletopConfig, seed: Int[Array, ""], *, kind: str | None = None, swapped: bool = False
-) -> Episode:
-    """Draws the episode of a seed; `swapped` asks for another object in the very same scene.
+def kind_weights(config: TabletopConfig, kind: str | None) -> tuple[float, ...]:
+    """Weights of KINDS that fix one kind, or the configured ones for None."""
+    if kind is None:
+        return config.kind_weights
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; use one of {', '.join(KINDS)}, or None for a mixture")
+    return tuple(float(kind == name) for name in KINDS)
 
-    `kind` fixes how the obstacle lies towards the scene's own target.
+
+def sample_episode(
+    config: TabletopConfig,
+    seed: Int[Array, ""],
+    weights: Float[Array, "3"],
+    swapped: Bool[Array, ""],
+) -> Episode:
+    """Draws the episode of a seed; `weights` are those of KINDS, towards the scene's own target.
+
+    `swapped` asks for another object in the very same scene; kind and side are then about that object.
     """
-    scene_key, kind_key, phrase, coin, noise, swap = jax.random.split(jax.random.key(seed), 6)
-    drawn = sample_kind(config, kind_key) if kind is None else jnp.array(KINDS.index(kind))
-    scene = sample_scene(config, scene_key, drawn)
+    scene_key, noise_key, rest = jax.random.split(jax.random.key(seed), 3)
+    kind, phrasing, coin, swap = jax.random.uniform(rest, (4,))
+    shares = jnp.cumsum(jnp.asarray(weights, jnp.float32))
+    scene = sample_scene(config, scene_key, jnp.sum(kind * shares[-1] >= shares[:-1]))
     own_target = scene.target
-    if swapped:
-        other = (own_target + jax.random.randint(swap, (), 1, OBJECTS)) % OBJECTS
-        scene = dataclasses.replace(scene, target=other)
+    other = (own_target + 1 + pick(swap, OBJECTS - 1)) % OBJECTS
+    scene = dataclasses.replace(scene, target=jnp.where(swapped, other, own_target))
     return Episode(
         scene=scene,
         own_target=own_target,
         kind=scene_kind(config, scene),
-        phrasing=jax.random.randint(phrase, (), 0, len(PHRASINGS)),
-        side=choose_side(config, scene, jax.random.bernoulli(coin)),
-        disturbance=sample_disturbance(config, noise),
+        phrasing=pick(phrasing, len(PHRASINGS)),
+        side=choose_side(config, scene, coin < 0.5),
+        disturbance=sample_disturbance(config, noise_key),
     )
 
 

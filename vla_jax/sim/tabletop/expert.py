@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.sim.tabletop.config import TabletopConfig
 from vla_jax.sim.tabletop.geometry import LEFT, RIGHT, detour, segment_distance, segment_projection
-from vla_jax.sim.tabletop.world import Scene, State, clearance, initial_state, move, step
+from vla_jax.sim.tabletop.world import Scene, State, clearance, initial_state, move, pick, step, uniforms
 
 
 def choose_side(config: TabletopConfig, scene: Scene, coin: Bool[Array, ""]) -> Int[Array, ""]:
@@ -85,10 +85,10 @@ def rollout(
 
 def sample_disturbance(config: TabletopConfig, key: Array) -> Float[Array, "t 2"]:
     """Velocity bursts [m/s] for one demonstration, all zero in the undisturbed share of them."""
-    noisy, phase, active, velocity = jax.random.split(key, 4)
+    chances, speeds = jax.random.split(key)
     bursts = config.max_steps // config.burst_steps + 2
-    velocities = config.burst_std_m_per_s * jax.random.normal(velocity, (bursts, 2))
-    velocities *= jax.random.bernoulli(active, config.burst_probability, (bursts, 1))
-    velocities *= jax.random.bernoulli(noisy, config.noisy_fraction)
-    first = jax.random.randint(phase, (), 0, config.burst_steps)
+    noisy, phase, active = uniforms(chances, 1, 1, bursts)
+    velocities = config.burst_std_m_per_s * jax.random.normal(speeds, (bursts, 2))
+    velocities *= ((active < config.burst_probability) & (noisy < config.noisy_fraction))[:, None]
+    first = pick(phase[0], config.burst_steps)
     return velocities[(first + jnp.arange(config.max_steps)) // config.burst_steps]

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
@@ -58,19 +59,26 @@ class State:
         return jnp.concatenate([self.position, self.opening[None]])
 
 
-def sample_kind(config: TabletopConfig, key: Array) -> Int[Array, ""]:
-    """Draws an index into KINDS with the configured probabilities."""
-    return jax.random.choice(key, len(KINDS), p=jnp.array(config.kind_weights) / sum(config.kind_weights))
+def uniforms(key: Array, *sizes: int) -> list[Float[Array, "..."]]:
+    """Vectors of uniform numbers, cut from one draw: many small draws take XLA long to compile."""
+    return jnp.split(jax.random.uniform(key, (sum(sizes),)), np.cumsum(sizes)[:-1])
+
+
+def pick(u: Float[Array, ""], count: int) -> Int[Array, ""]:
+    """An index below `count` from a uniform number."""
+    return jnp.minimum((u * count).astype(jnp.int32), count - 1)
 
 
 def sample_scene(config: TabletopConfig, key: Array, kind: Int[Array, ""]) -> Scene:
     """Draws a scene of one kind: three distinct objects far away, a start nearby, an obstacle in between."""
-    keys = jax.random.split(key, 6)
-    start = jnp.stack([_between(keys[0], config.start_x_m), _between(keys[1], config.start_y_m)])
-    target = jax.random.randint(keys[2], (), 0, OBJECTS)
-    looks = jax.random.choice(keys[3], len(COLOURS) * len(SHAPES), (OBJECTS,), replace=False)
-    objects = _sample_objects(config, keys[4])
-    obstacle, radius = _sample_obstacle(config, keys[5], kind, start, objects[target])
+    start, target, looks, along, across, obstacle = uniforms(
+        key, 2, 1, len(COLOURS) * len(SHAPES), OBJECTS, OBJECTS, 5
+    )
+    start = jnp.stack([_between(start[0], config.start_x_m), _between(start[1], config.start_y_m)])
+    target = pick(target[0], OBJECTS)
+    looks = jnp.argsort(looks)[:OBJECTS]  # a random permutation's first three: distinct
+    objects = _place_objects(config, along, across)
+    obstacle, radius = _place_obstacle(config, obstacle, kind, start, objects[target])
     return Scene(
         objects=objects,
         colours=looks // len(SHAPES),
@@ -82,41 +90,30 @@ def sample_scene(config: TabletopConfig, key: Array, kind: Int[Array, ""]) -> Sc
     )
 
 
-def _between(key: Array, bounds: tuple[float, float], shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
-    return jax.random.uniform(key, shape, minval=bounds[0], maxval=bounds[1])
+def _between(u: Float[Array, "..."], bounds: tuple[float, float]) -> Float[Array, "..."]:
+    return bounds[0] + u * (bounds[1] - bounds[0])
 
 
-def _sample_objects(config: TabletopConfig, key: Array) -> Float[Array, "3 2"]:
+def _place_objects(config: TabletopConfig, along, across) -> Float[Array, "3 2"]:
     """Uniform over all placements whose x differ by the gap: sorted uniforms in the free width, then spread."""
-    along, across = jax.random.split(key)
     low, high = config.object_x_m
     free = high - low - (OBJECTS - 1) * config.object_gap_m
-    x = (
-        low
-        + jnp.sort(jax.random.uniform(along, (OBJECTS,))) * free
-        + jnp.arange(OBJECTS) * config.object_gap_m
-    )
-    y = _between(across, config.object_y_m, (OBJECTS,))
-    return jnp.stack([x, y], axis=1)
+    x = low + jnp.sort(along) * free + jnp.arange(OBJECTS) * config.object_gap_m
+    return jnp.stack([x, _between(across, config.object_y_m)], axis=1)
 
 
-def _sample_obstacle(config: TabletopConfig, key: Array, kind, start, goal):
+def _place_obstacle(config: TabletopConfig, u: Float[Array, "5"], kind, start, goal):
     """Centre and radius: on the straight line (symmetric), beside its middle, or wholly beside it (clear)."""
-    keys = jax.random.split(key, 5)
-    radius = _between(keys[0], config.obstacle_radius_m)
-    y = _between(keys[1], config.obstacle_y_m)
+    radius = _between(u[0], config.obstacle_radius_m)
+    y = _between(u[1], config.obstacle_y_m)
     detour_radius = config.detour_radius_m(radius)
-    offset = jnp.stack(
-        [
-            jnp.zeros(()),
-            _between(keys[2], config.asymmetric_shift_m),
-            detour_radius + _between(keys[3], config.clear_gap_m),
-        ]
-    )[kind]
+    asymmetric = _between(u[2], config.asymmetric_shift_m)
+    clear = detour_radius + _between(u[3], config.clear_gap_m)
+    offset = jnp.stack([jnp.zeros(()), asymmetric, clear])[kind]
     line = goal - start
     x = start[0] + line[0] * (y - start[1]) / line[1]
     shift = offset * jnp.linalg.norm(line) / line[1]  # along x, so that the distance to the line is `offset`
-    shift = jnp.where(jax.random.bernoulli(keys[4]), shift, -shift)
+    shift = jnp.where(u[4] < 0.5, shift, -shift)
     # Both ways round stay on the table, except where the straight line is free: there the disc itself does.
     reach = jnp.where(kind == KINDS.index("clear"), radius, detour_radius + config.gripper_radius_m)
     leaves = (x + shift < reach) | (x + shift > config.table_m - reach)
