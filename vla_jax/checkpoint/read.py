@@ -4,19 +4,20 @@ RUN_DIR/checkpoints/<step>/{params, ema, opt_state}   arrays, each restorable al
 RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that a policy needs
 """
 
-import contextlib
+import functools
 import gc
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from vla_jax.checkpoint.fingerprint import fingerprint
+
+T = TypeVar("T")
 
 #: The folder of checkpoints inside a run's directory.
 FOLDER = "checkpoints"
@@ -60,24 +61,29 @@ def whole_steps(folder: Path) -> list[int]:
 
 def read_step_meta(step_dir: Path) -> dict[str, Any]:
     """The metadata of one step; raises CorruptCheckpointError."""
-    with _reading():
+
+    def read() -> dict[str, Any]:
         meta = ocp.JsonCheckpointHandler().restore(step_dir / "meta")
         missing = {"step", "config", "items", "fingerprints"} - meta.keys()
         if missing:
             raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
         return meta
 
+    return _attempt(read)
+
 
 def restore_items(step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Some items of one step, checked against their checksums; raises CorruptCheckpointError."""
-    items = {}
-    for name, tree in abstract.items():
-        with _reading(), ocp.StandardCheckpointer() as checkpointer:
-            target = _saved_shapes(step_dir / name) if tree is None else tree
-            items[name] = checkpointer.restore(step_dir / name, target)
-            if fingerprint(items[name]) != meta["fingerprints"][name]:
-                raise ValueError(f"the checksum of '{name}' is wrong")
-    return items
+
+    def read(name: str) -> Any:
+        target = _saved_shapes(step_dir / name) if abstract[name] is None else abstract[name]
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(step_dir / name, target)
+        if fingerprint(tree) != meta["fingerprints"][name]:
+            raise ValueError(f"the checksum of '{name}' is wrong")
+        return tree
+
+    return {name: _attempt(functools.partial(read, name)) for name in abstract}
 
 
 def first_line(error: BaseException) -> str:
@@ -119,21 +125,17 @@ def _saved_shapes(item_dir: Path) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
 
 
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def _attempt(read: Callable[[], T]) -> T:
     """Orbax raises many types of exception for a damaged file; they all become CorruptCheckpointError.
 
-    The coroutines of the arrays that it had not yet reached then print their own traces when they are
-    collected; the one error says it all.
+    The coroutines of the arrays that it had not yet reached would print traces of their own when they are
+    collected. They are collected here, in silence: the one error says it all.
     """
-    hook = sys.unraisablehook
     try:
-        yield
+        return read()
     except Exception as error:
         message = first_line(error)
-        sys.unraisablehook = lambda _: None
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        raise CorruptCheckpointError(message) from None
-    finally:
-        sys.unraisablehook = hook
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
+    raise CorruptCheckpointError(message)

@@ -1,0 +1,184 @@
+"""Damaged checkpoints are found and passed over; another config, a full disk and a missing item are one line."""
+
+import json
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vla_jax.checkpoint import Checkpoints, load, read_meta
+from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint.manager import UNREADABLE
+
+CONFIG = {"train": {"batch_size": 8, "keep": 2}, "seed": 0}
+
+
+def tree(step):
+    return {
+        "backbone": {"w": jnp.arange(1200.0).reshape(30, 40) * step},
+        "expert": {"w": jnp.full((4,), step, jnp.bfloat16), "n": jnp.int32(step)},
+    }
+
+
+def items(step):
+    return {"params": tree(step), "ema": tree(step + 0.5)}
+
+
+def abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items(1))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, items(step), {"config": CONFIG, "tokenizer": "{}"})
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(run_dir, config=CONFIG, free=()):
+    checkpoints = Checkpoints(run_dir, keep=2)
+    try:
+        return checkpoints.restore_latest(abstract(), same={"config": config}, free=free)
+    finally:
+        checkpoints.close()
+
+
+def assert_step(found, step):
+    jax.tree.map(np.testing.assert_array_equal, found, items(step))
+
+
+def test_newest_is_restored_and_only_the_newest_are_kept(run_dir):
+    restored = restore(run_dir)
+    assert restored.step == 3
+    assert_step(restored.items, 3)
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"2", "3"}
+
+
+def test_one_item_of_a_run_a_folder_or_a_step(run_dir):
+    for path, step in ((run_dir, 3), (run_dir / "checkpoints", 3), (run_dir / "checkpoints" / "2", 2)):
+        jax.tree.map(np.testing.assert_array_equal, load(path, "ema"), items(step)["ema"])
+        meta = read_meta(path)
+        assert meta["step"] == step and meta["config"] == CONFIG and meta["tokenizer"] == "{}"
+        assert "jax" in meta["versions"]
+    with pytest.raises(ValueError, match="has no 'opt_state'; it has ema, params"):
+        load(run_dir, "opt_state")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        load(run_dir / "nowhere", "ema")
+
+
+def largest(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def truncate(step_dir):
+    file = largest(step_dir / "params")
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def flip_a_bit(step_dir):
+    file = largest(step_dir / "ema")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def lose_an_item(step_dir):
+    shutil.rmtree(step_dir / "params")
+
+
+def tear_the_metadata(step_dir):
+    (step_dir / "meta" / "metadata").write_text('{"config": ')
+
+
+def lose_the_config(step_dir):
+    file = step_dir / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["config"]
+    file.write_text(json.dumps(meta))
+
+
+DAMAGES = [truncate, flip_a_bit, lose_an_item, tear_the_metadata, lose_the_config]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_passed_over_with_a_warning(run_dir, capfd, damage):
+    damage(run_dir / "checkpoints" / "3")
+    restored = restore(run_dir)
+    assert restored.step == 2
+    assert_step(restored.items, 2)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "is unreadable" in said[0] and "continuing from step 2" in said[0]
+    assert (run_dir / UNREADABLE / "3-0").is_dir()
+
+    checkpoints = Checkpoints(run_dir, keep=2)  # the step is free to be saved again
+    checkpoints.save(3, items(3), {"config": CONFIG})
+    checkpoints.close()
+    assert restore(run_dir).step == 3
+
+
+@pytest.mark.parametrize("damage", [truncate, lose_an_item, tear_the_metadata])
+def test_loading_passes_over_damage_too(run_dir, capfd, damage):
+    damage(run_dir / "checkpoints" / "3")
+    jax.tree.map(np.testing.assert_array_equal, load(run_dir, "params"), items(2)["params"])
+    assert "using step 2" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="is unreadable"):
+        load(run_dir / "checkpoints" / "3", "params")
+
+
+def test_nothing_whole_is_an_error_and_nothing_is_moved(run_dir):
+    for step in ("2", "3"):
+        truncate(run_dir / "checkpoints" / step)
+    with pytest.raises(ValueError, match="no older one is whole"):
+        restore(run_dir)
+    assert not (run_dir / UNREADABLE).exists()
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_another_config_names_the_fields(run_dir):
+    other = {"train": {"batch_size": 16, "keep": 5}, "seed": 0, "new": True}
+    with pytest.raises(
+        ValueError, match=r"another config: new=True .saved: 'absent'., train.batch_size=16 .saved: 8."
+    ):
+        restore(run_dir, other, free=("train.keep",))
+    assert (
+        restore(run_dir, {"train": {"batch_size": 8, "keep": 5}, "seed": 0}, free=("train.keep",)).step == 3
+    )
+
+
+def test_leftovers_of_a_crash_are_no_checkpoint_and_are_cleaned(run_dir):
+    leftover = run_dir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(run_dir / "checkpoints" / "3", leftover)
+    assert read_meta(run_dir)["step"] == 3
+    assert restore(run_dir).step == 3
+    patience = time.monotonic() + 10  # Orbax cleans up in the background
+    while leftover.exists() and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_is_one_line(run_dir, monkeypatch):
+    checkpoints = Checkpoints(run_dir, keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100))
+    with pytest.raises(
+        OSError, match=r"checkpoint 4 could not .*100 B free on the disk\); the newest whole one is 3"
+    ):
+        checkpoints.save(4, items(4), {"config": CONFIG})
+    checkpoints.close()
+    assert read_meta(run_dir)["step"] == 3
+
+
+def test_fingerprint_against_numpy():
+    x = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    h = np.asarray([1.5, -2], jnp.bfloat16)
+    total = 0
+    for leaf in (x.view(np.uint32), h.view(np.uint16), np.asarray([3, 4], np.uint32)):
+        total = (total * 31 + int(leaf.astype(np.uint64).sum())) % 2**32
+    assert fingerprint({"a": jnp.asarray(x), "b": jnp.asarray(h), "c": jnp.asarray([3, 4])}) == total

@@ -1,0 +1,83 @@
+"""The loop in this process: divergence, locks, loader errors, no EMA."""
+
+import fcntl
+import json
+
+import numpy as np
+import pytest
+
+from tests.train.toy import host_batch, make_job, small_loop
+from vla_jax.sharding import MeshConfig
+from vla_jax.train.loop import TrainingDiverged, fit
+from vla_jax.train.metrics import JsonLines, TensorBoard, truncate
+
+
+def test_non_finite_steps_are_skipped_and_many_in_a_row_stop(tmp_path):
+    loop = small_loop(max_skipped=3, val_every=0)
+    with pytest.raises(TrainingDiverged, match="step 9: loss or gradient was not finite 3 times in a row"):
+        fit(make_job(loop, MeshConfig(), poison_from=6), loop, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "loss" in line] == [0] * 6 + [1, 1]
+    assert lines[-1]["loss"] is None  # JSON has no NaN
+
+
+def test_without_ema_there_is_no_such_item(tmp_path):
+    loop = small_loop(steps=2, ema_decay=None)
+    state = fit(make_job(loop, MeshConfig()), loop, tmp_path)
+    assert state.ema is None and int(state.step) == 2
+    assert not (tmp_path / "checkpoints" / "2" / "ema").exists()
+
+
+def test_a_run_directory_belongs_to_one_process(tmp_path):
+    loop = small_loop()
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            fit(make_job(loop, MeshConfig()), loop, tmp_path)
+
+
+def test_an_error_of_the_loader_reaches_the_user(tmp_path):
+    def broken(start):
+        yield host_batch(0, 8)
+        raise ValueError("episode 7 has NaN in its state")
+
+    loop = small_loop()
+    with pytest.raises(ValueError, match="episode 7 has NaN"):
+        fit(make_job(loop, MeshConfig(), batches=broken), loop, tmp_path)
+
+
+def test_wandb_must_be_installed_where_it_is_asked_for(tmp_path):
+    loop = small_loop(wandb=True)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        fit(make_job(loop, MeshConfig()), loop, tmp_path)
+
+
+def test_truncate_keeps_what_was_before_and_drops_torn_lines(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val": 1}\n{"step": 3}\n{"st')
+    truncate(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "val": 1}\n'
+    path.write_text('{"step": 1}\n{"step": 2')
+    truncate(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_json_lines_hold_vectors_and_no_nan(tmp_path):
+    lines = JsonLines(tmp_path / "m.jsonl")
+    lines.write(3, {"a": np.float32(0.5), "b": np.asarray([1.0, np.inf]), "c": np.nan, "d": 2})
+    lines.close()
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {
+        "step": 3,
+        "a": 0.5,
+        "b": [1.0, None],
+        "c": None,
+        "d": 2,
+    }
+
+
+def test_tensorboard_writes_events(tmp_path):
+    board = TensorBoard(tmp_path, start=0)
+    board.write(1, {"loss": np.float32(2.0), "bins": np.ones(2)})
+    board.close()
+    data = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"loss" in data and b"bins/1" in data
