@@ -37,8 +37,9 @@ def expert_action(
     inwards = centre - position
     from_centre = jnp.linalg.norm(inwards)
     inwards = inwards / from_centre
-    angle = -side * jnp.arcsin(jnp.minimum(radius / from_centre, 1))  # anticlockwise to pass on the left
-    turn = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    sin = -side * jnp.minimum(radius / from_centre, 1)  # anticlockwise to pass on the left
+    cos = jnp.sqrt(1 - sin**2)
+    turn = jnp.array([[cos, -sin], [sin, cos]])
     lean = jnp.maximum(radius - from_centre, 0) / config.margin_m
     tangent = turn @ inwards - lean * inwards
     tangent = config.max_speed_m_per_s * tangent / jnp.linalg.norm(tangent)
