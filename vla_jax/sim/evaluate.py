@@ -10,7 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ def silent(name: str, total: int, ended: int) -> None:
     """Progress that is not shown."""
 
 
-class EvaluablePolicy(ChunkPolicy):
+class EvaluablePolicy(ChunkPolicy, Protocol):
     """What evaluation asks of a policy beyond acting."""
 
     writes_plans: bool

@@ -1,0 +1,221 @@
+"""A trained policy: everything a robot needs, from one checkpoint directory.
+
+    policy = Policy.load("runs/tabletop")
+    actions = policy.act(observation, jax.random.key(0), solver=SolverConfig())      # [b k a], the robot's units
+    texts = policy.plan(observation, jax.random.key(1))
+
+A policy is frozen and has no state: what changes during an episode lives in `serve.executors`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from vla_jax.checkpoint import load, read_meta
+from vla_jax.config import TrainConfig, from_json
+from vla_jax.data.bundle import DataBundle
+from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.processes import make_process
+from vla_jax.models.vla import VLA
+from vla_jax.serve.executors import take
+from vla_jax.serve.sampling import decode_text, sample_actions
+from vla_jax.types import Batch, Observation, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Parameters, and all that was saved beside them: configuration, transforms, statistics, tokenizer."""
+
+    config: TrainConfig
+    bundle: DataBundle
+    params: PyTree
+    step: int
+    """The training step that the parameters are from."""
+    batch_size: int = 32
+    """Most robots in one call of the network. Other numbers are cut and padded to 1, a quarter of this, or this,
+    so that few programs are compiled."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        weights: Literal["ema", "params"] | None = None,
+        batch_size: int = 32,
+    ) -> "Policy":
+        """Reads a policy from a run's directory (the newest whole checkpoint) or from one step of it.
+
+        `weights`: the averaged parameters or the raw ones; None: averaged ones where the run has them.
+        Raises FileNotFoundError or ValueError, each in one line.
+        """
+        meta = read_meta(path)
+        missing = {"config", "data"} - meta.keys()
+        if missing:
+            raise ValueError(
+                f"{path} has no {' and no '.join(sorted(missing))}: it is not a policy's checkpoint"
+            )
+        config = from_json(json.dumps(meta["config"]))
+        bundle = DataBundle.from_json(meta["data"])
+        item = weights or ("ema" if "ema" in meta["items"] else "params")
+        params = load(path, item)
+        policy = cls(config=config, bundle=bundle, params=params, step=meta["step"], batch_size=batch_size)
+        policy.check_params(path)
+        return policy
+
+    @property
+    def model(self) -> VLA:
+        """The network, without its parameters."""
+        return VLA(self.config.model)
+
+    @property
+    def horizon(self) -> int:
+        """k, the actions of a chunk."""
+        return self.config.model.expert.horizon
+
+    @property
+    def writes_plans(self) -> bool:
+        """Whether it was trained to predict text targets."""
+        return self.config.objective.text
+
+    @property
+    def sees_plans(self) -> bool:
+        """Whether its actions were trained with a visible text target."""
+        return self.config.objective.plan_visible > 0
+
+    @property
+    def action_scale(self) -> Float[np.ndarray, " a"]:
+        """Standard deviation of each action dimension in the training data (the mean of the tasks' own)."""
+        statistics = self.bundle.normalize.statistics.values()
+        return np.mean([np.asarray(s.action.std) for s in statistics], axis=0)
+
+    def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float = 0.0) -> list[str]:
+        """One text per robot, decoded greedily (temperature 0) or sampled from softmax(logits / temperature).
+
+        At most `config.data.max_target_tokens` tokens, the end included.
+        """
+        if not self.writes_plans:
+            raise ValueError("this policy was trained with objective.text=False, so it cannot write plans")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
+        pieces = []
+        for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
+            tokens, _ = decode_text(
+                self.params,
+                self._batch(observation, rows, size, None),
+                jax.random.fold_in(key, number),
+                temperature,
+                model=self.model,
+                max_tokens=self.config.data.max_target_tokens,
+                eos=self.bundle.tokenizer.eos,
+            )
+            pieces.append(tokens[: len(rows)])
+        return [self.bundle.tokenizer.decode(row) for piece in pieces for row in np.asarray(piece)]
+
+    def act(
+        self,
+        observation: Observation,
+        key: PRNGKeyArray,
+        *,
+        solver: SolverConfig,
+        plan: Sequence[str] | None = None,
+        see_plan: bool = False,
+        samples: int = 1,
+    ) -> Float[np.ndarray, "b *S k a"]:
+        """Chunks of actions in the robots' units, [b k a], or [b S k a] with `samples` = S above 1.
+
+        With `see_plan` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
+        one. Raises ValueError where the policy was not trained for what is asked.
+        """
+        self._check_request(observation, plan, see_plan, samples)
+        for_plan, for_noise = jax.random.split(key)
+        if see_plan and plan is None:
+            plan = self.plan(observation, for_plan)
+        process = make_process(self.config.process)
+        pieces = []
+        for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
+            chunks = sample_actions(
+                self.params,
+                self._batch(observation, rows, size, plan),
+                jax.random.fold_in(for_noise, number),
+                model=self.model,
+                process=process,
+                solver=solver,
+                samples=samples,
+                see_target=see_plan,
+            )
+            pieces.append(chunks[: len(rows)])
+        chunks = np.concatenate([np.asarray(piece) for piece in pieces])
+        return self.bundle.robot_actions(chunks[:, 0] if samples == 1 else chunks, observation)
+
+    def check_params(self, where: str | os.PathLike) -> None:
+        """Raises ValueError unless the parameters are those of the configured model."""
+        expected = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+        found = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)}
+        for path in sorted({*shapes, *found}, key=jax.tree_util.keystr):
+            if shapes.get(path) != found.get(path):
+                raise ValueError(
+                    f"{where}: parameter {jax.tree_util.keystr(path, simple=True, separator='/')} has shape "
+                    f"{found.get(path, 'absent')}, this version's model of its configuration wants "
+                    f"{shapes.get(path, 'none of that name')}"
+                )
+
+    def _init(self, key: PRNGKeyArray) -> PyTree:
+        observation = Observation(
+            images={
+                name: np.zeros((1, *size, 3), np.uint8) for name, size in self.bundle.schema.cameras.items()
+            },
+            state=np.zeros((1, len(self.bundle.schema.state_names)), np.float32),
+            instruction=(next(iter(self.bundle.normalize.task_of), ""),),
+        )
+        expert = self.config.model.expert
+        noise = jnp.zeros((1, expert.horizon, expert.action_dim))
+        batch = self._batch(observation, range(1), 1, None)
+        return nn.meta.unbox(self.model.init(key, batch, noise, jnp.zeros(1))["params"])
+
+    def _check_request(
+        self, observation: Observation, plan: Sequence[str] | None, see_plan: bool, samples: int
+    ) -> None:
+        robots = len(observation.instruction)
+        if self.config.objective.action_weight == 0:
+            raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
+        if plan is not None and not see_plan:
+            raise ValueError("a plan was given, but see_plan is False; set it, or leave the plan out")
+        if see_plan and not self.sees_plans:
+            raise ValueError(
+                "this policy's actions were trained with objective.plan_visible=0: they see no plan"
+            )
+        if plan is not None and len(plan) != robots:
+            raise ValueError(f"{len(plan)} plans for {robots} robots: give one for each")
+        if samples < 1:
+            raise ValueError(f"samples={samples}: must be at least 1")
+
+    def _slices(self, robots: int) -> Iterator[tuple[range, int]]:
+        """Rows of one call of the network, and the number they are padded to."""
+        sizes = sorted({1, max(1, self.batch_size // 4), self.batch_size})
+        for start in range(0, robots, self.batch_size):
+            rows = range(start, min(start + self.batch_size, robots))
+            yield rows, next(size for size in sizes if size >= len(rows))
+
+    def _batch(self, observation: Observation, rows: range, size: int, plan: Sequence[str] | None) -> Batch:
+        """Some robots as the network's batch, the last one repeated up to `size`."""
+        rows = [*rows] + [rows[-1]] * (size - len(rows))
+        targets = None if plan is None else [plan[row] for row in rows]
+        batch = self.bundle.observation_batch(take(observation, rows), targets)
+        expert = self.config.model.expert
+        real = np.arange(expert.action_dim) < len(self.bundle.schema.action_names)
+        if real.all():
+            return batch
+        return batch.replace(action_mask=np.broadcast_to(real, (size, expert.horizon, expert.action_dim)))
