@@ -6,15 +6,13 @@ python -m launch.collect --env metaworld:button-press-v3,reach-v3 --episodes 100
 Running the same command again after a stop goes on with what is missing.
 """
 
-import tyro
-
-from launch._main import run
+from launch._main import cli, run
 from vla_jax.sim.collect import CollectConfig, collect
 
 
 def main() -> None:
     """Parses the command line, collects, and says what was collected."""
-    config = tyro.cli(CollectConfig, description=__doc__)
+    config = cli(CollectConfig, description=__doc__)
     report = collect(config)
     print(f"{config.out}: {report.episodes} episodes, {report.bytes / 1e6:.1f} MB, all successful")
     if report.new_episodes:

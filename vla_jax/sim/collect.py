@@ -7,7 +7,6 @@ running the same command again after any stop writes what is missing, and the fi
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import functools
 import itertools
@@ -34,7 +33,7 @@ from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource
 _MAX_SHARDS = 1000
 _TABLETOP_BATCH = 128
 #: Temporary names that the writer leaves behind when it is killed.
-_LEFTOVER = re.compile(r"\.(.*\.array_record-.*\.tmp|(schema|arguments)\.json\..*|metadata-.*)")
+_LEFTOVER = re.compile(r"\.(.*\.array_record-.*\.tmp|\w+\.json\..*|metadata-.*)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def collect(config: CollectConfig) -> CollectReport:
     start = time.monotonic()
     source = make_source(config)
     ranges = shard_ranges(source.total, config.shard_size or source.shard_size)
-    with _clear_errors(config.out), _exclusive(config.out):
+    with _exclusive(config.out):
         _check_directory(config)
         _remove_leftovers(config.out)
         rlds.prepare_directory(config.out, source.schema, len(ranges), config.arguments())
@@ -195,8 +194,7 @@ def write_shard(config: CollectConfig, shard: int) -> _ShardReport:
             frames += len(episode)
             yield episode
 
-    with _clear_errors(config.out):
-        episodes = rlds.write_shard(config.out, source.schema, shard, len(ranges), counted())
+    episodes = rlds.write_shard(config.out, source.schema, shard, len(ranges), counted())
     return _ShardReport(episodes, frames, source.retries - before)
 
 
@@ -252,17 +250,3 @@ def _exclusive(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _clear_errors(out: Path) -> Iterator[None]:
-    """Says in one line that the disk is full (array_record reports it as a RuntimeError)."""
-    full = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if any(text in str(error) for text in full):
-            raise OSError(
-                errno.ENOSPC, "the disk is full; free some space and run the same command again", str(out)
-            ) from None
-        raise

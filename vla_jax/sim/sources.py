@@ -5,14 +5,10 @@ ever tested on a scene from its data.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
 
 from vla_jax.data.schema import DatasetSchema, Episode
 from vla_jax.sim import tabletop
@@ -24,11 +20,11 @@ from vla_jax.sim.metaworld.render import CAMERA, Renderer
 from vla_jax.sim.metaworld.simulator import Simulator
 from vla_jax.sim.metaworld.tasks import find_task
 from vla_jax.sim.tabletop.env import make_spec
-from vla_jax.sim.tabletop.episode import sample_episode
 
 EVALUATION_SEEDS_FROM = 1_000_000
 ATTEMPTS = 20
 """Seeds that an episode may use up before its expert counts as unable to succeed."""
+_ROUNDING_M = 1e-5
 
 
 class Source(Protocol):
@@ -102,22 +98,19 @@ class TabletopSource:
             # Always the same batch size, so that one program is compiled; what is filled up is thrown away.
             padded = np.resize(seeds, self._batch)
             demos = tabletop.generate(self._config, padded)
-            noisy = np.asarray(_disturbed(self._config, jnp.asarray(padded, jnp.uint32)))
             for i, slot in enumerate(left):
                 if demos.records[i]["success"]:
-                    done[slot] = _tabletop_episode(demos, i, bool(noisy[i]))
+                    done[slot] = _tabletop_episode(demos, i, self._config.dt_s)
         if len(done) < len(slots):
             raise ValueError(f"the tabletop's expert failed {ATTEMPTS} times in a row; lower --noisy-share")
         return [done[slot] for slot in slots]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _disturbed(config: tabletop.TabletopConfig, seeds: jax.Array) -> Bool[jax.Array, " b"]:
-    return jax.vmap(lambda seed: jnp.any(sample_episode(config, seed).disturbance != 0))(seeds)
-
-
-def _tabletop_episode(demos: tabletop.Demonstrations, i: int, noisy: bool) -> Episode:
+def _tabletop_episode(demos: tabletop.Demonstrations, i: int, dt_s: float) -> Episode:
+    """The i-th episode. It counts as noisy if the hand ever moved otherwise than the recorded actions say."""
     record, length = demos.records[i], int(demos.lengths[i])
+    moved = np.diff(demos.state[i, :length, :2], axis=0)
+    noisy = bool(np.any(np.abs(moved - dt_s * demos.actions[i, : length - 1, :2]) > _ROUNDING_M))
     return Episode(
         images={name: frames[i, :length] for name, frames in demos.images.items()},
         state=demos.state[i, :length],

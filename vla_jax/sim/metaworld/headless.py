@@ -20,10 +20,10 @@ def prepare() -> None:
     """Makes sure that metaworld can be imported and will render, without importing it.
 
     Sets ``MUJOCO_GL`` (child processes inherit it) where it is unset on Linux; elsewhere mujoco's own default
-    needs no display. Raises ModuleNotFoundError if the extra is not installed, OSError if nothing can render.
+    needs no display. Raises OSError if the extra is not installed or nothing can render.
     """
     if importlib.util.find_spec("metaworld") is None:
-        raise ModuleNotFoundError("MetaWorld is not installed: pip install -r requirements-sim.txt")
+        raise OSError("MetaWorld is not installed: pip install -r requirements-sim.txt")
     if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = choose_backend()
 

@@ -5,6 +5,8 @@ Two traps shape this file. A second OpenGL context in a process may come back bl
 of the others, so the buffer is bound again before every picture.
 """
 
+import atexit
+import weakref
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,11 @@ class Renderer:
         self._rect = mujoco.MjrRect(0, 0, self._size, self._size)
         self._option, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
         self._models: dict[str, tuple[Any, Any, Any, Any]] = {}
+        # At exit, OpenGL must be freed before the bindings end EGL, which they do in an atexit handler of their
+        # own: registered earlier, it runs later.
+        self._free = weakref.finalize(self, _free, self._gl, self._models)
+        self._free.atexit = False
+        atexit.register(self._free)
 
     def add_model(self, name: str, model: Any) -> None:
         """Uploads a task's meshes and textures. Its `MjData` may come from any model of the same file."""
@@ -86,8 +93,12 @@ class Renderer:
 
     def close(self) -> None:
         """Frees the OpenGL resources. The renderer can't be used afterwards."""
-        self._gl.make_current()
-        for _, context, _, _ in self._models.values():
-            context.free()
-        self._models.clear()
-        self._gl.free()
+        self._free()
+
+
+def _free(gl: Any, models: dict[str, tuple[Any, Any, Any, Any]]) -> None:
+    gl.make_current()
+    for _, context, _, _ in models.values():
+        context.free()
+    models.clear()
+    gl.free()
