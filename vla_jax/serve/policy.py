@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from vla_jax.checkpoint import load, read_meta
 from vla_jax.config import TrainConfig, from_json
@@ -103,7 +103,8 @@ class Policy:
     def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float = 0.0) -> list[str]:
         """One text per robot, decoded greedily (temperature 0) or sampled from softmax(logits / temperature).
 
-        At most `config.data.max_target_tokens` tokens, the end included.
+        At most `config.data.max_target_tokens` tokens, the end included. A text can be given back to `act`:
+        one that would take more tokens when it is read (an untrained policy writes such) loses its end.
         """
         if not self.writes_plans:
             raise ValueError("this policy was trained with objective.text=False, so it cannot write plans")
@@ -121,7 +122,8 @@ class Policy:
                 eos=self.bundle.tokenizer.eos,
             )
             pieces.append(tokens[: len(rows)])
-        return [self.bundle.tokenizer.decode(row) for piece in pieces for row in np.asarray(piece)]
+        decoded = np.concatenate([np.asarray(piece) for piece in pieces])
+        return [self._readable(*pair) for pair in zip(observation.instruction, decoded)]
 
     def act(
         self,
@@ -201,6 +203,16 @@ class Policy:
             raise ValueError(f"{len(plan)} plans for {robots} robots: give one for each")
         if samples < 1:
             raise ValueError(f"samples={samples}: must be at least 1")
+
+    def _readable(self, instruction: str, tokens: Int[np.ndarray, " g"]) -> str:
+        """The decoded text, without as many tokens at its end as it takes to read it within the limits."""
+        tokenizer, limits = self.bundle.tokenizer, self.config.data
+        for length in range(len(tokens), 0, -1):
+            text = tokenizer.decode(tokens[:length])
+            everything, target = tokenizer.lengths(instruction, text)
+            if everything <= limits.max_text_tokens and target <= limits.max_target_tokens:
+                return text
+        return ""
 
     def _slices(self, robots: int) -> Iterator[tuple[range, int]]:
         """Rows of one call of the network, and the number they are padded to."""
