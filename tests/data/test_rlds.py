@@ -112,6 +112,19 @@ def test_least_recently_used_leaves_first(tmp_path):
     assert 0 in source._cache and 1 not in source._cache
 
 
+def test_fingerprint_follows_the_files(tmp_path):
+    source = EpisodeSource(toy.write(tmp_path, [toy.make_episode(seed) for seed in range(4)]))
+    seen = {source.fingerprint()}
+    with open(rlds.shard_path(tmp_path, toy.SCHEMA, 0, 2), "ab") as shard:
+        shard.write(b"more")
+    seen.add(source.fingerprint())
+    toy.write(tmp_path, [toy.make_episode(seed) for seed in range(1, 5)])
+    seen.add(EpisodeSource(tmp_path).fingerprint())
+    assert len(seen) == 3
+    (tmp_path / "notes.txt").write_text("not data")
+    assert EpisodeSource(tmp_path).fingerprint() in seen
+
+
 class TestHalfWritten:
     def test_shards_can_be_finished_later(self, tmp_path):
         episodes = [toy.make_episode(seed) for seed in range(4)]
