@@ -1,7 +1,8 @@
 """Collects demonstrations of scripted experts as a TFDS data set in RLDS layout (array_record).
 
 python -m launch.collect --env tabletop --episodes 2000 --out data/tabletop
-python -m launch.collect --env metaworld:button-press-v3,reach-v3 --episodes 100 --out data/metaworld
+
+python -m launch.collect --env metaworld:button-press-v3,'reach-v3*200' --episodes 100 --out data/metaworld
 
 Running the same command again after a stop goes on with what is missing.
 """

@@ -206,6 +206,7 @@ def test_replayed_demonstration_is_the_demonstration(env, simulators):
     assert env.results()[2]["success"]
 
 
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
 def test_noise_disturbs_what_is_executed_and_not_the_label(simulators):
     """The label is the expert's answer to the recorded state, which the noise has led astray."""
     simulator = simulators["reach-v3"]
@@ -281,6 +282,21 @@ def test_backend_is_chosen_by_what_works(monkeypatch):
     with pytest.raises(OSError, match="no headless OpenGL"):
         headless.choose_backend()
     assert os.environ["MUJOCO_GL"] in ("egl", "osmesa")
+
+
+def test_broken_backend_is_named():
+    """In a process of its own: a back end that fails to load leaves its traces."""
+    code = (
+        "import sys; sys.modules['OpenGL'] = None\n"  # makes the import of either back end fail
+        "from vla_jax.sim.metaworld.simulator import Simulator\n"
+        "try: Simulator('reach-v3')\n"
+        "except OSError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MUJOCO_GL": "osmesa"}, capture_output=True, text=True
+    )
+    assert "mujoco cannot be imported with MUJOCO_GL=osmesa" in run.stdout, run.stderr
+    assert run.stdout.count("\n") == 1
 
 
 def test_area_average_is_the_rounded_mean():

@@ -41,8 +41,7 @@ class CollectConfig:
     """What is demonstrated, how often, and where to."""
 
     env: str
-    """tabletop, or metaworld:TASK,TASK,… such as metaworld:button-press-v3,reach-v3*200 (TASK*N: N episodes of
-    this task instead of --episodes)."""
+    """tabletop, or metaworld:TASK,TASK,…; TASK*N collects N episodes of a task instead of --episodes."""
     episodes: int
     """Successful episodes: in all for the tabletop, per task for MetaWorld."""
     out: Path

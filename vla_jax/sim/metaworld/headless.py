@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 
 _CANDIDATES = ("egl", "osmesa")
@@ -28,14 +29,24 @@ def prepare() -> None:
         os.environ["MUJOCO_GL"] = choose_backend()
 
 
+def load_mujoco() -> ModuleType:
+    """The mujoco package, after `prepare`. Raises OSError if the ``MUJOCO_GL`` that the user set does not work."""
+    prepare()
+    try:
+        return importlib.import_module("mujoco")
+    except Exception as error:  # the back ends raise whatever their bindings raise
+        chosen = os.environ.get("MUJOCO_GL")
+        raise OSError(f"mujoco cannot be imported with MUJOCO_GL={chosen}: {error}; unset it") from error
+
+
 def make_context(size: int) -> Any:
-    """An OpenGL context for pictures of up to size × size pixels; call `prepare` first. Raises OSError."""
+    """An OpenGL context for pictures of up to size × size pixels; call `load_mujoco` first. Raises OSError."""
     backend = os.environ.get("MUJOCO_GL", "").lower()
     module = f"mujoco.{backend}" if backend in _CANDIDATES else "mujoco.gl_context"
     try:
         context = importlib.import_module(module).GLContext(size, size)
         context.make_current()
-    except Exception as error:  # the back ends raise whatever their bindings raise
+    except Exception as error:
         raise OSError(f"cannot make an OpenGL context: {error}; try MUJOCO_GL=egl or osmesa") from error
     return context
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vla_jax.sim.metaworld.headless import make_context, prepare
+from vla_jax.sim.metaworld.headless import load_mujoco, make_context
 
 CAMERA = "corner2"
 CAMERA_POSITION_M = (0.75, 0.075, 0.7)
@@ -35,9 +35,7 @@ class Renderer:
     """Renders any number of models, without shadows, reflections and multisampling (20 times faster)."""
 
     def __init__(self, image_size: int):
-        prepare()
-        import mujoco
-
+        mujoco = load_mujoco()
         self._mj = mujoco
         self._scale = render_scale(image_size)
         self._size = image_size * self._scale

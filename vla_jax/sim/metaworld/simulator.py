@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vla_jax.sim.metaworld.headless import prepare
+from vla_jax.sim.metaworld.headless import load_mujoco
 from vla_jax.sim.metaworld.render import CAMERA, CAMERA_POSITION_M
 from vla_jax.sim.metaworld.tasks import find_task
 
@@ -19,12 +19,10 @@ class Simulator:
 
     def __init__(self, task: str):
         self.task = find_task(task)
-        prepare()
-        import mujoco
+        self._mj = load_mujoco()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
-        self._mj = mujoco
         self._expert_class = ENV_POLICY_MAP[task]
         env = ALL_V3_ENVIRONMENTS[task]()
         env._set_task_called = True
