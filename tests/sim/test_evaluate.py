@@ -8,6 +8,7 @@ import pytest
 from tests.sim import scripted
 from vla_jax.flow.config import SolverConfig
 from vla_jax.sim import evaluate, evaluate_tabletop
+from vla_jax.sim.sources import EVALUATION_SEEDS_FROM
 
 KEYS = {
     "episodes", "success", "success_ci", "collision", "left_share", "path_error", "chunk_diversity",
@@ -108,9 +109,9 @@ def test_progress_counts_every_episode():
 def test_seeds_are_held_out_and_distinct():
     first = evaluate.EvaluateConfig(seed=0, episodes=100).seeds()
     second = evaluate.EvaluateConfig(seed=1, episodes=100).seeds()
-    assert len({*first, *second}) == 200 and min(first) >= 2**31
-    assert max(evaluate.EvaluateConfig(seed=2146, episodes=evaluate.SEEDS_APART).seeds()) < 2**32
-    for wrong in ({"seed": -1}, {"seed": 2147}, {"episodes": 0}, {"samples": 1}):
+    assert len({*first, *second}) == 200 and min(first) >= EVALUATION_SEEDS_FROM
+    assert max(evaluate.EvaluateConfig(seed=4292, episodes=evaluate.SEEDS_APART).seeds()) < 2**32
+    for wrong in ({"seed": -1}, {"seed": 4293}, {"episodes": 0}, {"samples": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             evaluate.EvaluateConfig(**wrong)
 

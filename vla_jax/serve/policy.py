@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from vla_jax.checkpoint import load, read_meta
-from vla_jax.config import TrainConfig, from_json
+from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
@@ -78,6 +78,11 @@ class Policy:
     def model(self) -> VLA:
         """The network, without its parameters."""
         return VLA(self.config.model)
+
+    @property
+    def config_hash(self) -> str:
+        """A short fingerprint of the training configuration."""
+        return config_hash(self.config)
 
     @property
     def horizon(self) -> int:

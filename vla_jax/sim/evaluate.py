@@ -21,10 +21,9 @@ from vla_jax.serve.executors import ChunkPolicy, ExecutorConfig, RecedingHorizon
 from vla_jax.sim import metrics
 from vla_jax.sim.env import VectorEnv
 from vla_jax.sim.rollout import Rollout, rollout
+from vla_jax.sim.sources import EVALUATION_SEEDS_FROM
 from vla_jax.types import Observation
 
-HELD_OUT = 2**31
-"""Evaluation seeds start here; demonstrations are collected from smaller ones."""
 SEEDS_APART = 1_000_000
 """Distance between the first episodes of two evaluation seeds, so that they share none."""
 
@@ -74,13 +73,13 @@ class EvaluateConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.episodes > SEEDS_APART:
             raise ValueError(f"episodes={self.episodes}: at most {SEEDS_APART}")
-        last = HELD_OUT + (self.seed + 1) * SEEDS_APART
-        if self.seed < 0 or last > 2**32:
-            raise ValueError(f"seed={self.seed}: must lie in [0, {(2**32 - HELD_OUT) // SEEDS_APART})")
+        seeds = (2**32 - EVALUATION_SEEDS_FROM) // SEEDS_APART
+        if not 0 <= self.seed < seeds:
+            raise ValueError(f"seed={self.seed}: must lie in [0, {seeds})")
 
     def seeds(self) -> list[int]:
         """The episodes' seeds, none of which a demonstration has."""
-        first = HELD_OUT + self.seed * SEEDS_APART
+        first = EVALUATION_SEEDS_FROM + self.seed * SEEDS_APART
         return list(range(first, first + self.episodes))
 
 
