@@ -107,6 +107,9 @@ def test_swapped_instructions_name_and_judge_another_object_of_the_same_scene():
     swapped.advance(demos.actions)
     for record in swapped.results():
         assert record["reached"] == record["own_target"] and not record["success"]
+    other = generate(CONFIG, seeds, swapped=True)
+    assert other.instructions == swapped.instructions and other.plans == swapped.plans
+    assert all(record["success"] and record["target"] != record["own_target"] for record in other.records)
 
 
 def test_kinds_are_drawn_with_their_weights():

@@ -22,7 +22,9 @@ N = 1024
 
 @functools.cache
 def rollouts(config):
-    return jax.tree.map(np.asarray, _rollouts(config, np.arange(N, dtype=np.uint32), config.kind_weights))
+    return jax.tree.map(
+        np.asarray, _rollouts(config, np.arange(N, dtype=np.uint32), config.kind_weights, False)
+    )
 
 
 @pytest.mark.parametrize("config, success, longest", [(CLEAN, 0.999, 32), (NOISY, 0.99, 60)])

@@ -45,10 +45,18 @@ class Demonstrations:
     records: list[dict[str, Any]]
 
 
-def generate(config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None) -> Demonstrations:
-    """The expert's episodes of the seeds, each a pure function of its seed. 64 to 256 at a time is fast."""
+def generate(
+    config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None, swapped: bool = False
+) -> Demonstrations:
+    """The expert's episodes of the seeds, each a pure function of its seed. 64 to 256 at a time is fast.
+
+    `kind` fixes how the obstacle lies towards the scene's own target. `swapped` asks for another object than
+    that one: without such episodes in the data, the obstacle's place tells much about which object is meant.
+    """
     seeds = checked_seeds(seeds)
-    episodes, run, track = jax.tree.map(np.asarray, _rollouts(config, seeds, kind_weights(config, kind)))
+    episodes, run, track = jax.tree.map(
+        np.asarray, _rollouts(config, seeds, kind_weights(config, kind), swapped)
+    )
     lengths = run.final.steps
     live = np.arange(lengths.max()) < lengths[:, None]
     state = np.concatenate([run.states.position, run.states.opening[..., None]], axis=-1)
@@ -74,9 +82,9 @@ def generate(config: TabletopConfig, seeds: Sequence[int], *, kind: str | None =
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rollouts(config: TabletopConfig, seeds, weights) -> tuple[Episode, Rollout, Any]:
+def _rollouts(config: TabletopConfig, seeds, weights, swapped) -> tuple[Episode, Rollout, Any]:
     def one(seed):
-        episode = sample_episode(config, seed, jnp.stack(weights), False)
+        episode = sample_episode(config, seed, jnp.stack(weights), swapped)
         run = rollout(config, episode.scene, episode.side, episode.disturbance)
         return episode, run, measure(config, episode, run.positions, run.final.steps)
 
