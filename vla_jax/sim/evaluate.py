@@ -104,6 +104,7 @@ class Runner:
             )
         self.policy, self.config, self.solver, self.progress = policy, config, solver, progress
         self._uses = 0
+        self._executor()  # refuses what cannot be executed before anything is run
 
     def key(self) -> jax.Array:
         """A key that was not used before."""
@@ -120,16 +121,18 @@ class Runner:
         record: int = 0,
     ) -> Rollout:
         """One rollout of the receding-horizon executor."""
-        config = ExecutorConfig(execute=self.config.execute, see_plan=self.config.see_plan)
-        executor = RecedingHorizon(self.policy, config, solver=self.solver, key=self.key())
         return rollout(
             env,
-            executor,
+            self._executor(),
             seeds,
             plan=plan,
             record=record,
             progress=lambda ended: self.progress(name, len(seeds), ended),
         )
+
+    def _executor(self) -> RecedingHorizon:
+        config = ExecutorConfig(execute=self.config.execute, see_plan=self.config.see_plan)
+        return RecedingHorizon(self.policy, config, solver=self.solver, key=self.key())
 
     def diversity(self, observation: Observation) -> float:
         """Mean pairwise distance of chunks sampled for the first observation of some episodes."""
