@@ -32,7 +32,7 @@ from vla_jax.train.state import StateBuilder, TrainState
 from vla_jax.types import Batch, PyTree
 
 IN_FLIGHT = 2
-"""Steps the host may be ahead of the results it has read."""
+"""Steps the host may be ahead of the results it has read (on CPU none: there is nothing to overlap)."""
 
 FREE_TO_CHANGE = (
     "mesh.",
@@ -136,7 +136,9 @@ class _Trainer:
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
         self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self.skipped = 0
-        self.peak = total_peak(job.builder.mesh.devices.flatten().tolist())
+        devices = job.builder.mesh.devices.flatten().tolist()
+        self.peak = total_peak(devices)
+        self.in_flight = 0 if devices[0].platform == "cpu" else IN_FLIGHT
         self.clock = StepClock()
 
     def run(
@@ -150,7 +152,7 @@ class _Trainer:
             state, metrics = train_step(state, batch)
             step += 1
             self.pending.append((step, metrics))
-            self._read(IN_FLIGHT)
+            self._read(self.in_flight)
             last = step == loop.steps or stop.requested
             if loop.val_every and (step % loop.val_every == 0 or step == loop.steps):
                 self._validate(state, step)

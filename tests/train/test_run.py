@@ -1,0 +1,183 @@
+"""The real thing in small: data set, model, objective, optimiser, loop. And its FLOPs, counted twice."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tests.data import toy as toy_data
+from tests.models import small
+from vla_jax.checkpoint import load, read_meta
+from vla_jax.config import TrainConfig, from_json
+from vla_jax.data.bundle import DataBundle
+from vla_jax.data.config import DataConfig
+from vla_jax.data.loader import Loader
+from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.vla import VLA
+from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.train.flops import model_flops
+from vla_jax.train.run import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs of this file are the same programs; let XLA compile each of them once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    toy_data.write(folder, [toy_data.make_episode(seed) for seed in range(12)])
+    return TrainConfig(
+        model=VLAConfig(
+            vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            expert=ExpertConfig(width=16, mlp=16, horizon=4),
+        ),
+        data=DataConfig(path=str(folder), val_episodes=2, image_size=16, vocab_size=300),
+        optim=OptimConfig(learning_rate=3e-3, clip="per_group"),
+        train=LoopConfig(
+            batch_size=4, steps=8, accumulate=2, log_every=1, val_every=4, val_batches=2, save_every=3
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(config, run_dir)
+    return run_dir
+
+
+def test_a_crashed_run_continues_with_the_same_bytes(config, whole, tmp_path, monkeypatch):
+    batch = Loader.batch
+
+    def fails(self, step):
+        if step == 5:
+            raise OSError("the disk went away")
+        return batch(self, step)
+
+    monkeypatch.setattr(Loader, "batch", fails)
+    with pytest.raises(OSError, match="the disk went away"):
+        train(config, tmp_path)
+    monkeypatch.setattr(Loader, "batch", batch)
+    assert read_meta(tmp_path)["step"] == 3
+    train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert read_meta(tmp_path)["fingerprints"] == read_meta(whole)["fingerprints"]
+
+
+def test_the_checkpoint_holds_all_that_a_policy_needs(config, whole):
+    meta = read_meta(whole)
+    saved = from_json(json.dumps(meta["config"]))
+    assert saved.model.cameras == ("top", "wrist") and saved.model.expert.action_dim == 3
+    assert dataclasses.replace(saved, model=config.model) == config
+    bundle = DataBundle.from_json(meta["data"])
+    assert bundle.tokenizer.vocab_size == saved.model.text.vocab
+    ema, params = load(whole, "ema"), load(whole, "params")
+    assert set(params) == {"backbone", "expert"}
+    assert jax.tree.structure(ema) == jax.tree.structure(params)
+    gaps = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), ema, params)
+    assert 0 < max(jax.tree.leaves(gaps)) < 0.1
+
+
+def test_validation_uses_all_batches_and_metrics_are_there(whole):
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert {"text_loss", "action_loss", "grad_norm", "learning_rate", "time_histogram"} <= steps[0].keys()
+    assert sum(steps[0]["time_histogram"]) == 4  # one draw per sample
+    validations = [line for line in lines if "val/action_loss" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+    assert sum(validations[0]["val/time_histogram"]) == 8  # two batches
+    assert validations[0]["val/time_histogram"] == validations[1]["val/time_histogram"]  # the same noise
+
+
+def test_dry_run_prints_the_placement_and_writes_nothing(config, tmp_path, capsys):
+    train(config, tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert "params/backbone/llm/embedder/input_embedding" in said and "tensor, fsdp" in said
+    assert "train: batch_size=4" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_data_set_is_refused(config, whole, tmp_path):
+    folder = tmp_path / "other"
+    toy_data.write(folder, [toy_data.make_episode(seed) for seed in range(1, 13)])
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
+    with pytest.raises(ValueError, match="data_fingerprint="):
+        train(other, whole)
+
+
+def test_data_path_must_be_given(config, tmp_path):
+    nowhere = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+    with pytest.raises(ValueError, match=r"data\.path is not set"):
+        train(nowhere, tmp_path)
+
+
+def products(jaxpr) -> int:
+    """FLOPs of all matrix products and convolutions of a jaxpr, scans multiplied out."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape  # height, width, in, out
+            total += 2 * math.prod(kernel[:3]) * math.prod(eqn.outvars[0].aval.shape)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += times * products(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    "expert", [{"time": "mlp"}, {"time": "adarms", "state_token": False}, {"time": "adarms"}]
+)
+def test_flops_against_the_traced_program(expert):
+    cfg, b, targets = small.config(**expert), 2, 5
+    batch = small.batch(cfg, b)
+    model = VLA(cfg)
+    t = jnp.zeros(b)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, batch.actions, t))
+
+    def prefill(params):
+        return model.apply(params, batch, method="prefill")
+
+    def denoise(params, cache):
+        return model.apply(params, cache, batch.state, batch.actions, t, method="denoise")
+
+    def logits(params, hidden):
+        return model.apply(params, hidden[:, :targets], method="logits")
+
+    cache, hidden = jax.eval_shape(prefill, params)
+    found = model_flops(cfg, text_tokens=batch.tokens.shape[1], target_tokens=targets)
+    assert products(jax.make_jaxpr(prefill)(params).jaxpr) == b * (found.vision + found.decoder)
+    assert products(jax.make_jaxpr(logits)(params, hidden).jaxpr) == b * found.logits
+    assert products(jax.make_jaxpr(denoise)(params, cache).jaxpr) == b * found.expert
+
+
+def test_flops_of_pi0_are_the_published_order():
+    from vla_jax.models.presets import pi0
+
+    found = model_flops(pi0(), text_tokens=48, target_tokens=0).train_sample(1)
+    assert found == pytest.approx(1.2e13, rel=0.1)
