@@ -85,7 +85,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
-            raise ValueError(f"the configuration has a field '{where}{unknown[0]}' that this version does not know")
+            raise ValueError(
+                f"the configuration has a field '{where}{unknown[0]}' that this version does not know"
+            )
         return kind(**{name: _build(hints[name], v, f"{where}{name}.") for name, v in value.items()})
     return _tuples(value)
 

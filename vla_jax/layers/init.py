@@ -20,7 +20,7 @@ def fan_in(
 
 
 def kernel(names: Sequence[str | None]) -> Initializer:
-    """The same for flax's Dense, DenseGeneral (which shows its initialiser a flattened shape) and Conv."""
+    """The same for flax's Dense and Conv, whose input axes are all but the last."""
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
     return nn.with_logical_partitioning(init, tuple(names))
 

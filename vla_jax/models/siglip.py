@@ -35,13 +35,15 @@ class SigLIP(nn.Module):
             (cfg.patch, cfg.patch),
             strides=(cfg.patch, cfg.patch),
             padding="VALID",
-            kernel_init=init.kernel((None, None, None, "embed")),
+            kernel_init=init.kernel((None, None, "patch", "embed")),
             bias_init=init.zeros(("embed",)),
             name="embedding",
         )(x)
         x = x.reshape(x.shape[0], cfg.tokens, cfg.width)
         x = x + self.param(
-            "pos_embedding", init.normal((None, None, "embed"), cfg.width**-0.5), (1, cfg.tokens, cfg.width)
+            "pos_embedding",
+            init.normal((None, "patch", "embed"), cfg.width**-0.5),
+            (1, cfg.tokens, cfg.width),
         )
         x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "length", "act_embed"))
         x = Transformer(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
@@ -93,28 +95,35 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         heads, width = self.config.heads, self.config.width // self.config.heads
-
-        def project(name: str) -> Array:
-            return nn.DenseGeneral(
-                (heads, width),
-                dtype=self.dtype,
-                kernel_init=init.kernel(("embed", "heads", "head_dim")),
-                bias_init=init.zeros(("heads", "head_dim")),
-                name=name,
-            )(x)
-
-        q, k, v = project("query"), project("key"), project("value")
+        into = dict(
+            names=("embed", "heads", "head_dim"), shape=(self.config.width, heads, width), contracted=1
+        )
+        q, k, v = (_Projection(**into, name=name)(x) for name in ("query", "key", "value"))
         q = nn.with_logical_constraint(q, ("batch", "length", "act_heads", None))
         logits = jnp.einsum("btne,bsne->bnts", q * width**-0.5, k, preferred_element_type=jnp.float32)
         out = jnp.einsum("bnts,bsne->btne", nn.softmax(logits, axis=-1).astype(self.dtype), v)
-        return nn.DenseGeneral(
-            self.config.width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=init.kernel(("heads", "head_dim", "embed")),
-            bias_init=init.zeros(("embed",)),
-            name="out",
-        )(out)
+        back = dict(
+            names=("heads", "head_dim", "embed"), shape=(heads, width, self.config.width), contracted=2
+        )
+        return _Projection(**back, name="out")(out)
+
+
+class _Projection(nn.Module):
+    """x · kernel + bias over the last `contracted` axes of x, which are the first ones of the kernel.
+
+    flax's DenseGeneral does the same, but initialises a flattened kernel, which has no place for three axis names.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    contracted: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        contracted = tuple(range(self.contracted))
+        kernel = self.param("kernel", init.fan_in(self.names, in_axis=contracted), self.shape)
+        bias = self.param("bias", init.zeros(self.names[self.contracted :]), self.shape[self.contracted :])
+        return jnp.tensordot(x, kernel.astype(x.dtype), axes=self.contracted) + bias.astype(x.dtype)
 
 
 class _Mlp(nn.Module):

@@ -1,0 +1,251 @@
+"""The loss against plain numpy, and what λ, masks, accumulation and insulation promise."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import small
+from vla_jax.flow.config import ProcessConfig
+from vla_jax.flow.processes import make_process
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.transfusion import Counts, count, draw, transfusion_loss
+
+PROCESS = make_process(ProcessConfig())
+
+
+@pytest.fixture(scope="module")
+def setup():
+    cfg = small.config()
+    data = small.batch(cfg, b=4)
+    model, params = small.init(cfg, data)
+    return data, model, params
+
+
+def losses(model, params, data, objective=ObjectiveConfig(), *, key=0, draws=None, counts=None, **kwargs):
+    draws = draw(jax.random.key(key), data, PROCESS, objective) if draws is None else draws
+    return _losses(model, objective, tuple(kwargs.items()))(
+        params, data, draws, counts or count(data, objective)
+    )
+
+
+@functools.cache
+def _losses(model, objective, kwargs):
+    return jax.jit(
+        lambda params, data, draws, counts: transfusion_loss(
+            model, PROCESS, objective, params, data, draws, counts, **dict(kwargs)
+        )
+    )
+
+
+@functools.cache
+def _gradient(model, objective, term):
+    def loss(params, data, draws):
+        counts = count(data, objective)
+        return getattr(transfusion_loss(model, PROCESS, objective, params, data, draws, counts), term)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def gradient(model, params, data, term, objective=ObjectiveConfig(), key=0):
+    return _gradient(model, objective, term)(
+        params, data, draw(jax.random.key(key), data, PROCESS, objective)
+    )
+
+
+def test_equals_numpy(setup):
+    """CE and FM written out: means over valid tokens and elements of the whole batch, λ between them."""
+    data, model, params = setup
+    objective = ObjectiveConfig(action_weight=3.0, plan_visible=0.0)
+    draws = draw(jax.random.key(0), data, PROCESS, objective)
+    got = losses(model, params, data, objective, draws=draws)
+    x_t = draws.x_t[:, 0]
+    prediction, logits = jax.jit(model.apply)({"params": params}, data, x_t, draws.t[:, 0])
+    logits = np.asarray(logits, np.float64)
+    total = n = right = 0
+    for row in range(4):
+        for i in range(1, data.tokens.shape[1]):
+            if data.token_loss[row, i]:
+                z = logits[row, i - 1]
+                total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[data.tokens[row, i]]
+                right += z.argmax() == data.tokens[row, i]
+                n += 1
+    mask = np.asarray(data.action_mask)
+    squared = (np.asarray(prediction) - np.asarray(draws.target[:, 0])) ** 2
+    np.testing.assert_allclose(got.text, total / n, rtol=1e-5)
+    np.testing.assert_allclose(got.text_accuracy, right / n, rtol=1e-6)
+    np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(got.total, total / n + 3 * squared[mask].mean(), rtol=1e-5)
+    assert got.time_histogram.sum() == 4
+    np.testing.assert_allclose(got.action_by_time.sum(), squared[mask].sum(), rtol=1e-5)
+    assert got.elements_by_time.sum() == mask.sum()
+
+
+def test_targets_are_the_clean_velocity(setup):
+    """x_t and the target determine noise and data: a = x_t + (1 - t) v; masked elements count as zero."""
+    data, _, _ = setup
+    objective = ObjectiveConfig(noise_draws=3)
+    d = draw(jax.random.key(1), data, PROCESS, objective)
+    recovered = d.x_t + (1 - d.t[..., None, None]) * d.target
+    want = jnp.where(data.action_mask, data.actions, 0)[:, None]
+    np.testing.assert_allclose(recovered, jnp.broadcast_to(want, recovered.shape), atol=1e-5)
+    assert np.unique(np.asarray(d.t)).size == 12
+
+
+def test_modalities_do_not_touch_each_other(setup):
+    """Other action targets leave the text loss and its gradient bit-identical, and the other way round."""
+    data, model, params = setup
+    other = data.replace(actions=data.actions + 1.7)
+    (want, want_grad), (got, got_grad) = (gradient(model, params, d, "text") for d in (data, other))
+    assert want == got
+    jax.tree.map(np.testing.assert_array_equal, want_grad, got_grad)
+    assert gradient(model, params, other, "action")[0] != gradient(model, params, data, "action")[0]
+
+    # Another target text is seen by the expert only where the plan is visible.
+    objective = ObjectiveConfig(plan_visible=0.0)
+    other = data.replace(tokens=jnp.where(data.token_loss, (data.tokens * 7) % small.VOCAB, data.tokens))
+    (want, want_grad), (got, got_grad) = (
+        gradient(model, params, d, "action", objective) for d in (data, other)
+    )
+    assert want == got
+    jax.tree.map(np.testing.assert_array_equal, want_grad, got_grad)
+    assert gradient(model, params, other, "text")[0] != gradient(model, params, data, "text")[0]
+    seen = ObjectiveConfig(plan_visible=1.0)
+    assert (
+        gradient(model, params, other, "action", seen)[0] != gradient(model, params, data, "action", seen)[0]
+    )
+
+
+def test_masked_elements_change_nothing(setup):
+    data, model, params = setup
+    other = data.replace(
+        actions=jnp.where(data.action_mask, data.actions, jnp.nan),
+        tokens=jnp.where(data.token_mask, data.tokens, 3),
+    )
+    want, got = losses(model, params, data), losses(model, params, other)
+    jax.tree.map(np.testing.assert_array_equal, want, got)
+
+
+def test_microbatches_add_up(setup):
+    """Shares of ragged microbatches sum to the loss of the whole batch."""
+    data, model, params = setup
+    objective = ObjectiveConfig(noise_draws=2)
+    draws = draw(jax.random.key(0), data, PROCESS, objective)
+    counts = count(data, objective)
+    want = losses(model, params, data, objective, draws=draws, counts=counts)
+    parts = [
+        losses(
+            model,
+            params,
+            *[jax.tree.map(lambda x: x[i::2], data), objective],  # noqa: B023
+            draws=jax.tree.map(lambda x: x[i::2], draws),
+            counts=counts,  # noqa: B023
+        )
+        for i in range(2)
+    ]
+    got = jax.tree.map(jnp.add, *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+def test_lambda_does_not_depend_on_batch_or_padding(setup):
+    """A batch twice over, or padded, has the same loss."""
+    data, model, params = setup
+    draws = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig())
+    want = losses(model, params, data, draws=draws)
+    double = losses(
+        model,
+        params,
+        jax.tree.map(lambda x: jnp.concatenate([x, x]), data),
+        draws=jax.tree.map(lambda x: jnp.concatenate([x, x]), draws),
+    )
+    np.testing.assert_allclose(double[:4], want[:4], rtol=1e-5)
+    pad = {
+        n: jnp.pad(getattr(data, n), ((0, 0), (0, 3)))
+        for n in ("tokens", "token_mask", "token_causal", "token_loss")
+    }
+    padded = losses(model, params, data.replace(**pad), draws=draws)
+    np.testing.assert_allclose(padded[:4], want[:4], rtol=1e-5)
+
+
+def test_insulation_scales_the_backbones_gradient(setup):
+    data, model, params = setup
+    grads = {
+        kappa: gradient(model, params, data, "action", ObjectiveConfig(insulation=kappa))[1]
+        for kappa in (0.0, 0.5, 1.0)
+    }
+    norms = {
+        kappa: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g["backbone"]))
+        for kappa, g in grads.items()
+    }
+    assert norms[0.0] == 0 < norms[1.0]
+    jax.tree.map(
+        lambda half, full: np.testing.assert_allclose(half, 0.5 * full, rtol=1e-4, atol=1e-6),
+        grads[0.5]["backbone"],
+        grads[1.0]["backbone"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, grads[0.0]["expert"], grads[1.0]["expert"])
+
+
+def test_weight_zero_is_not_computed(setup):
+    """λ = 0 must not let a NaN of the expert through, nor a disabled text term one of the decoder's output."""
+    data, model, params = setup
+    bad = params | {"expert": jax.tree.map(lambda x: x * jnp.nan, params["expert"])}
+    value, grad = gradient(model, bad, data, "total", ObjectiveConfig(action_weight=0.0))
+    assert np.isfinite(value)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+    got = losses(model, params, data, ObjectiveConfig(text=False))
+    assert got.text == 0
+    assert got.total == got.action
+
+
+def test_logits_only_at_targets(setup):
+    """A bound on the target tokens that holds them all changes nothing."""
+    data, model, params = setup
+    longest = int(data.token_loss.sum(1).max())
+    np.testing.assert_allclose(
+        losses(model, params, data).text, losses(model, params, data, target_tokens=longest).text, rtol=1e-6
+    )
+
+
+def test_more_draws_are_the_same_loss_on_average(setup):
+    """K draws of one pass average what K passes with one draw give."""
+    data, model, params = setup
+    many = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig(noise_draws=4))
+    got = losses(model, params, data, ObjectiveConfig(noise_draws=4), draws=many).action
+    singles = [
+        losses(
+            model,
+            params,
+            data,
+            draws=many._replace(**{n: getattr(many, n)[:, i : i + 1] for n in ("x_t", "t", "target")}),
+        ).action
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(got, np.mean(singles), rtol=1e-5)
+
+
+def test_empty_modalities_are_zero(setup):
+    data, model, params = setup
+    none = data.replace(
+        token_loss=jnp.zeros_like(data.token_loss), action_mask=jnp.zeros_like(data.action_mask)
+    )
+    got = losses(model, params, none, counts=Counts(jnp.ones(()), jnp.ones(())))
+    assert got.total == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action_weight": -1.0}, "negative"),
+        ({"insulation": 1.5}, "outside"),
+        ({"noise_draws": 0}, "at least 1"),
+        ({"plan_visible": 2.0}, "probability"),
+        ({"action_weight": 0.0, "text": False}, "nothing to learn"),
+    ],
+)
+def test_impossible_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ObjectiveConfig(), **change)
