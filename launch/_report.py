@@ -209,19 +209,21 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """One bar per kind of episodes."""
-    bars: dict[str, tqdm.tqdm] = {}
+    """One bar for each kind of episodes, one after the other."""
+    bar = tqdm.tqdm(disable=True)
 
     def progress(name: str, total: int, ended: int) -> None:
-        if name not in bars:
-            bars[name] = tqdm.tqdm(desc=name, unit="episode", total=0)
-        bar = bars[name]
-        if bar.n == bar.total:  # the next piece of the same kind
+        nonlocal bar
+        if bar.disable or bar.desc != name:
+            bar.close()
+            bar = tqdm.tqdm(unit="episode", total=0)
+            bar.desc = name
+        if bar.n == bar.total:  # the first piece, or the next one of the same kind
             bar.total += total
         bar.update(ended)
+        bar.refresh()
 
     try:
         yield progress
     finally:
-        for bar in bars.values():
-            bar.close()
+        bar.close()

@@ -103,12 +103,19 @@ def test_table_has_a_column_per_report_and_only_rows_that_apply():
         "episodes": 512, "success": 0.9648, "success_ci": [0.945, 0.978], "collision": 0.01,
         "latency_ms_p50": 12.34, "per_task": {"tabletop": {"success": 0.9648, "success_ci": [0.945, 0.978]}},
     }  # fmt: skip
-    other = {"episodes": 20, "success": 0.5, "success_ci": [0.3, 0.7], "path_error": 0.0}
+    other = {
+        "episodes": 20,
+        "success": 0.5,
+        "success_ci": [0.3, 0.7],
+        "path_error": 0.0125,
+        "details": {"symmetric_collision": 1.0},
+    }
     lines = table.markdown_table({"flow": flow, "regression": other}).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
     assert cells["success"] == ["96.5 % (94.5–97.8)", "50.0 % (30.0–70.0)"]
-    assert cells["path length over the shortest"] == ["–", "+0.0 %"]
+    assert cells["mean distance to the expert's path (mm)"] == ["–", "12.5"]
+    assert cells["collisions in symmetric scenes"] == ["–", "100.0 %"]
     assert cells["latency of a chunk, median (ms)"] == ["12.3", "–"]
     assert not any("swapped" in name or name.startswith("success: ") for name in cells)
 

@@ -85,9 +85,11 @@ def open_loop(
 
 
 def films(recordings: Sequence[Recording], count: int = 6) -> list[Film]:
-    """Some recordings as films: failures first (at most half), then successes, in their order."""
-    failures = [r for r in recordings if not r.record["success"]][: count // 2]
-    successes = [r for r in recordings if r.record["success"]][: count - len(failures)]
+    """Some recordings as films: failures first (at most half if there are enough successes), in their order."""
+    failures = [r for r in recordings if not r.record["success"]]
+    successes = [r for r in recordings if r.record["success"]]
+    failures = failures[: max(count // 2, count - len(successes))]
+    successes = successes[: count - len(failures)]
     return [
         Film(
             frames=r.frames,

@@ -26,13 +26,14 @@ class Fan:
 
 
 def draw_fans(rows: Sequence[Sequence[Fan]], *, title: str, row_titles: Sequence[str] = ()) -> Figure:
-    """A grid of fans: one row per scene, one column per policy, the same frame in all of a row."""
+    """A grid of fans, such as one row per scene and one column per policy. A policy keeps its colour."""
     columns = len(rows[0])
+    labels = list(dict.fromkeys(fan.label for row in rows for fan in row))
     figure = style.new_figure(3.9 * columns, 4.35 * len(rows) + 0.4, title)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for r, row in enumerate(rows):
         for c, fan in enumerate(row):
-            _draw_fan(grid[r, c], fan, style.PALETTE[c % len(style.PALETTE)])
+            _draw_fan(grid[r, c], fan, style.PALETTE[labels.index(fan.label) % len(style.PALETTE)])
             grid[r, c].set_title(
                 f"{fan.label} · {len(fan.paths)} samples", loc="left", fontsize=12, color=style.INK
             )

@@ -3,24 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-# key of the report, what the row is called, how its value is written
+# key of the report (or of its details), what the row is called, how its value is written
 ROWS = (
     ("success", "success", "percent"),
+    ("wrong_instruction_success", "success with another task's instruction", "percent"),
     ("collision", "collisions", "percent"),
+    ("symmetric_collision", "collisions in symmetric scenes", "percent"),
     ("left_share", "left in symmetric scenes", "percent"),
-    ("path_error", "path length over the shortest", "ratio"),
+    ("path_error", "mean distance to the expert's path (mm)", "millimetres"),
     ("chunk_diversity", "diversity of sampled chunks", "number"),
     ("swapped_success", "instruction swapped: ends at the newly named object", "percent"),
     ("plan_accuracy", "decoded plan names the right object", "percent"),
     ("forced_plan_followed", "forced plan: passes on the forced side", "percent"),
-    ("wrong_instruction_success", "success with another task's instruction", "percent"),
     ("latency_ms_p50", "latency of a chunk, median (ms)", "milliseconds"),
     ("latency_ms_p95", "latency of a chunk, 95th percentile (ms)", "milliseconds"),
 )
 
 FORMATS = {
     "percent": lambda x: f"{100 * x:.1f} %",
-    "ratio": lambda x: f"{100 * x:+.1f} %",
+    "millimetres": lambda x: f"{1e3 * x:.1f}",
     "number": lambda x: f"{x:.3f}",
     "milliseconds": lambda x: f"{x:.1f}",
 }
@@ -39,6 +40,7 @@ def cell(report: Mapping[str, Any], key: str, kind: str) -> str:
 
 def result_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The table without its head: a name and one cell per report; rows that no report has are left out."""
+    reports = {name: dict(report.get("details", {}), **report) for name, report in reports.items()}
     rows = [["episodes", *(str(report["episodes"]) for report in reports.values())]]
     for key, name, kind in ROWS:
         if any(report.get(key) is not None for report in reports.values()):
