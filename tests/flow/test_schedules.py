@@ -93,5 +93,5 @@ def test_tables_are_the_continuous_schedules():
     "make", [lambda: Polynomial(1.0), lambda: VP(1.0, 0.5), lambda: LinearSteps(20), lambda: CosineSteps(1)]
 )
 def test_impossible_schedules_are_refused(make):
-    with pytest.raises(ValueError, match="use|need"):
+    with pytest.raises(ValueError, match=r"use|need"):
         make()

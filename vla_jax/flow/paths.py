@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vla_jax.flow.schedules import Schedule
 
@@ -15,7 +15,7 @@ def time_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def align(t: Float[Array, "*t"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def align(t: Shaped[Array, "*t"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """`t` with ones appended, to broadcast against `x` from the left: [b] or [b k] against [b k a]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 

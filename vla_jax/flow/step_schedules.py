@@ -46,9 +46,9 @@ class StepSchedule(VariancePreserving):
         """log(alpha^2) at t and its slope."""
         knots = jnp.asarray(self.log_alpha_bar(), t.dtype)
         left = jnp.clip(jnp.floor(t * self.steps), 0, self.steps - 1).astype(jnp.int32)
-        slope = (knots[left + 1] - knots[left]) * self.steps
-        # From the right knot: it is exactly 0 at t = 1, where 1 - alpha^2 needs all its digits.
-        return knots[left + 1] - slope * ((left + 1).astype(t.dtype) / self.steps - t), slope
+        rise = knots[left + 1] - knots[left]
+        # From the right knot and in units of steps: exactly 0 at t = 1, where sigma is a square root of this.
+        return knots[left + 1] - rise * ((left + 1).astype(t.dtype) - t * self.steps), rise * self.steps
 
     def alpha(self, t: Time) -> Time:
         """sqrt(alpha_bar)."""
