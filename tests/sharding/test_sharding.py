@@ -25,11 +25,11 @@ def boxed(names, shape):
     return jax.eval_shape(lambda: {"layer": {"w": init(jax.random.key(0), shape)}})
 
 
-@pytest.fixture(scope="module")
-def eight():
-    flags = "--xla_force_host_platform_device_count=8"
+def on_eight_devices(module):
+    # Unoptimised code compiles several times faster, and runs long enough for these sizes.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.sharding.eight"],
+        [sys.executable, "-m", module],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -38,12 +38,26 @@ def eight():
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def eight():
+    return on_eight_devices("tests.sharding.eight")
+
+
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
 def test_sharded_equals_one_device(eight, mesh):
     found = eight[mesh]
     assert found["init"] == 0  # bit for bit: random bits do not depend on the sharding
     assert found["loss"] < 1e-6
     assert found["params"] < 1e-5
+
+
+def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device():
+    found = on_eight_devices("tests.sharding.eight_vla")
+    for mesh in ("8x1x1", "1x8x1", "2x2x2"):
+        assert found[mesh]["loss"] < 1e-5
+        assert found[mesh]["gradient"] < 1e-5
+        assert found[mesh]["constraints"] >= 10
+    assert found["1x8x1"]["unsharded"] < 0.02 and found["2x2x2"]["unsharded"] < 0.02
 
 
 def test_parameters_and_moments_are_split_by_the_rules(eight):
