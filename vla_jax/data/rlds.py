@@ -118,7 +118,7 @@ def read_schema(directory: str | os.PathLike) -> tuple[DatasetSchema, int]:
 def encode_png(image: np.ndarray) -> bytes:
     """A u8[h w 3] image as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG", compress_level=3)  # half the time of the default 6, 5 % larger
     return buffer.getvalue()
 
 
@@ -235,7 +235,8 @@ def _serialize(layout: tfds.features.FeaturesDict, schema: DatasetSchema, episod
         for t in range(length)
     ]
     example = layout.encode_example({"steps": steps, "episode_metadata": metadata})
-    return ExampleSerializer(layout.get_serialized_info()).serialize_example(example)
+    record = ExampleSerializer(layout.get_serialized_info()).get_tf_example(example)
+    return record.SerializeToString(deterministic=True)  # else the order of its features differs from run to run
 
 
 def _checksum(path: Path) -> str:

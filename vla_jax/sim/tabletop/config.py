@@ -62,6 +62,9 @@ class TabletopConfig:
     hold_radius_m: float = 0.02
     """The expert goes on closing this near to the goal."""
 
+    swapped_fraction: float = 0.35
+    """Share of demonstrations that ask for another object than the one behind the obstacle. Without them the
+    obstacle's place would tell which object is meant, and a policy could do without reading."""
     noisy_fraction: float = 0.5
     """Share of demonstrations that are disturbed (labels stay the expert's own actions)."""
     burst_steps: int = 3
@@ -108,8 +111,9 @@ class TabletopConfig:
             )
         if self.max_steps < 1 or self.image_size < 1 or self.burst_steps < 1:
             raise ValueError("max_steps, image_size and burst_steps must be at least 1")
-        if not 0 <= self.noisy_fraction <= 1 or not 0 <= self.burst_probability <= 1:
-            raise ValueError("noisy_fraction and burst_probability are probabilities; use values in [0, 1]")
+        for name in ("swapped_fraction", "noisy_fraction", "burst_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is a probability; use a value in [0, 1]")
 
     def detour_radius_m(self, obstacle_radius_m):
         """Least distance between gripper centre and obstacle centre that the expert plans with."""

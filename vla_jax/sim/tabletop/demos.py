@@ -46,16 +46,22 @@ class Demonstrations:
 
 
 def generate(
-    config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None, swapped: bool = False
+    config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None, swapped: bool | None = None
 ) -> Demonstrations:
     """The expert's episodes of the seeds, each a pure function of its seed. 64 to 256 at a time is fast.
 
     `kind` fixes how the obstacle lies towards the scene's own target. `swapped` asks for another object than
-    that one: without such episodes in the data, the obstacle's place tells much about which object is meant.
+    that one; None: in `config.swapped_fraction` of the episodes.
     """
     seeds = checked_seeds(seeds)
     episodes, run, track = jax.tree.map(
-        np.asarray, _rollouts(config, seeds, kind_weights(config, kind), swapped)
+        np.asarray,
+        _rollouts(
+            config,
+            seeds,
+            kind_weights(config, kind),
+            config.swapped_fraction if swapped is None else float(swapped),
+        ),
     )
     lengths = run.final.steps
     live = np.arange(lengths.max()) < lengths[:, None]
@@ -82,8 +88,9 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rollouts(config: TabletopConfig, seeds, weights, swapped) -> tuple[Episode, Rollout, Any]:
+def _rollouts(config: TabletopConfig, seeds, weights, swapped_fraction) -> tuple[Episode, Rollout, Any]:
     def one(seed):
+        swapped = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), 1), jnp.float32(swapped_fraction))
         episode = sample_episode(config, seed, jnp.stack(weights), swapped)
         run = rollout(config, episode.scene, episode.side, episode.disturbance)
         return episode, run, measure(config, episode, run.positions, run.final.steps)
