@@ -109,7 +109,7 @@ def sample(args: "SampleArgs") -> None:
             for instruction, text in zip(
                 observation.instruction, policy.plan(observation, key, args.temperature)
             ):
-                print(f"{label}: “{instruction}” → “{text}”")
+                print(f"{label}: “{instruction}” → “{' '.join(text.split())}”")
         rows = fan_rows(
             {label: policy},
             seeds,

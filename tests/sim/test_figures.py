@@ -39,7 +39,7 @@ def test_curve_keeps_only_finite_values_that_are_there():
 
 
 def test_training_curves_draw_every_run_and_leave_out_unknown_panels(tmp_path):
-    key, val_key = curves.PANELS[0][1:]
+    key, val_key = curves.PANELS[0][1:3]
     run = [record(s, **{key: 1 / s}, **({val_key: 2 / s} if s % 10 == 0 else {})) for s in range(1, 50)]
     figure = curves.draw_curves({"flow": run, "regression": run[:20]}, title="losses")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [curves.PANELS[0][0]]

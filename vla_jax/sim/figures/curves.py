@@ -14,12 +14,12 @@ from vla_jax.sim.figures import style
 
 Records = Sequence[Mapping[str, Any]]
 
-# title, key of the training curve, key of the validation curve
+# title, key of the training curve, key of the validation curve, whether a wide range may be drawn logarithmically
 PANELS = (
-    ("action loss", "action_loss", "val/action_loss"),
-    ("text loss (CE per token)", "text_loss", "val/text_loss"),
-    ("gradient norm", "grad_norm", None),
-    ("learning rate", "learning_rate", None),
+    ("action loss", "action_loss", "val/action_loss", True),
+    ("text loss (CE per token)", "text_loss", "val/text_loss", True),
+    ("gradient norm", "grad_norm", None, True),
+    ("learning rate", "learning_rate", None, False),
 )
 
 
@@ -72,7 +72,9 @@ def draw_curves(runs: Mapping[str, Records], *, title: str) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, runs: Mapping[str, Records], title: str, key: str, val_key: str | None) -> None:
+def _draw_panel(
+    axes: Axes, runs: Mapping[str, Records], title: str, key: str, val_key: str | None, log: bool
+) -> None:
     every = []
     for number, (label, records) in enumerate(runs.items()):
         colour = style.PALETTE[number % len(style.PALETTE)]
@@ -92,6 +94,6 @@ def _draw_panel(axes: Axes, runs: Mapping[str, Records], title: str, key: str, v
                 label=val_label,
             )
     values = np.concatenate(every)
-    if len(values) and values.min() > 0 and values.max() / values.min() > 20:
+    if log and len(values) and values.min() > 0 and values.max() / values.min() > 20:
         axes.set_yscale("log")
     style.tidy(axes, xlabel="step", title=title)

@@ -29,14 +29,15 @@ def draw_fans(rows: Sequence[Sequence[Fan]], *, title: str, row_titles: Sequence
     """A grid of fans, such as one row per scene and one column per policy. A policy keeps its colour."""
     columns = len(rows[0])
     labels = list(dict.fromkeys(fan.label for row in rows for fan in row))
-    figure = style.new_figure(3.9 * columns, 4.35 * len(rows) + 0.4, title)
+    figure = style.new_figure(3.9 * columns, 4.6 * len(rows) + 0.4, title)
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for r, row in enumerate(rows):
         for c, fan in enumerate(row):
             _draw_fan(grid[r, c], fan, style.PALETTE[labels.index(fan.label) % len(style.PALETTE)])
-            grid[r, c].set_title(
-                f"{fan.label} · {len(fan.paths)} samples", loc="left", fontsize=12, color=style.INK
-            )
+            equal = ", all equal" if np.ptp(fan.paths, axis=0).max() < 1e-3 else ""
+            name = f"{fan.label} · {len(fan.paths)} samples{equal}"
+            grid[r, c].set_title(name, loc="left", fontsize=12, color=style.INK)
         if row_titles:
             grid[r, 0].set_ylabel(row_titles[r], fontsize=11, color=style.FAINT)
     return figure
