@@ -221,7 +221,6 @@ def progress_bars() -> Iterator[Progress]:
         if bar.n == bar.total:  # the first piece, or the next one of the same kind
             bar.total += total
         bar.update(ended)
-        bar.refresh()
 
     try:
         yield progress
