@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -19,6 +20,24 @@ ALL = [*SMOOTH, LinearSteps(100), CosineSteps(100)]
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compile():
+    """For long programs that run for milliseconds: less optimisation, a fifth of the compile time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def normal(seed, shape):
+    """Standard normals from numpy: jax.random would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def normals(seed, count, shape):
+    """Several of them."""
+    return [normal((seed, i), shape) for i in range(count)]
 
 
 def name(schedule):

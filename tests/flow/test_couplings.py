@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.flow.conftest import normals
 from vla_jax.flow.couplings import condition_cost, exact_pairs, sinkhorn_pairs, sinkhorn_plan, squared_cost
 
 
@@ -26,7 +27,7 @@ def test_exact_is_the_best_of_all_permutations():
 
 @pytest.mark.parametrize("dims", [2, 14])
 def test_sinkhorn_is_a_permutation_near_the_optimum(dims):
-    noise, data = jax.random.normal(jax.random.key(0), (2, 64, dims))
+    noise, data = normals(0, 2, (64, dims))
     pairs = jax.jit(sinkhorn_pairs)(noise, data + 1)
     assert (jnp.sort(pairs) == jnp.arange(64)).all()
     best = total(noise, data + 1, exact_pairs(np.asarray(noise), np.asarray(data + 1)))
@@ -34,7 +35,7 @@ def test_sinkhorn_is_a_permutation_near_the_optimum(dims):
 
 
 def test_plan_has_unit_margins_and_any_scale():
-    noise, data = jax.random.normal(jax.random.key(0), (2, 16, 3))
+    noise, data = normals(0, 2, (16, 3))
     cost = squared_cost(noise, data)
     plan = sinkhorn_plan(cost, epsilon=0.5)
     for axis in (0, 1):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.flow.conftest import normal, normals
 from vla_jax.flow.base import solve
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.guidance import (
@@ -27,7 +28,7 @@ def toy(x, t, c):
 
 @pytest.fixture
 def case():
-    x, c = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    x, c = normals(0, 2, (4, 3))
     return x, jnp.linspace(0.1, 0.9, 4), c, jnp.zeros(3)
 
 
@@ -111,14 +112,18 @@ def test_guiding_any_prediction_is_guiding_all(mixture):
         mixture(VP()),
         GaussianMixture(weights=jnp.ones(1), means=jnp.zeros((1, 2)), stds=jnp.ones((1, 2)), schedule=VP()),
     )
-    x, t = jax.random.normal(jax.random.key(0), (4, 2)), jnp.linspace(0.1, 0.9, 4)
-    velocity = autoguidance(g.velocity, h.velocity, 2.0)(x, t)
-    np.testing.assert_allclose(velocity, h.velocity(x, t) + 2 * (g.velocity(x, t) - h.velocity(x, t)))
-    for kind in ("eps", "x1", "score"):
-        guided = autoguidance(getattr(g, kind), getattr(h, kind), 2.0)(x, t)
-        np.testing.assert_allclose(
-            convert(VP(), kind, "velocity", guided, x, t), velocity, rtol=1e-9, atol=1e-9
-        )
+    x, t = normal(0, (4, 2)), jnp.linspace(0.1, 0.9, 4)
+
+    @jax.jit
+    def run(x, t):
+        kinds = ("velocity", "eps", "x1", "score")
+        guided = {k: autoguidance(getattr(g, k), getattr(h, k), 2.0)(x, t) for k in kinds}
+        expected = h.velocity(x, t) + 2 * (g.velocity(x, t) - h.velocity(x, t))
+        return expected, {k: convert(VP(), k, "velocity", v, x, t) for k, v in guided.items()}
+
+    expected, made = run(x, t)
+    for kind, velocity in made.items():
+        np.testing.assert_allclose(velocity, expected, rtol=1e-9, atol=1e-9, err_msg=kind)
     assert autoguidance(g.velocity, h.velocity, 1) == g.velocity
 
 
@@ -127,7 +132,7 @@ def test_perfect_classifier_gives_the_conditional_field(mixture):
     for schedule in (CondOT(), VP()):
         g = mixture(schedule)
         one = GaussianMixture(weights=jnp.ones(1), means=g.means[1:2], stds=g.stds[1:2], schedule=schedule)
-        x, t = jax.random.normal(jax.random.key(0), (3, 2)), jnp.array([0.1, 0.5, 0.9])
+        x, t = normal(0, (3, 2)), jnp.array([0.1, 0.5, 0.9])
 
         @jax.jit
         def fields(x, t, g=g, schedule=schedule):
@@ -150,7 +155,7 @@ def test_perfect_classifier_gives_the_conditional_field(mixture):
 def test_more_classifier_more_class(mixture):
     """A5: the share of samples in the class rises with w, their spread falls."""
     g = mixture(CondOT())
-    x = jax.random.normal(jax.random.key(0), (500, 2))
+    x = normal(0, (500, 2))
 
     @jax.jit
     def sample(w):
@@ -180,7 +185,7 @@ def test_inpainting(mixture):
     independent = GaussianMixture(
         weights=jnp.ones(1), means=jnp.array([[1.0, -1.0]]), stds=jnp.array([[0.5, 0.2]])
     )
-    noise = jax.random.normal(jax.random.key(0), (6, 2))
+    noise = normal(0, (6, 2))
     known, mask = jnp.full((6, 2), 3.0), jnp.array([[True, False]] * 6)
     for method in ("euler", "rk4"):
         solver = SolverConfig(method=method, num_steps=10)
@@ -192,8 +197,8 @@ def test_inpainting(mixture):
 
 def test_soft_inpainting_on_a_linear_field():
     """Against the formula with the Jacobian written out; free at weight 0; finite at both ends."""
-    m = jax.random.normal(jax.random.key(0), (3, 3))
-    x, known, weight = jax.random.normal(jax.random.key(1), (3, 4, 3))
+    m = normal(0, (3, 3))
+    x, known, weight = normals(1, 3, (4, 3))
     weight = jnp.abs(weight)
     t = jnp.array([0.0, 0.3, 0.6, 1.0])
     field = lambda x, t: x @ m.T  # noqa: E731

@@ -1,5 +1,6 @@
 """Conversions: round trips, and at the ends a finite number or a plain refusal."""
 
+import functools
 import itertools
 from typing import get_args
 
@@ -10,38 +11,47 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.flow.conftest import ALL
+from tests.flow.conftest import ALL, normals
 from vla_jax.flow.paths import AffinePath
 from vla_jax.flow.predictions import Kind, convert, data_and_noise, from_data_and_noise, undefined
 
 KINDS = get_args(Kind)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.sampled_from(ALL),
-    st.sampled_from(KINDS),
-    st.sampled_from(KINDS),
-    st.floats(0.01, 0.99),
-    st.integers(0, 99),
-)
-def test_round_trips(schedule, source, target, t, seed):
-    x1, eps = jax.random.normal(jax.random.key(seed), (2, 2, 3))
-    t = jnp.full(2, t)
-    x = AffinePath(schedule).interpolate(eps, x1, t)
-    value = from_data_and_noise(schedule, source, x1, eps, t)
-    made = convert(schedule, source, target, value, x, t)
-    scale = 1 + float(jnp.abs(value).max())
-    expected = from_data_and_noise(schedule, target, x1, eps, t)
-    np.testing.assert_allclose(made, expected, rtol=1e-8, atol=1e-9 * scale)
-    for a, b in zip(data_and_noise(schedule, source, value, x, t), (x1, eps)):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * scale)
+@functools.cache
+def everything(schedule):
+    """All conversions of a schedule at once, compiled once: truth, {(source, target): made}, {source: pair}."""
+
+    @jax.jit
+    def run(x1, eps, t):
+        x = AffinePath(schedule).interpolate(eps, x1, t)
+        truth = {kind: from_data_and_noise(schedule, kind, x1, eps, t) for kind in KINDS}
+        made = {(a, b): convert(schedule, a, b, truth[a], x, t) for a in KINDS for b in KINDS}
+        return truth, made, {kind: data_and_noise(schedule, kind, truth[kind], x, t) for kind in KINDS}
+
+    return run
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(ALL), st.floats(0.01, 0.99), st.integers(0, 99))
+def test_round_trips(schedule, t, seed):
+    """A2, C13: every conversion of an exact prediction is exact, in float64."""
+    x1, eps = normals(seed, 2, (2, 3))
+    truth, made, pairs = jax.device_get(everything(schedule)(x1, eps, jnp.full(2, t)))
+    for (source, target), value in made.items():
+        scale = 1 + np.abs(truth[source]).max()
+        np.testing.assert_allclose(
+            value, truth[target], rtol=1e-8, atol=1e-9 * scale, err_msg=f"{source} -> {target}"
+        )
+    for source, pair in pairs.items():
+        for a, b in zip(pair, (x1, eps)):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * (1 + np.abs(truth[source]).max()))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_ends_are_finite_or_refused(schedule, dtype):
     """Every conversion at both ends: a finite number, or one line that says why there is none."""
-    x, value = jax.random.normal(jax.random.key(0), (2, 2, 3), dtype)
+    x, value = (y.astype(dtype) for y in normals(0, 2, (2, 3)))
     defined = []
     for source, target, end in itertools.product(KINDS, KINDS, (0.0, 1.0)):
         if end in undefined(schedule, source, target):
@@ -61,7 +71,7 @@ def test_ends_are_finite_or_refused(schedule, dtype):
 
 def test_what_is_undefined_really_is(schedule):
     """Nothing is refused for convenience: the refused formulas blow up as t approaches the end."""
-    x, value = jax.random.normal(jax.random.key(0), (2, 1, 2))
+    x, value = normals(0, 2, (1, 2))
     cases = [(a, b, end) for a, b in itertools.product(KINDS, KINDS) for end in undefined(schedule, a, b)]
 
     @jax.jit
@@ -76,7 +86,7 @@ def test_what_is_undefined_really_is(schedule):
 
 def test_time_per_token():
     schedule = ALL[0]
-    x, value = jax.random.normal(jax.random.key(0), (2, 2, 5, 3))
+    x, value = normals(0, 2, (2, 5, 3))
     t = jnp.linspace(0.1, 0.9, 10).reshape(2, 5)
     made = convert(schedule, "velocity", "x1", value, x, t)
     np.testing.assert_allclose(made, x + (1 - t[..., None]) * value)

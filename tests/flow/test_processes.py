@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tests.flow.conftest import normal, normals
 from vla_jax.flow.config import ProcessConfig, SolverConfig, check
 from vla_jax.flow.metrics import energy_distance, straightness
 from vla_jax.flow.processes import Flow, Regression, make_process
@@ -16,7 +17,7 @@ from vla_jax.flow.times import Beta, LogitNormal, TimeSampler, Uniform
 
 def test_corrupt_on_the_straight_path():
     """C2: x_t = (1-t) eps + t a, target a - eps; a time per sample or per token."""
-    a, noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    a, noise = normals(0, 2, (3, 4, 2))
     for t in (jnp.array([0.0, 0.3, 1.0]), jnp.linspace(0, 1, 12).reshape(3, 4)):
         c = Flow().corrupt(jax.random.key(1), a, t=t, noise=noise)
         u = np.asarray(t).reshape(*t.shape, *(1,) * (3 - t.ndim))
@@ -34,7 +35,7 @@ def test_losses():
 
 
 def test_regression_is_one_evaluation_at_zeros():
-    a = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    a = normal(0, (2, 4, 3))
     process = make_process(ProcessConfig(kind="regression", loss="l1"))
     c = process.corrupt(jax.random.key(1), a)
     assert not c.x_t.any() and not c.t.any() and c.t.shape == (2,)
@@ -86,17 +87,20 @@ def test_sampling_the_mixture(mixture):
 def test_conditional_and_marginal_losses_have_one_gradient(mixture):
     """C4, the CFM theorem: grad E|u - (a - eps)|^2 = grad E|u - v|^2 for a field linear in features of (x, t)."""
     g = mixture(CondOT())
-    a = g.sample(jax.random.key(0), 200_000)
-    c = Flow().corrupt(jax.random.key(1), a)
-    t = c.t[:, None]
-    features = jnp.concatenate([c.x_t, c.x_t * t, jnp.tanh(c.x_t), t, jnp.ones_like(t)], 1)
-    w = jax.random.normal(jax.random.key(2), (features.shape[1], 2))
 
-    def gradient(target):
-        return jax.grad(lambda w: Flow().loss(features @ w, target).mean())(w).ravel()
+    @jax.jit
+    def gradients(w):
+        c = Flow().corrupt(jax.random.key(1), g.sample(jax.random.key(0), 200_000))
+        t = c.t[:, None]
+        features = jnp.concatenate([c.x_t, c.x_t * t, jnp.tanh(c.x_t), t, jnp.ones_like(t)], 1)
 
-    conditional, marginal = gradient(c.target), gradient(g.velocity(c.x_t, c.t))
-    norms = jnp.linalg.norm(conditional), jnp.linalg.norm(marginal)
+        def gradient(target):
+            return jax.grad(lambda w: Flow().loss(features @ w, target).mean())(w).ravel()
+
+        return gradient(c.target), gradient(g.velocity(c.x_t, c.t))
+
+    conditional, marginal = jax.device_get(gradients(normal(2, (8, 2))))
+    norms = np.linalg.norm(conditional), np.linalg.norm(marginal)
     assert conditional @ marginal / norms[0] / norms[1] > 0.999
     np.testing.assert_allclose(norms[0] / norms[1], 1, atol=0.01)
 
@@ -109,7 +113,7 @@ def test_time_laws():
     t = np.asarray(LogitNormal(mean=0.4, std=1.2).quantile(jnp.asarray(u)))
     np.testing.assert_allclose(scipy.stats.norm(0.4, 1.2).cdf(np.log(t / (1 - t))), u, rtol=1e-9)
     times = make_process(ProcessConfig()).times
-    draws = times(jax.random.key(0), 100_000)
+    draws = np.asarray(jax.jit(lambda key: times(key, 100_000))(jax.random.key(0)))
     assert draws.dtype == jnp.float32 and draws.min() >= 0 and draws.max() <= 0.999
     np.testing.assert_allclose(draws.mean(), 0.999 * 0.4, atol=3e-3)
     assert scipy.stats.kstest(np.asarray(draws) / 0.999, lambda t: 1 - (1 - t) ** 1.5).pvalue > 1e-3
@@ -127,10 +131,15 @@ def test_stratified_times_fill_every_slice():
 
 
 def test_sinkhorn_coupling_makes_shorter_paths(mixture):
-    a = mixture(CondOT()).sample(jax.random.key(0), 128)
-    free, paired = (Flow(coupling=c).corrupt(jax.random.key(1), a) for c in ("independent", "sinkhorn"))
-    np.testing.assert_array_equal(jnp.sort(free.noise, 0), jnp.sort(paired.noise, 0))
-    assert jnp.square(paired.target).sum() < 0.5 * jnp.square(free.target).sum()
+
+    @jax.jit
+    def run(key):
+        a = mixture(CondOT()).sample(key, 128)
+        return [Flow(coupling=c).corrupt(key, a) for c in ("independent", "sinkhorn")]
+
+    free, paired = jax.device_get(run(jax.random.key(0)))
+    np.testing.assert_array_equal(np.sort(free.noise, 0), np.sort(paired.noise, 0))
+    assert np.square(paired.target).sum() < 0.5 * np.square(free.target).sum()
 
 
 def test_straightness():
@@ -145,9 +154,10 @@ def test_straightness():
 def test_energy_distance():
     """Two points against two points by hand; 0 in the mean for samples of one law."""
     x, y = jnp.array([[0.0], [2.0]]), jnp.array([[1.0], [5.0]])
-    np.testing.assert_allclose(energy_distance(x, y), 2 * (1 + 5 + 1 + 3) / 4 - 2 - 4)
-    z = jax.random.normal(jax.random.key(0), (2, 1000, 2))
-    assert jnp.abs(energy_distance(*z)) < 0.01
+    distance = jax.jit(energy_distance)
+    np.testing.assert_allclose(distance(x, y), 2 * (1 + 5 + 1 + 3) / 4 - 2 - 4)
+    z = normals(0, 2, (1000, 2))
+    assert abs(distance(*z)) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.flow.conftest import ALL
+from tests.flow.conftest import ALL, normals
 from vla_jax.flow.paths import AffinePath
 from vla_jax.flow.schedules import VP, Cosine, Polynomial
 from vla_jax.flow.step_schedules import CosineSteps, LinearSteps
@@ -23,7 +23,7 @@ def test_derivatives_are_those_of_the_values(schedule):
 
 
 def test_path_velocity_is_the_derivative_of_the_path(schedule):
-    x0, x1 = jax.random.normal(jax.random.key(0), (2, 5, 3, 2))
+    x0, x1 = normals(0, 2, (5, 3, 2))
     t = jnp.linspace(0.05, 0.94, 5) + 1e-3
     path = AffinePath(schedule)
     point = path.sample(x0, x1, t)

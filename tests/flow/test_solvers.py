@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.flow.conftest import normal
 from vla_jax.flow.base import solve
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.schedules import CondOT
@@ -13,16 +14,16 @@ from vla_jax.flow.solvers import integrate, time_grid
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
-def test_orders(smooth, mixture):
+def test_orders(smooth, mixture, quick_compile):
     """C5: error ~ N^-order for every path, each sample on its way to its own end time.
 
     The three resolutions run as one batch with times of their own: a sample that has arrived makes steps of zero.
     """
     g = mixture(smooth)
-    x = jax.random.normal(jax.random.key(0), (8, 2))
-    end = jnp.linspace(0.5, 1.0, 8)
+    x = normal(0, (8, 2))
+    end = np.linspace(0.5, 1.0, 8)
     resolutions = (160, 320, 640)
-    ramps = jnp.stack([jnp.minimum(jnp.arange(641) / n, 1) for n in resolutions], 1)
+    ramps = np.stack([np.minimum(np.arange(641) / n, 1) for n in resolutions], 1)
     times = (ramps[:, :, None] * end).reshape(641, 24)
 
     @jax.jit
@@ -35,10 +36,10 @@ def test_orders(smooth, mixture):
         assert abs(order - ORDERS[method]) < 0.1, (method, order)
 
 
-def test_against_diffrax_and_each_other(mixture):
+def test_against_diffrax_and_each_other(mixture, quick_compile):
     """C14: dopri5 and tsit5 reach what many RK4 steps reach; evaluations are counted as they happen."""
     g = mixture(CondOT())
-    x = jax.random.normal(jax.random.key(0), (8, 2))
+    x = normal(0, (8, 2))
     calls = []
 
     def field(x, t):
@@ -96,7 +97,7 @@ def test_against_a_loop_in_numpy():
 
 def test_intermediates_backwards_and_dtypes(mixture):
     g = mixture(CondOT())
-    x = jax.random.normal(jax.random.key(0), (4, 2))
+    x = normal(0, (4, 2))
     there = integrate(g.velocity, x, time_grid("uniform", 80), method="rk4", intermediates=True)
     assert there.trajectory.shape == (81, 4, 2)
     np.testing.assert_array_equal(there.trajectory[0], x)
