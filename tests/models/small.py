@@ -18,7 +18,9 @@ def config(**expert) -> VLAConfig:
     return VLAConfig(
         vision=VisionConfig(image_size=16, patch=8, width=24, depth=2, mlp=32, heads=2),
         text=TextConfig(vocab=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2, head_dim=8),
-        expert=ExpertConfig(**{"width": 24, "mlp": 40, "horizon": 5, "action_dim": 3, "state_dim": 4} | expert),
+        expert=ExpertConfig(
+            **{"width": 24, "mlp": 40, "horizon": 5, "action_dim": 3, "state_dim": 4} | expert
+        ),
         cameras=("top", "wrist"),
     )
 
@@ -37,7 +39,9 @@ def batch(cfg: VLAConfig, b: int = 3, length: int = 12, seed: int = 0) -> Batch:
     present = {name: np.ones(b, bool) for name in cfg.cameras}
     present["wrist"][-1] = False
     steps = rng.integers(2, e.horizon + 1, b)
-    action_mask = np.broadcast_to((np.arange(e.horizon)[None] < steps[:, None])[..., None], (b, e.horizon, e.action_dim))
+    action_mask = np.broadcast_to(
+        (np.arange(e.horizon)[None] < steps[:, None])[..., None], (b, e.horizon, e.action_dim)
+    )
     return jax.tree.map(
         jnp.asarray,
         Batch(
@@ -57,11 +61,15 @@ def batch(cfg: VLAConfig, b: int = 3, length: int = 12, seed: int = 0) -> Batch:
 def init(cfg: VLAConfig, data: Batch, seed: int = 0):
     """Model and parameters; every parameter is moved off its special start value (zeros, ones)."""
     model = VLA(cfg)
-    t = jnp.zeros(data.state.shape[0])
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), data, data.actions, t))["params"]
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
-    return model, params
+
+    @jax.jit  # one program: eager operations would be compiled one by one
+    def make(key):
+        params = nn.unbox(model.init(key, data, data.actions, jnp.zeros(data.state.shape[0])))["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+        return tree.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves)])
+
+    return model, make(jax.random.key(seed))
 
 
 def without_target(data: Batch) -> Batch:

@@ -15,6 +15,8 @@ from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch
 
+both_times = pytest.mark.parametrize("setup", ["mlp", "adarms"], indirect=True)
+
 TOLERANCE = dict(rtol=2e-5, atol=2e-5)
 
 
@@ -24,9 +26,10 @@ def apply(model):
     return jax.jit(model.apply, static_argnames="method")
 
 
-@pytest.fixture(scope="module", params=["mlp", "adarms"])
+@pytest.fixture(scope="module")
 def setup(request):
-    cfg = small.config(time=request.param)
+    """By default the time enters as in π0; `both_times` also runs a test with π0.5's adaptive norms."""
+    cfg = small.config(time=getattr(request, "param", "mlp"))
     data = small.batch(cfg)
     model, params = small.init(cfg, data)
     return cfg, data, model, params
@@ -36,7 +39,9 @@ def joint_forward(cfg, params, data, x_t, t):
     """Prefix, state and actions in one attention, written without caches: two weight sets, one softmax."""
     model = VLA(cfg)
     bound = model.bind({"params": params})
-    prefix, prefix_mask = bound.backbone._embed(data)
+    prefix, _ = bound.backbone._embed(data)
+    present = np.repeat(np.stack([data.image_mask[n] for n in cfg.cameras], 1), cfg.vision.tokens, axis=1)
+    prefix_mask = np.concatenate([present, data.token_mask], 1)
     p = params["expert"]
 
     def dense(name, x):
@@ -81,7 +86,9 @@ def joint_forward(cfg, params, data, x_t, t):
         x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
         if "scale" in weights:
             return x * (1 + weights["scale"]), 1.0
-        scale, shift, gate = jnp.split(cond @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"], 3, -1)
+        scale, shift, gate = jnp.split(
+            cond @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"], 3, -1
+        )
         return x * (1 + scale) + shift, gate
 
     towers = [(params["backbone"]["llm"], None), (p, condition)]
@@ -90,10 +97,18 @@ def joint_forward(cfg, params, data, x_t, t):
         w = [jax.tree.map(lambda a: a[layer], tower["layers"]) for tower, _ in towers]  # noqa: B023
         normed = [norm(x, w[i]["pre_attention_norm"], towers[i][1]) for i, x in enumerate(xs)]
         q = jnp.concatenate(
-            [jnp.einsum("btd,nde->btne", x, w[i]["attn"]["q_einsum"]["w"]) for i, (x, _) in enumerate(normed)], 1
+            [
+                jnp.einsum("btd,nde->btne", x, w[i]["attn"]["q_einsum"]["w"])
+                for i, (x, _) in enumerate(normed)
+            ],
+            1,
         )
         kv = jnp.concatenate(
-            [jnp.einsum("btd,cmde->cbtme", x, w[i]["attn"]["kv_einsum"]["w"]) for i, (x, _) in enumerate(normed)], 2
+            [
+                jnp.einsum("btd,cmde->cbtme", x, w[i]["attn"]["kv_einsum"]["w"])
+                for i, (x, _) in enumerate(normed)
+            ],
+            2,
         )
         repeats = cfg.text.heads // cfg.text.kv_heads
         keys, values = (jnp.repeat(z, repeats, axis=2) for z in (rope(kv[0]), kv[1]))
@@ -104,19 +119,22 @@ def joint_forward(cfg, params, data, x_t, t):
             x = xs[i] + normed[i][1] * jnp.einsum("btne,ned->btd", part, w[i]["attn"]["attn_vec_einsum"]["w"])
             h, gate = norm(x, w[i]["pre_ffw_norm"], towers[i][1])
             g = w[i]["mlp"]["gating_einsum"]
-            xs[i] = x + gate * ((jax.nn.gelu(h @ g[0], approximate=True) * (h @ g[1])) @ w[i]["mlp"]["linear"])
+            xs[i] = x + gate * (
+                (jax.nn.gelu(h @ g[0], approximate=True) * (h @ g[1])) @ w[i]["mlp"]["linear"]
+            )
     text, _ = norm(xs[0][:, images:], towers[0][0]["final_norm"], None)
     actions, _ = norm(xs[1], p["final_norm"], condition)
     velocity = actions[:, -k:] @ p["action_out_proj"]["kernel"] + p["action_out_proj"]["bias"]
     return velocity, text @ params["backbone"]["llm"]["embedder"]["input_embedding"].T
 
 
+@both_times
 def test_cached_equals_joint(setup):
     cfg, data, model, params = setup
     x_t = jax.random.normal(jax.random.key(3), data.actions.shape)
     t = jnp.array([0.1, 0.5, 0.9])
     velocity, logits = apply(model)({"params": params}, data, x_t, t)
-    want_velocity, want_logits = joint_forward(cfg, params, data, x_t, t)
+    want_velocity, want_logits = jax.jit(lambda params: joint_forward(cfg, params, data, x_t, t))(params)
     valid = np.asarray(data.action_mask)
     np.testing.assert_allclose(np.where(valid, velocity, 0), np.where(valid, want_velocity, 0), **TOLERANCE)
     mask = np.asarray(data.token_mask)
@@ -130,6 +148,7 @@ def velocities(model, params, data, x_t, t):
     return np.where(data.action_mask, v, 0)
 
 
+@both_times
 def test_what_is_masked_changes_nothing(setup):
     """Pixels of absent cameras, padding tokens, padded steps and dims."""
     _, data, model, params = setup
@@ -153,9 +172,12 @@ def test_padding_and_absent_cameras_can_be_dropped(setup):
     x_t, t = data.actions, jnp.full((3,), 0.3)
     row = jax.tree.map(lambda x: x[-1:], data)  # the sample without a wrist camera
     length = int(row.token_mask.sum())
-    short = row.replace(**{
-        name: getattr(row, name)[:, :length] for name in ("tokens", "token_mask", "token_causal", "token_loss")
-    })
+    short = row.replace(
+        **{
+            name: getattr(row, name)[:, :length]
+            for name in ("tokens", "token_mask", "token_causal", "token_loss")
+        }
+    )
     steps = int(row.action_mask[0, :, 0].sum())
     got = apply(VLA(dataclasses.replace(cfg, cameras=("top",))))(
         {"params": params}, short.replace(action_mask=None), x_t[-1:, :steps], t[-1:]
@@ -198,6 +220,7 @@ def test_draws_share_one_cache(setup):
         np.testing.assert_allclose(np.where(data.action_mask, got[:, i], 0), want, **TOLERANCE)
 
 
+@both_times
 def test_time_per_token(setup):
     """The same time for all tokens is the scalar time; one token's own time changes the result."""
     _, data, model, params = setup
@@ -221,7 +244,9 @@ def test_target_is_seen_only_when_visible(setup):
     np.testing.assert_allclose(run(small.without_target(data), jnp.ones(3, bool)), blind, **TOLERANCE)
     assert np.abs(seeing - blind).max() > 1e-2
     mixed = run(data, jnp.array([True, False, True]))
-    np.testing.assert_allclose(mixed, np.where(np.array([1, 0, 1])[:, None, None], seeing, blind), **TOLERANCE)
+    np.testing.assert_allclose(
+        mixed, np.where(np.array([1, 0, 1])[:, None, None], seeing, blind), **TOLERANCE
+    )
 
 
 def test_greedy_text_is_what_teacher_forcing_predicts(setup):
@@ -276,7 +301,11 @@ def test_scan_unroll_and_remat_are_the_same_function(setup):
         return jnp.sum(model.apply({"params": params}, data, x_t, t)[0] ** 2)
 
     want = jax.grad(loss, 1)(model, params)
-    for change in ({"unroll": 2}, {"remat": "nothing_saveable"}, {"remat": "dots_with_no_batch_dims_saveable"}):
+    for change in (
+        {"unroll": 2},
+        {"remat": "nothing_saveable"},
+        {"remat": "dots_with_no_batch_dims_saveable"},
+    ):
         got = jax.grad(loss, 1)(VLA(dataclasses.replace(cfg, **change)), params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
