@@ -89,7 +89,7 @@ def carried(process, field, x, solver):
     return jax.jit(lambda x: process.sample(field, jax.random.key(0), x.shape, solver, noise=x).x)(x)
 
 
-def test_deterministic_samplers_reach_the_closed_form(quick_compile):
+def test_deterministic_samplers_reach_the_closed_form():
     """DDIM and the probability-flow ODE on Gaussian data: x -> m + s (x - alpha m) / std of x, at t = 0."""
     g = GaussianMixture(weights=jnp.ones(1), means=jnp.array([[0.7, -1.0]]), stds=jnp.array([[0.5, 1.3]]))
     x = normal(0, (5, 2))
@@ -130,7 +130,7 @@ def test_ddim_against_a_loop_and_between_predictions(mixture):
         np.testing.assert_allclose(made, x, rtol=1e-6, atol=1e-8, err_msg=kind)
 
 
-def test_all_samplers_draw_the_same_law(mixture, quick_compile):
+def test_all_samplers_draw_the_same_law(mixture):
     """A10: ancestral, DDIM, probability-flow ODE and reverse SDE on one field end in one law, the data's."""
     schedule = VP()
     g = mixture(schedule)
@@ -160,7 +160,7 @@ def test_all_samplers_draw_the_same_law(mixture, quick_compile):
         assert bool((x != second[method]).any()) == fresh, method
 
 
-def test_clip_bounds_the_data():
+def test_clip_bounds_the_data(optimised):
     process = Diffusion(schedule=CosineSteps(20), clip=1.0)
     solver = SolverConfig(method="ddim", num_steps=5)
     samples = jax.jit(lambda key: process.sample(lambda x, t: 0.1 * x, key, (64, 3), solver))(

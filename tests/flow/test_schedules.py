@@ -1,5 +1,7 @@
 """Schedules against automatic differentiation, their inverses, and the tables of DDPM."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +18,36 @@ INSIDE = (np.arange(997) + 0.37) / 997  # meets no step of the tables
 
 
 def test_derivatives_are_those_of_the_values(schedule):
-    t, one = jnp.asarray(INSIDE), jnp.ones(INSIDE.shape)
-    for f, df in ((schedule.alpha, schedule.d_alpha), (schedule.sigma, schedule.d_sigma)):
-        np.testing.assert_allclose(df(t), jax.jvp(f, (t,), (one,))[1], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(schedule.sigma_d_sigma(t), schedule.sigma(t) * schedule.d_sigma(t), rtol=1e-9)
+    @jax.jit
+    def run(t):
+        one = jnp.ones_like(t)
+        return (
+            (schedule.d_alpha(t), jax.jvp(schedule.alpha, (t,), (one,))[1]),
+            (schedule.d_sigma(t), jax.jvp(schedule.sigma, (t,), (one,))[1]),
+            (schedule.sigma_d_sigma(t), schedule.sigma(t) * schedule.d_sigma(t)),
+        )
+
+    for made, expected in run(INSIDE):
+        np.testing.assert_allclose(made, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_path_velocity_is_the_derivative_of_the_path(schedule):
     x0, x1 = normals(0, 2, (5, 3, 2))
-    t = jnp.linspace(0.05, 0.94, 5) + 1e-3
+    t = np.linspace(0.05, 0.94, 5) + 1e-3
     path = AffinePath(schedule)
-    point = path.sample(x0, x1, t)
-    x_t, dx_t = jax.jvp(lambda s: path.interpolate(x0, x1, s), (t,), (jnp.ones_like(t),))
+
+    @jax.jit
+    def run(x0, x1, t):
+        return path.sample(x0, x1, t), jax.jvp(
+            lambda s: path.interpolate(x0, x1, s), (t,), (jnp.ones_like(t),)
+        )
+
+    point, (x_t, dx_t) = run(x0, x1, t)
     np.testing.assert_allclose(point.x_t, x_t, rtol=1e-12)
     np.testing.assert_allclose(point.dx_t, dx_t, rtol=1e-9)
 
 
-def test_ends(schedule):
+def test_ends(schedule, optimised):
     ends = jnp.array([0.0, 1.0])
     alpha, sigma = schedule.alpha(ends), schedule.sigma(ends)
     assert alpha[1] == 1 and sigma[1] == 0
@@ -48,18 +63,23 @@ def test_ends(schedule):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_inverse_in_both_precisions(schedule, dtype):
-    t = jnp.asarray(INSIDE, dtype)
+    t = INSIDE.astype(dtype)
     tolerance = 2e-4 if dtype == jnp.float32 else 1e-9
-    back = schedule.inverse_log_snr(schedule.log_snr(t))
+    back = jax.jit(lambda t: schedule.inverse_log_snr(schedule.log_snr(t)))(t)
     assert back.dtype == dtype
     np.testing.assert_allclose(back, t, atol=tolerance)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_snr(schedule, t):
+    return schedule.log_snr(t)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(ALL), st.floats(0, 1), st.floats(0, 1))
 def test_snr_increases(schedule, s, t):
-    low, high = sorted((s, t))
-    assert schedule.log_snr(jnp.asarray(low)) <= schedule.log_snr(jnp.asarray(high)) + 1e-12
+    low, high = (float(log_snr(schedule, jnp.asarray(x))) for x in sorted((s, t)))
+    assert low <= high + 1e-12
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
@@ -67,11 +87,12 @@ def test_snr_increases(schedule, s, t):
 def test_step_schedule_is_its_table(kind, steps):
     schedule = kind(steps)
     alpha_bar = np.cumprod(1 - schedule.betas())
-    i = np.arange(steps)
-    t = jnp.asarray(1 - (i + 1) / steps)
-    np.testing.assert_allclose(schedule.alpha(t) ** 2, alpha_bar, rtol=1e-9)
-    np.testing.assert_allclose(schedule.variance(t), 1 - alpha_bar, rtol=1e-9)
-    np.testing.assert_allclose(schedule.snap(t + 0.4 / steps), t, atol=1e-12)
+    t = 1 - (np.arange(steps) + 1) / steps
+    run = jax.jit(lambda t: (schedule.alpha(t), schedule.variance(t), schedule.snap(t + 0.4 / steps)))
+    alpha, variance, snapped = run(t)
+    np.testing.assert_allclose(np.square(alpha), alpha_bar, rtol=1e-9)
+    np.testing.assert_allclose(variance, 1 - alpha_bar, rtol=1e-9)
+    np.testing.assert_allclose(snapped, t, atol=1e-12)
 
 
 def test_terminal_noise_of_the_tables():

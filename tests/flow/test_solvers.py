@@ -14,7 +14,7 @@ from vla_jax.flow.solvers import integrate, time_grid
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 
 
-def test_orders(smooth, mixture, quick_compile):
+def test_orders(smooth, mixture):
     """C5: error ~ N^-order for every path, each sample on its way to its own end time.
 
     The three resolutions run as one batch with times of their own: a sample that has arrived makes steps of zero.
@@ -36,7 +36,7 @@ def test_orders(smooth, mixture, quick_compile):
         assert abs(order - ORDERS[method]) < 0.1, (method, order)
 
 
-def test_against_diffrax_and_each_other(mixture, quick_compile):
+def test_against_diffrax_and_each_other(mixture):
     """C14: dopri5 and tsit5 reach what many RK4 steps reach; evaluations are counted as they happen."""
     g = mixture(CondOT())
     x = normal(0, (8, 2))
