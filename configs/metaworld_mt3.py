@@ -38,6 +38,12 @@ def get_config() -> TrainConfig:
         augment=AugmentConfig(shift=1),
         optim=OptimConfig(learning_rate=1e-3, warmup_fraction=0.03, weight_decay=0.01),
         train=LoopConfig(
-            batch_size=64, steps=10_000, ema_decay=0.999, log_every=20, val_every=1000, val_batches=8, save_every=500
+            batch_size=64,
+            steps=10_000,
+            ema_decay=0.999,
+            log_every=20,
+            val_every=1000,
+            val_batches=8,
+            save_every=500,
         ),
     )

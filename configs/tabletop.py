@@ -27,6 +27,12 @@ def get_config() -> TrainConfig:
         data=DataConfig(path="data/tabletop", max_text_tokens=24, max_target_tokens=12, vocab_size=512),
         optim=OptimConfig(learning_rate=1.5e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
-            batch_size=64, steps=2000, ema_decay=0.995, log_every=10, val_every=500, val_batches=4, save_every=500
+            batch_size=64,
+            steps=2000,
+            ema_decay=0.995,
+            log_every=10,
+            val_every=500,
+            val_batches=4,
+            save_every=500,
         ),
     )

@@ -94,7 +94,7 @@ def joint_forward(cfg, params, data, x_t, t):
     towers = [(params["backbone"]["llm"], None), (p, condition)]
     xs = [prefix, suffix]
     for layer in range(cfg.text.depth):
-        w = [jax.tree.map(lambda a: a[layer], tower["layers"]) for tower, _ in towers]  # noqa: B023
+        w = [jax.tree.map(lambda a: a[layer], tower["layers"]) for tower, _ in towers]
         normed = [norm(x, w[i]["pre_attention_norm"], towers[i][1]) for i, x in enumerate(xs)]
         q = jnp.concatenate(
             [
@@ -256,7 +256,7 @@ def test_greedy_text_is_what_teacher_forcing_predicts(setup):
     prompt = np.asarray((data.token_mask & ~data.token_causal).sum(1))
     for row in range(3):
         text = np.asarray(made.tokens[row])[np.asarray(made.mask[row])]
-        one = jax.tree.map(lambda x: x[row : row + 1], small.without_target(data))  # noqa: B023
+        one = jax.tree.map(lambda x: x[row : row + 1], small.without_target(data))
         n, m = prompt[row], len(text)
         tokens = jnp.concatenate([one.tokens[:, :n], jnp.asarray(text)[None]], axis=1)
         causal = jnp.arange(n + m)[None] >= n
@@ -279,7 +279,7 @@ def test_decoded_text_is_seen_as_the_forced_one(setup):
     for row in range(3):
         text = np.asarray(made.tokens[row])[np.asarray(made.mask[row])]
         n, m = prompt[row], len(text)
-        one = jax.tree.map(lambda x: x[row : row + 1], data)  # noqa: B023
+        one = jax.tree.map(lambda x: x[row : row + 1], data)
         causal = jnp.arange(n + m)[None] >= n
         forced = one.replace(
             tokens=jnp.concatenate([one.tokens[:, :n], jnp.asarray(text)[None]], axis=1),
@@ -334,5 +334,5 @@ def test_full_size_parameter_counts(preset, parameters):
 def test_unresolved_sizes_are_refused():
     cfg = small.replace_expert(small.config(), action_dim=0)
     data = small.batch(small.config())
-    with pytest.raises(ValueError, match="expert.action_dim is not set"):
+    with pytest.raises(ValueError, match=r"expert\.action_dim is not set"):
         VLA(cfg).init(jax.random.key(0), data, data.actions, jnp.zeros(3))

@@ -140,9 +140,9 @@ def test_microbatches_add_up(setup):
         losses(
             model,
             params,
-            *[jax.tree.map(lambda x: x[i::2], data), objective],  # noqa: B023
+            *[jax.tree.map(lambda x: x[i::2], data), objective],
             draws=jax.tree.map(lambda x: x[i::2], draws),
-            counts=counts,  # noqa: B023
+            counts=counts,
         )
         for i in range(2)
     ]

@@ -30,7 +30,7 @@ def to_torch(params, cfg) -> dict[str, torch.Tensor]:
         f"{text}.norm.weight": llm["final_norm"]["scale"],
     }
     for i in range(cfg.vision.depth):
-        block = jax.tree.map(lambda x: x[i], img["Transformer"]["encoderblock"])  # noqa: B023
+        block = jax.tree.map(lambda x: x[i], img["Transformer"]["encoderblock"])
         name = f"{vision}.encoder.layers.{i}"
         for ours, theirs in (("LayerNorm_0", "layer_norm1"), ("LayerNorm_1", "layer_norm2")):
             out[f"{name}.{theirs}.weight"] = block[ours]["scale"]
@@ -49,7 +49,7 @@ def to_torch(params, cfg) -> dict[str, torch.Tensor]:
             out[f"{name}.mlp.{theirs}.bias"] = block["MlpBlock_0"][ours]["bias"]
     heads, d = cfg.text.heads * cfg.text.head_dim, cfg.text.width
     for i in range(cfg.text.depth):
-        block = jax.tree.map(lambda x: x[i], llm["layers"])  # noqa: B023
+        block = jax.tree.map(lambda x: x[i], llm["layers"])
         name = f"{text}.layers.{i}"
         kv = block["attn"]["kv_einsum"]["w"]
         out[f"{name}.self_attn.q_proj.weight"] = (

@@ -236,7 +236,9 @@ def _serialize(layout: tfds.features.FeaturesDict, schema: DatasetSchema, episod
     ]
     example = layout.encode_example({"steps": steps, "episode_metadata": metadata})
     record = ExampleSerializer(layout.get_serialized_info()).get_tf_example(example)
-    return record.SerializeToString(deterministic=True)  # else the order of its features differs from run to run
+    return record.SerializeToString(
+        deterministic=True
+    )  # else the order of its features differs from run to run
 
 
 def _checksum(path: Path) -> str:

@@ -161,7 +161,8 @@ class Embedder(nn.Module):
 
     def encode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Embeds tokens, scaled by √d."""
-        return self.input_embedding[tokens].astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
+        x = self.input_embedding[tokens].astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
     def decode(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits of the next token, float32."""

@@ -34,7 +34,7 @@ def evaluate_tabletop(
     config: EvaluateConfig,
     solver: SolverConfig,
     *,
-    env_config: TabletopConfig = TabletopConfig(),  # noqa: B008 (frozen)
+    env_config: TabletopConfig = TabletopConfig(),
     progress: Progress = silent,
 ) -> Evaluation:
     """Everything that is measured on the tabletop."""

@@ -27,7 +27,7 @@ def fan_rows(
     solver: SolverConfig,
     samples: int = 32,
     plan: str | None = None,
-    env_config: TabletopConfig = TabletopConfig(),  # noqa: B008 (frozen)
+    env_config: TabletopConfig = TabletopConfig(),
 ) -> list[list[Fan]]:
     """For each symmetric scene one fan per policy: sampled chunks, run open loop from the episode's start.
 

@@ -122,9 +122,8 @@ def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilde
     key = jax.random.key(config.seed)
 
     def validate(params: PyTree, batches: Iterator[Batch]) -> dict[str, Any]:
-        return add_up(
-            [eval_step(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(batches)]
-        )
+        sums = [eval_step(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(batches)]
+        return add_up(sums, config.objective)
 
     return validate
 

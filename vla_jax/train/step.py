@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import augment
+from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Counts, Draws, Losses, Model, count, draw, transfusion_loss
 from vla_jax.train.state import TrainState
 from vla_jax.types import Batch, PyTree
@@ -23,23 +24,10 @@ Metrics = dict[str, Float[Array, "..."]]
 
 
 class EvalSums(NamedTuple):
-    """Sums over one validation batch and what to divide them by; add them up over batches, then `mean`."""
+    """Sums over one validation batch and what to divide them by; see `add_up`."""
 
     sums: Losses
     counts: Counts
-
-    def __add__(self, other: "EvalSums") -> "EvalSums":
-        """Adds two batches."""
-        return jax.tree.map(jnp.add, self, other)
-
-    def metrics(self) -> Metrics:
-        """Means over everything that was added up."""
-        means = self.sums._replace(
-            text=self.sums.text / self.counts.text,
-            action=self.sums.action / self.counts.action,
-            text_accuracy=self.sums.text_accuracy / self.counts.text,
-        )
-        return _metrics(means)
 
 
 def make_train_step(
@@ -71,7 +59,7 @@ def make_train_step(
             (params, opt_state, ema),
             (state.params, state.opt_state, state.ema),
         )
-        metrics = _metrics(losses) | {
+        metrics = _metrics(losses, config.objective) | {
             "loss": losses.total,
             "grad_norm": norm,
             "param_norm": optax.tree.norm(params),
@@ -146,20 +134,24 @@ def _gradients(
     return total
 
 
-def _metrics(losses: Losses) -> Metrics:
-    """The reported form of the losses; bins of t that nothing fell into are 0."""
-    return {
-        "text_loss": losses.text,
-        "action_loss": losses.action,
-        "text_accuracy": losses.text_accuracy,
-        "time_histogram": losses.time_histogram,
-        "action_loss_by_time": losses.action_by_time / jnp.maximum(losses.elements_by_time, 1),
-    }
+def _metrics(losses: Losses, objective: ObjectiveConfig) -> Metrics:
+    """The reported form of the losses; terms that are switched off are left out, empty bins of t are 0."""
+    metrics = {}
+    if objective.text:
+        metrics |= {"text_loss": losses.text, "text_accuracy": losses.text_accuracy}
+    if objective.action_weight > 0:
+        by_time = losses.action_by_time / jnp.maximum(losses.elements_by_time, 1)
+        metrics |= {"action_loss": losses.action, "time_histogram": losses.time_histogram}
+        metrics |= {"action_loss_by_time": by_time}
+    return metrics
 
 
-def add_up(batches: Sequence[EvalSums]) -> Metrics:
+def add_up(batches: Sequence[EvalSums], objective: ObjectiveConfig) -> Metrics:
     """Validation metrics over several batches: means over all their valid elements."""
-    total = batches[0]
-    for batch in batches[1:]:
-        total = total + batch
-    return total.metrics()
+    total = jax.tree.map(lambda *sums: sum(sums), *batches)
+    means = total.sums._replace(
+        text=total.sums.text / total.counts.text,
+        action=total.sums.action / total.counts.action,
+        text_accuracy=total.sums.text_accuracy / total.counts.text,
+    )
+    return _metrics(means, objective)

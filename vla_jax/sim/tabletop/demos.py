@@ -90,7 +90,9 @@ def generate(
 @functools.partial(jax.jit, static_argnums=0)
 def _rollouts(config: TabletopConfig, seeds, weights, swapped_fraction) -> tuple[Episode, Rollout, Any]:
     def one(seed):
-        swapped = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), 1), jnp.float32(swapped_fraction))
+        swapped = jax.random.bernoulli(
+            jax.random.fold_in(jax.random.key(seed), 1), jnp.float32(swapped_fraction)
+        )
         episode = sample_episode(config, seed, jnp.stack(weights), swapped)
         run = rollout(config, episode.scene, episode.side, episode.disturbance)
         return episode, run, measure(config, episode, run.positions, run.final.steps)

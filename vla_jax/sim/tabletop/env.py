@@ -49,7 +49,7 @@ class TabletopEnv:
 
     def __init__(
         self,
-        config: TabletopConfig = TabletopConfig(),  # noqa: B008 (frozen)
+        config: TabletopConfig = TabletopConfig(),
         *,
         instruction: Literal["own", "swapped"] = "own",
         kind: str | None = None,

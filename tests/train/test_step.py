@@ -1,0 +1,127 @@
+"""One step on a small VLA: microbatches, the average, steps that are not finite, randomness."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.models import small
+from vla_jax.config import TrainConfig
+from vla_jax.data.augment import AugmentConfig
+from vla_jax.flow.processes import make_process
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.train.config import LoopConfig
+from vla_jax.train.state import TrainState
+from vla_jax.train.step import add_up, make_eval_step, make_train_step
+
+TX = optax.sgd(0.1)  # unlike Adam it shows the size of gradients
+
+
+def config(accumulate: int = 1, augment: AugmentConfig = AugmentConfig()) -> TrainConfig:
+    return TrainConfig(
+        seed=3,
+        objective=ObjectiveConfig(noise_draws=2, plan_visible=0.5),
+        augment=augment,
+        train=LoopConfig(batch_size=4, accumulate=accumulate, ema_decay=0.9),
+    )
+
+
+@functools.cache
+def setup():
+    cfg = small.config()
+    data = small.batch(cfg, b=4)
+    data = data.replace(token_loss=data.token_loss.at[0].set(False))  # halves of unequal text
+    model, params = small.init(cfg, data)
+    return data, model, params
+
+
+def state_of(params, step: int = 0) -> TrainState:
+    ema = jax.tree.map(lambda x: x + 1, params)
+    return TrainState(step=jnp.int32(step), params=params, ema=ema, opt_state=TX.init(params))
+
+
+@functools.cache
+def step_of(cfg: TrainConfig):
+    _, model, _ = setup()
+    return jax.jit(make_train_step(model, make_process(cfg.process), cfg, TX))
+
+
+def test_microbatches_equal_the_whole_batch():
+    """Ragged masks in every microbatch, the same noise: the same update and metrics."""
+    data, _, params = setup()
+    want, want_metrics = step_of(config())(state_of(params), data)
+    got, got_metrics = step_of(config(accumulate=2))(state_of(params), data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got.params, want.params)
+    for name, value in want_metrics.items():
+        np.testing.assert_allclose(got_metrics[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), want.params, params)
+    still = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, change in jax.tree_util.tree_leaves_with_path(moved)
+        if change < 1e-6
+    ]
+    # Every parameter gets a gradient, but for what softmax does not notice: a shift common to all keys.
+    assert all(name.endswith("key/bias") for name in still), still
+
+
+def test_average_follows_the_parameters():
+    data, _, params = setup()
+    state = state_of(params)
+    new, _ = step_of(config())(state, data)
+    jax.tree.map(
+        lambda got, old, p: np.testing.assert_allclose(got, 0.9 * old + 0.1 * p, rtol=1e-5, atol=1e-6),
+        new.ema,
+        state.ema,
+        new.params,
+    )
+    assert new.step == 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
+    data, _, params = setup()
+    state = state_of(params, step=7)
+    bad = data.replace(state=data.state.at[1, 0].set(jnp.nan))
+    new, metrics = step_of(config())(state, bad)
+    assert metrics["skipped"] == 1
+    assert new.step == 8
+    for part in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(new, part), getattr(state, part))
+    _, metrics = step_of(config())(state, data)
+    assert metrics["skipped"] == 0
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    data, _, params = setup()
+    cfg = config(augment=AugmentConfig(shift=2))
+    losses = [float(step_of(cfg)(state_of(params, step), data)[1]["loss"]) for step in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    other = step_of(dataclasses.replace(cfg, seed=4))(state_of(params), data)[1]["loss"]
+    assert float(other) != losses[0]
+
+
+def test_validation_is_the_mean_over_all_batches_elements():
+    """Two batches of different masks weigh by their elements, not by their number."""
+    data, model, params = setup()
+    cfg = config()
+    evaluate = jax.jit(make_eval_step(model, make_process(cfg.process), cfg))
+    halves = [jax.tree.map(lambda x: x[rows], data) for rows in (slice(0, 2), slice(2, 4))]
+    sums = [evaluate(params, half, jax.random.key(0)) for half in halves]
+    got = add_up(sums, cfg.objective)
+    assert sums[0].counts.text != sums[1].counts.text
+    text = sum(float(s.sums.text) for s in sums) / float(data.token_loss.sum())
+    action = sum(float(s.sums.action) for s in sums) / (2 * float(data.action_mask.sum()))
+    np.testing.assert_allclose(got["text_loss"], text, rtol=1e-6)
+    np.testing.assert_allclose(got["action_loss"], action, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["time_histogram", "action_loss_by_time"])
+def test_times_are_reported(name):
+    data, _, params = setup()
+    _, metrics = step_of(config())(state_of(params), data)
+    assert metrics[name].shape == (10,)
+    if name == "time_histogram":
+        assert metrics[name].sum() == 8  # 4 samples, 2 draws each
