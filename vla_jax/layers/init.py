@@ -1,9 +1,12 @@
 """Initialisers that carry the logical names of a parameter's axes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.typing import Initializer
+from jaxtyping import Array
 
 
 def fan_in(
@@ -28,6 +31,31 @@ def kernel(names: Sequence[str | None]) -> Initializer:
 def normal(names: Sequence[str | None], stddev: float) -> Initializer:
     """Normal of the given standard deviation."""
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), tuple(names))
+
+
+def sincos_2d(names: Sequence[str | None], side: int) -> Initializer:
+    """Sines and cosines of row and column for a [1, side², width] position table, before it is learned.
+
+    From-scratch encoders then know from the first step on where a patch lies (Dosovitskiy et al. 2021,
+    arXiv:2010.11929, appendix D.4, and the fixed form of Beyer et al. 2022, arXiv:2205.01580). The width must be
+    divisible by 4; each value is of size 1, like the features it is added to.
+    """
+
+    def table(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        del key
+        quarter = shape[-1] // 4
+        if shape[-1] % 4:
+            raise ValueError(
+                f"vision.width={shape[-1]} is not divisible by 4, as sine-cosine positions need it"
+            )
+        frequency = 100.0 ** -(jnp.arange(quarter) / max(quarter - 1, 1))
+        angle = jnp.arange(side)[:, None] * frequency  # side quarter
+        waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        rows = jnp.broadcast_to(waves[:, None], (side, side, 2 * quarter))
+        columns = jnp.broadcast_to(waves[None], (side, side, 2 * quarter))
+        return jnp.concatenate([rows, columns], axis=-1).reshape(shape).astype(dtype)
+
+    return nn.with_logical_partitioning(table, tuple(names))
 
 
 def zeros(names: Sequence[str | None]) -> Initializer:

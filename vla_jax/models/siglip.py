@@ -42,7 +42,7 @@ class SigLIP(nn.Module):
         x = x.reshape(x.shape[0], cfg.tokens, cfg.width)
         x = x + self.param(
             "pos_embedding",
-            init.normal((None, "patch", "embed"), cfg.width**-0.5),
+            init.sincos_2d((None, "patch", "embed"), cfg.image_size // cfg.patch),
             (1, cfg.tokens, cfg.width),
         )
         x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "length", "act_embed"))

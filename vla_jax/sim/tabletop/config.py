@@ -40,6 +40,8 @@ class TabletopConfig:
     """Range of the objects' centres in y."""
     object_gap_m: float = 0.14
     """Least distance in x between two objects' centres."""
+    alike_fraction: float = 0.0
+    """Share of scenes in which objects may have one colour, so that a policy must tell shapes apart as well."""
     obstacle_y_m: tuple[float, float] = (0.28, 0.33)
     """Range of the obstacle's centre in y."""
     obstacle_radius_m: tuple[float, float] = (0.075, 0.09)
@@ -111,7 +113,7 @@ class TabletopConfig:
             )
         if self.max_steps < 1 or self.image_size < 1 or self.burst_steps < 1:
             raise ValueError("max_steps, image_size and burst_steps must be at least 1")
-        for name in ("swapped_fraction", "noisy_fraction", "burst_probability"):
+        for name in ("alike_fraction", "swapped_fraction", "noisy_fraction", "burst_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is a probability; use a value in [0, 1]")
 

@@ -72,21 +72,36 @@ def pick(u: Float[Array, ""], count: int) -> Int[Array, ""]:
 def sample_scene(config: TabletopConfig, key: Array, kind: Int[Array, ""]) -> Scene:
     """Draws a scene of one kind: three distinct objects far away, a start nearby, an obstacle in between."""
     start, target, looks, along, across, obstacle = uniforms(
-        key, 2, 1, len(COLOURS) * len(SHAPES), OBJECTS, OBJECTS, 5
+        key, 2, 1, 1 + len(COLOURS) * (len(SHAPES) + 1), OBJECTS, OBJECTS, 5
     )
     start = jnp.stack([_between(start[0], config.start_x_m), _between(start[1], config.start_y_m)])
     target = pick(target[0], OBJECTS)
-    looks = jnp.argsort(looks)[:OBJECTS]  # a random permutation's first three: distinct
+    colours, shapes = _sample_looks(config, looks[0], looks[1:])
     objects = _place_objects(config, along, across)
     obstacle, radius = _place_obstacle(config, obstacle, kind, start, objects[target])
     return Scene(
         objects=objects,
-        colours=looks // len(SHAPES),
-        shapes=looks % len(SHAPES),
+        colours=colours,
+        shapes=shapes,
         obstacle=obstacle,
         obstacle_radius=radius,
         start=start,
         target=target,
+    )
+
+
+def _sample_looks(
+    config: TabletopConfig, alike: Float[Array, ""], u: Float[Array, " looks"]
+) -> tuple[Int[Array, "3"], Int[Array, "3"]]:
+    """Three distinct (colour, shape) pairs; their colours differ too, but for `alike_fraction` of the scenes."""
+    for_colours, for_pairs = u[: len(COLOURS)], u[len(COLOURS) :]
+    any_pair = jnp.argsort(for_pairs)[:OBJECTS]  # a random permutation's first three: distinct
+    colours = jnp.argsort(for_colours)[:OBJECTS]
+    shapes = jnp.argmax(for_pairs.reshape(len(COLOURS), len(SHAPES))[colours], axis=1)
+    may_repeat = alike < config.alike_fraction
+    return (
+        jnp.where(may_repeat, any_pair // len(SHAPES), colours),
+        jnp.where(may_repeat, any_pair % len(SHAPES), shapes),
     )
 
 
