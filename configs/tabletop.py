@@ -1,6 +1,6 @@
 """The quickstart: a small flow-matching VLA on the tabletop.
 
-python -m launch.collect --env tabletop --episodes 2000 --out data/tabletop
+python -m launch.collect --env tabletop --episodes 3000 --out data/tabletop
 python -m launch.train --config configs/tabletop.py --run-dir runs/tabletop
 python -m launch.evaluate --checkpoint runs/tabletop --episodes 512
 """
@@ -17,18 +17,24 @@ from vla_jax.train.config import LoopConfig, OptimConfig
 
 def model() -> VLAConfig:
     tiny = presets.tiny(horizon=8)
-    return dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, patch=16))
+    return dataclasses.replace(
+        tiny,
+        vision=dataclasses.replace(tiny.vision, patch=16),
+        text=dataclasses.replace(
+            tiny.text, kv_heads=4
+        ),  # at this width one head is too narrow to look things up
+    )
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=model(),
         objective=ObjectiveConfig(noise_draws=4, plan_visible=0.5),
-        data=DataConfig(path="data/tabletop", max_text_tokens=24, max_target_tokens=12, vocab_size=512),
-        optim=OptimConfig(learning_rate=1.5e-3, warmup_fraction=0.05, weight_decay=0.01),
+        data=DataConfig(path="data/tabletop", max_text_tokens=28, max_target_tokens=16, vocab_size=512),
+        optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
             batch_size=64,
-            steps=2000,
+            steps=2400,
             ema_decay=0.995,
             log_every=10,
             val_every=500,

@@ -48,7 +48,7 @@ class Stage:
 def stages(args: QuickstartArgs) -> list[Stage]:
     """All commands, in order."""
     out = args.out
-    demonstrations, episodes, training = 2000, 512, ()
+    demonstrations, episodes, training = 3000, 512, ()
     if args.fast:
         demonstrations, episodes = 64, 16
         training = ("--train.steps", "20", "--train.batch_size", "16", "--train.val_every", "0")

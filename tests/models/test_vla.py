@@ -40,6 +40,7 @@ def joint_forward(cfg, params, data, x_t, t):
     model = VLA(cfg)
     bound = model.bind({"params": params})
     prefix, _ = bound.backbone._embed(data)
+    data = jax.tree.map(np.asarray, data)  # masks and positions are numpy's, also while this is traced
     present = np.repeat(np.stack([data.image_mask[n] for n in cfg.cameras], 1), cfg.vision.tokens, axis=1)
     prefix_mask = np.concatenate([present, data.token_mask], 1)
     p = params["expert"]

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vla_jax.sim.tabletop import KINDS, TabletopConfig, TabletopEnv, generate, parse_plan, plan_text
+from vla_jax.sim.tabletop import (
+    KINDS,
+    TabletopConfig,
+    TabletopEnv,
+    generate,
+    parse_plan,
+    plan_text,
+    with_side,
+)
 from vla_jax.sim.tabletop.language import PHRASINGS, instruction_text, object_name
+from vla_jax.sim.tabletop.render import OBSTACLE
 
 CONFIG = TabletopConfig(noisy_fraction=0.0)
 NAMES = [object_name(colour, shape) for colour in range(4) for shape in range(3)]
@@ -130,13 +139,15 @@ def test_pixels_point_at_what_they_name():
     observation = env.reset(range(16))
     column, row = env.to_pixels(env.episodes.scene.obstacle).T
     centres = observation.images["top"][np.arange(16), row.astype(int), column.astype(int)]
-    assert (centres == 72).all(-1).sum() == 0 and (np.abs(centres.astype(int) - (72, 72, 76)) <= 1).all()
+    assert (np.abs(centres.astype(int) - OBSTACLE) <= 1).all()
     np.testing.assert_allclose(env.to_pixels(np.array([[0, 0.64], [0.64, 0]])), [[0, 0], [64, 64]])
 
 
 @given(st.sampled_from([None, "left", "right"]), st.sampled_from(NAMES), st.text(max_size=10))
 def test_plans_survive_parsing(side, name, noise):
     assert parse_plan(plan_text(side, name)) == (side, name)
+    assert parse_plan(plan_text(side, name, 2)) == (side, name)
+    assert with_side(plan_text(side, name, 0), "left") == plan_text(side and "left", name, 0)
     assert parse_plan(f"{noise} {plan_text(side, name)} ")[1] == name
 
 

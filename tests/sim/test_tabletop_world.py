@@ -197,7 +197,7 @@ def test_the_gripper_stays_on_the_table():
         ({"gripper_rate": 0.0}, "gripper_rate"),
         ({"hold_radius_m": 0.05}, "order"),
         ({"max_steps": 0}, "at least 1"),
-        ({"noisy_fraction": 1.5}, "probabilities"),
+        ({"noisy_fraction": 1.5}, "is a probability"),
     ],
 )
 def test_impossible_tables_are_refused(changes, message):

@@ -23,7 +23,7 @@ from vla_jax.sim.evaluate import (
     pieces_of,
     silent,
 )
-from vla_jax.sim.tabletop import TabletopConfig, TabletopEnv, parse_plan, plan_text
+from vla_jax.sim.tabletop import TabletopConfig, TabletopEnv, parse_plan, with_side
 
 TABLES = 512
 """Tabletops in one batch."""
@@ -119,8 +119,7 @@ def _forced(runner: Runner, env: TabletopEnv, seeds: Sequence[int]) -> list[dict
     for piece in pieces_of(seeds, TABLES):
         env.reset(piece)
         sides = ["left" if seed % 2 else "right" for seed in piece]
-        targets = [env.scene_summary(i)["target"] for i in range(len(piece))]
-        plans = [plan_text(side, target) for side, target in zip(sides, targets)]
+        plans = [with_side(plan, side) for plan, side in zip(env.plans, sides)]
         run = runner.run("forced plan", env, piece, plan=plans)
         records += [record | {"followed": record["side"] == side} for record, side in zip(run.records, sides)]
     return records

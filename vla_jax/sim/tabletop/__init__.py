@@ -3,6 +3,15 @@
 from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.demos import Demonstrations, generate
 from vla_jax.sim.tabletop.env import TabletopEnv
-from vla_jax.sim.tabletop.language import parse_plan, plan_text
+from vla_jax.sim.tabletop.language import parse_plan, plan_text, with_side
 
-__all__ = ["KINDS", "Demonstrations", "TabletopConfig", "TabletopEnv", "generate", "parse_plan", "plan_text"]
+__all__ = [
+    "KINDS",
+    "Demonstrations",
+    "TabletopConfig",
+    "TabletopEnv",
+    "generate",
+    "parse_plan",
+    "plan_text",
+    "with_side",
+]

@@ -92,7 +92,11 @@ def texts(episodes: Episode) -> tuple[tuple[str, ...], tuple[str, ...]]:
     instructions = tuple(map(instruction_text, np.asarray(episodes.phrasing), names))
     clear = np.asarray(episodes.kind) == KINDS.index("clear")
     sides = [None if free else SIDE_NAMES[int(side)] for free, side in zip(clear, np.asarray(episodes.side))]
-    return instructions, tuple(map(plan_text, sides, names))
+    places = [
+        int(np.sum(row < row[target]))
+        for row, target in zip(np.asarray(episodes.scene.objects)[..., 0], np.asarray(episodes.scene.target))
+    ]
+    return instructions, tuple(map(plan_text, sides, names, places))
 
 
 @jax.tree_util.register_dataclass

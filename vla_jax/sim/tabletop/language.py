@@ -15,6 +15,7 @@ PHRASINGS = (
     "please fetch the {}",
 )
 SIDES = ("left", "right")
+PLACES = ("on the left", "in the middle", "on the right")
 
 _PASS = re.compile(rf"\bpass ({'|'.join(SIDES)})\b")
 _GRASP = re.compile(rf"\bgrasp the ((?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))\b")
@@ -30,13 +31,23 @@ def instruction_text(phrasing: int, name: str) -> str:
     return PHRASINGS[phrasing].format(name)
 
 
-def plan_text(side: str | None, name: str) -> str:
-    """The plan: which side of the obstacle to pass (None: the way is free) and what to grasp."""
+def plan_text(side: str | None, name: str, place: int | None = None) -> str:
+    """The plan: which side of the obstacle to pass (None: the way is free), what to grasp, and where it lies.
+
+    `place` counts the objects from the left, 0 to 2. Saying it makes the text loss teach where to look: the
+    name alone could be copied from the instruction without seeing anything.
+    """
+    grasp = f"grasp the {name}" + ("" if place is None else f" {PLACES[place]}")
     if side is None:
-        return f"go straight, then grasp the {name}"
+        return f"go straight, then {grasp}"
     if side not in SIDES:
         raise ValueError(f"side {side!r} is unknown; use left, right or None")
-    return f"pass {side} of the obstacle, then grasp the {name}"
+    return f"pass {side} of the obstacle, then {grasp}"
+
+
+def with_side(plan: str, side: str) -> str:
+    """The same plan with another side of the obstacle; plans of a free way have none to change."""
+    return _PASS.sub(f"pass {side}", plan)
 
 
 def parse_plan(text: str) -> tuple[str | None, str | None]:

@@ -15,9 +15,9 @@ from vla_jax.sim.tabletop.config import TabletopConfig
 from vla_jax.sim.tabletop.world import COLOURS, SHAPES, Scene, State
 
 PALETTE = {"red": (214, 40, 40), "green": (36, 150, 62), "blue": (38, 82, 210), "yellow": (244, 196, 20)}
-TABLE = (226, 214, 196)
-OUTSIDE = (140, 156, 178)
-OBSTACLE = (72, 72, 76)
+TABLE = (128, 128, 128)  # mid-grey: encoders map it to zero, so that a bare patch of table says nothing
+OUTSIDE = (172, 188, 210)
+OBSTACLE = (48, 48, 52)
 GRIPPER_OPEN = (255, 255, 255)
 GRIPPER_CLOSED = (255, 0, 200)
 OUTLINE = (0, 0, 0)
