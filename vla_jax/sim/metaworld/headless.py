@@ -24,7 +24,7 @@ def prepare() -> None:
     needs no display. Raises OSError if the extra is not installed or nothing can render.
     """
     if importlib.util.find_spec("metaworld") is None:
-        raise OSError("MetaWorld is not installed: pip install -r requirements-sim.txt")
+        raise OSError("MetaWorld is not installed: pip install -e '.[sim]'")
     if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = choose_backend()
 
