@@ -263,7 +263,7 @@ def test_import_is_lazy_and_a_missing_extra_is_named(monkeypatch):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setattr(headless.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match="MetaWorld is not installed: pip install -r"):
+    with pytest.raises(OSError, match="MetaWorld is not installed: pip install"):
         Simulator("reach-v3")
 
 
