@@ -57,8 +57,8 @@ def test_paths_are_as_long_as_the_closed_form():
     goal = jax.vmap(lambda s: s.goal)(scene)
     ways = jax.vmap(detour)(scene.start, goal, scene.obstacle, CLEAN.detour_radius_m(scene.obstacle_radius))
     closed_form = np.where(episodes.side == -1, ways.left, ways.right)
-    ratio = (track.path_length_m + CLEAN.close_radius_m) / closed_form  # it stops within the closing radius
-    assert ratio.min() > 0.98 and ratio.max() < 1.03
+    ratio = (track.path_length_m + CLEAN.close_radius_m) / closed_form  # it stops within that
+    assert ratio.min() > 0.98 and ratio.max() < 1.06
     assert track.path_error_m.max() < 1e-6
 
 

@@ -165,7 +165,7 @@ def test_grasping_takes_three_steps_and_ends_the_episode_at_the_named_object():
 
 
 def test_closing_on_nothing_neither_ends_nor_sweeps_up_objects():
-    beside = a_scene(start=jnp.array([0.32, 0.515]))
+    beside = a_scene(start=jnp.array([0.32, 0.50]))
     state = play(beside, [[0, 0, 1]] * 3 + [[0, 0.2, 1]] * 3)
     assert not state.done and state.reached == NOTHING
     assert np.linalg.norm(np.asarray(state.position) - [0.32, 0.55]) < CONFIG.grasp_radius_m

@@ -27,7 +27,7 @@ class TabletopConfig:
     """Radius of the gripper disc, the only part that can collide."""
     gripper_rate: float = 0.4
     """Change of the opening (1 open, 0 closed) per step; 0.4 closes in three steps."""
-    grasp_radius_m: float = 0.025
+    grasp_radius_m: float = 0.04
     """A gripper that becomes closed this near to an object's centre has reached it."""
 
     start_x_m: tuple[float, float] = (0.24, 0.40)
@@ -59,9 +59,9 @@ class TabletopConfig:
     """Ways round the obstacle that differ by less are equally short: the expert tosses a coin."""
     approach_rate_per_s: float = 5.0
     """The expert's speed near the goal is this times the distance that is left."""
-    close_radius_m: float = 0.01
+    close_radius_m: float = 0.02
     """The expert starts to close this near to the goal."""
-    hold_radius_m: float = 0.02
+    hold_radius_m: float = 0.03
     """The expert goes on closing this near to the goal."""
 
     swapped_fraction: float = 0.35
