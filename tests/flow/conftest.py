@@ -19,7 +19,7 @@ ALL = [*SMOOTH, CosineSteps(100)]
 @pytest.fixture(autouse=True, scope="module")
 def float64():
     """Double precision, and programs that run for milliseconds compiled in a fifth of the time."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
