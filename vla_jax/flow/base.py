@@ -1,9 +1,12 @@
 """What all processes share: the shape of a training example, of a result, and of a loss."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from vla_jax.flow.adaptive import integrate_adaptive
 from vla_jax.flow.config import ADAPTIVE, SolverConfig
@@ -26,6 +29,26 @@ class Samples(NamedTuple):
     x: Float[Array, "b ..."]
     nfe: int | Int[Array, ""]
     trajectory: Float[Array, "n b ..."] | None = None
+
+
+def noise_and_time(
+    key: Key[Array, ""],
+    a: Float[Array, "b ..."],
+    times: Callable[[Key[Array, ""], int, DTypeLike], Float[Array, " b"]],
+    noise: Float[Array, "b ..."] | None,
+    t: Float[Array, "b *k"] | None,
+) -> tuple[Float[Array, "b ..."], Float[Array, "b *k"]]:
+    """The noise and the times of a training batch `a`, each drawn from its own part of `key` unless given."""
+    for_noise, for_time = jax.random.split(key)
+    noise = jax.random.normal(for_noise, a.shape, a.dtype) if noise is None else noise
+    return noise, times(for_time, a.shape[0], time_dtype(a.dtype)) if t is None else t
+
+
+def start(
+    key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike, noise: Float[Array, "b ..."] | None
+) -> Float[Array, "b ..."]:
+    """Where sampling starts: standard normal noise from `key`, unless it is given."""
+    return jax.random.normal(key, shape, dtype) if noise is None else noise
 
 
 def elementwise(

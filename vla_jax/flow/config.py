@@ -7,11 +7,16 @@ Kind = Literal["flow", "ddpm", "regression"]
 PathName = Literal["cond_ot", "polynomial", "vp", "linear_vp", "cosine", "ddpm_linear", "ddpm_cosine"]
 TimeName = Literal["uniform", "beta", "logit_normal"]
 PredictionName = Literal["eps", "x1", "v", "score"]
-Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "tsit5", "ddim", "ancestral", "sde"]
+Method = Literal[
+    "euler", "midpoint", "heun", "heun3", "rk4", "rk38", "dopri5", "tsit5", "ddim", "ancestral", "sde"
+]  # fmt: skip
 
-STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ddim": 1, "ancestral": 1, "sde": 1}
+STAGES = {
+    "euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "rk38": 4, "ddim": 1, "ancestral": 1, "sde": 1,
+}  # fmt: skip
 ADAPTIVE = ("dopri5", "tsit5")
-FIXED = ("euler", "midpoint", "heun", "rk4")
+FIXED = ("euler", "midpoint", "heun", "heun3", "rk4", "rk38")
+ASK_THE_END = (*ADAPTIVE, "heun", "rk4", "rk38")  # a stage of the last step stands at t = 1
 STOCHASTIC = ("ddim", "ancestral", "sde")
 INFINITE_END = ("vp", "linear_vp")  # sigma ~ sqrt(1 - t): the velocity of one sample is infinite at t = 1
 STEPPED = ("ddpm_linear", "ddpm_cosine")
@@ -100,11 +105,12 @@ class SolverConfig:
     """How noise is turned into data by a trained field."""
 
     method: Method = "euler"
-    """Fixed steps: euler (order 1), midpoint and heun (2), rk4 (4). Adaptive: dopri5, tsit5 (need diffrax).
-    ddpm only: ddim, ancestral, sde (Euler-Maruyama on the reverse SDE)."""
+    """Fixed steps: euler (order 1), midpoint and heun (2), heun3 (3), rk4 and rk38 (4; the 3/8 rule is what
+    torchdiffeq calls rk4). Adaptive: dopri5, tsit5 (need diffrax). ddpm only: ddim, ancestral, sde
+    (Euler-Maruyama on the reverse SDE)."""
     num_steps: int = 10
-    """Steps from t = 0 to t = 1, of 1, 2, 2 or 4 evaluations of the network each. Adaptive methods choose their
-    own and use this only for where intermediate points are reported."""
+    """Steps from t = 0 to t = 1, of 1 (euler) to 4 (rk4) evaluations of the network each. Adaptive methods choose
+    their own and use this only for where intermediate points are reported."""
     grid: Literal["uniform", "edm"] = "uniform"
     """Where the steps end: equally spaced, or Karras et al.'s spacing (rho = 7), denser near data."""
     eta: float = 0.0
@@ -146,7 +152,7 @@ def check(process: ProcessConfig, solver: SolverConfig) -> None:
 
 def check_diffusion(prediction: str, noisy_start: bool, solver: SolverConfig) -> None:
     """The same for a diffusion process; noisy_start: alpha(0) > 0, data is never quite gone."""
-    if solver.method in ADAPTIVE or (prediction == "x1" and solver.method in ("heun", "rk4")):
+    if solver.method in ADAPTIVE or (prediction == "x1" and solver.method in ASK_THE_END):
         raise ValueError(
             f"solver.method {solver.method} asks a ddpm process with prediction {prediction} about t = 1, where it"
             " knows nothing of the noise; use ddim, euler or midpoint"

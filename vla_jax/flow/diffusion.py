@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vla_jax.flow.base import Corrupted, Samples, elementwise
+from vla_jax.flow.base import Corrupted, Samples, elementwise, noise_and_time, start
 from vla_jax.flow.config import FIXED, SolverConfig, check_diffusion
 from vla_jax.flow.paths import AffinePath, align, time_dtype
 from vla_jax.flow.predictions import data_and_noise, from_data_and_noise
@@ -51,13 +51,7 @@ class Diffusion:
         noise: Float[Array, "b ..."] | None = None,
     ) -> Corrupted:
         """``x_t = alpha a + sigma eps`` at a step of the table, or at any t of a continuous schedule."""
-        for_noise, for_time = jax.random.split(key)
-        if noise is None:
-            noise = jax.random.normal(for_noise, a.shape, a.dtype)
-        if t is None:
-            t = self.times(for_time, a.shape[0], time_dtype(a.dtype))
-            if isinstance(self.schedule, StepSchedule):
-                t = self.schedule.snap(t)
+        noise, t = noise_and_time(key, a, self._draw_times, noise, t)
         x_t = AffinePath(self.schedule).interpolate(noise, a, t)
         if self.prediction == "score":
             target = -noise
@@ -68,6 +62,11 @@ class Diffusion:
     def loss(self, prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         """Elementwise error, unweighted over time (Ho et al., eq. 14)."""
         return elementwise(self.criterion, prediction, target)
+
+    def _draw_times(self, key, n, dtype):
+        """The law's times, on a table those of its steps."""
+        t = self.times(key, n, dtype)
+        return self.schedule.snap(t) if isinstance(self.schedule, StepSchedule) else t
 
     def data_and_noise(
         self, field: Field, x: Float[Array, "b ..."], t: Float[Array, "b *k"]
@@ -104,7 +103,7 @@ class Diffusion:
         """
         check_diffusion(self.prediction, not self.schedule.pure_noise, solver)
         first, rest = jax.random.split(key)
-        x = jax.random.normal(first, shape, dtype) if noise is None else noise
+        x = start(first, shape, dtype, noise)
         if solver.method in FIXED:
             return self._ode(field, x, solver, intermediates)
         times = self.grid(solver)
@@ -112,8 +111,8 @@ class Diffusion:
         eta = 1.0 if solver.method == "ancestral" else solver.eta
 
         def body(x, inputs):
-            start, end, key = inputs
-            t, s = jnp.full(x.shape[:1], start), jnp.full(x.shape[:1], end)
+            t, s, key = inputs
+            t, s = (jnp.full(x.shape[:1], u) for u in (t, s))
             x = step(field, x, t, s, key, eta).astype(x.dtype)
             return x, (x if intermediates else None)
 
@@ -177,9 +176,9 @@ class Diffusion:
             phi = align(phi, y)
             return eps * jnp.cos(phi) - x1 * jnp.sin(phi)
 
-        start = (x / radius(times[0])).astype(x.dtype)
+        y = (x / radius(times[0])).astype(x.dtype)
         end = integrate(
-            turning, start, angles, method=solver.method, unroll=solver.unroll, intermediates=intermediates
+            turning, y, angles, method=solver.method, unroll=solver.unroll, intermediates=intermediates
         )
         path = end.trajectory
         if path is not None:

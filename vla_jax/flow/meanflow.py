@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vla_jax.flow.base import Samples
+from vla_jax.flow.base import Samples, start
 from vla_jax.flow.paths import align, time_dtype
 from vla_jax.flow.times import LogitNormal, TimeSampler
 
@@ -76,7 +76,7 @@ class MeanFlow:
         dtype: DTypeLike = jnp.float32,
     ) -> Samples:
         """``x_s = x_t + (s - t) u(x_t, t, s)`` over `num_steps` equal intervals."""
-        x = jax.random.normal(key, shape, dtype) if noise is None else noise
+        x = start(key, shape, dtype, noise)
         times = jnp.linspace(0, 1, num_steps + 1, dtype=time_dtype(x.dtype))
 
         def step(x, ends):

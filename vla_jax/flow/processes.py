@@ -13,12 +13,11 @@ K noise draws per sample are a larger batch. Everything is jit-, vmap- and grad-
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vla_jax.flow.base import Corrupted, Samples, elementwise, solve
+from vla_jax.flow.base import Corrupted, Samples, elementwise, noise_and_time, solve, start
 from vla_jax.flow.config import STOCHASTIC, ProcessConfig, SolverConfig
 from vla_jax.flow.couplings import sinkhorn_pairs
 from vla_jax.flow.diffusion import Diffusion
@@ -51,13 +50,10 @@ class Flow:
         Times and noise are drawn unless given: t [b k] is a time per token; given noise is used as it is, paired
         already, e.g. by `couplings.exact_pairs` in a data thread.
         """
-        for_noise, for_time = jax.random.split(key)
-        if noise is None:
-            noise = jax.random.normal(for_noise, a.shape, a.dtype)
-            if self.coupling == "sinkhorn":
-                noise = noise[sinkhorn_pairs(noise, a)]
-        if t is None:
-            t = self.times(for_time, a.shape[0], time_dtype(a.dtype))
+        unpaired = noise is None
+        noise, t = noise_and_time(key, a, self.times, noise, t)
+        if unpaired and self.coupling == "sinkhorn":
+            noise = noise[sinkhorn_pairs(noise, a)]
         point = AffinePath(self.schedule).sample(noise, a, t)
         return Corrupted(point.x_t, t, point.dx_t, noise)
 
@@ -79,7 +75,7 @@ class Flow:
         """Solve ``dx/dt = field(x, t)`` from noise at t = 0 (drawn from `key` unless given) to t = 1."""
         if solver.method in STOCHASTIC:
             raise ValueError(f"solver.method {solver.method} samples a ddpm process, not flow; use euler")
-        x = jax.random.normal(key, shape, dtype) if noise is None else noise
+        x = start(key, shape, dtype, noise)
         return solve(field, x, solver, intermediates=intermediates)
 
 

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta solvers of ``dx/dt = field(x, t)``: four tableaus, one scan over a static step count.
+"""Explicit Runge-Kutta solvers of ``dx/dt = field(x, t)``: six tableaus, one scan over a static step count.
 
 Sources: Hairer, Norsett, Wanner, Solving ODEs I, section II.1. Everything is jit-, vmap- and grad-clean; the
 number of evaluations is ``steps * stages``, known before anything runs.
@@ -28,12 +28,19 @@ class Tableau(NamedTuple):
 TABLEAUS = {
     "euler": Tableau(c=(0.0,), a=(), b=(1.0,)),
     "midpoint": Tableau(c=(0.0, 0.5), a=((0.5,),), b=(0.0, 1.0)),
-    # The trapezoidal rule, in some papers "improved Euler"; others call a third-order method Heun's.
+    # The trapezoidal rule, in some papers "improved Euler"; "heun2" in torchdiffeq.
     "heun": Tableau(c=(0.0, 1.0), a=((1.0,),), b=(0.5, 0.5)),
+    "heun3": Tableau(c=(0.0, 1 / 3, 2 / 3), a=((1 / 3,), (0.0, 2 / 3)), b=(0.25, 0.0, 0.75)),
     "rk4": Tableau(
         c=(0.0, 0.5, 0.5, 1.0),
         a=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    ),
+    # Kutta's 3/8 rule: what torchdiffeq, and so Meta's ODESolver, calls "rk4".
+    "rk38": Tableau(
+        c=(0.0, 1 / 3, 2 / 3, 1.0),
+        a=((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
     ),
 }
 
