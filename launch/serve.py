@@ -1,0 +1,95 @@
+"""Serves a trained policy to robots, over openpi's websocket protocol.
+
+python -m launch.serve --checkpoint runs/tabletop
+
+python -m launch.serve --checkpoint runs/tabletop --host 0.0.0.0 --token-file token --tls-cert c.pem --tls-key k.pem
+
+python -m launch.serve --checkpoint runs/tabletop --solver midpoint --num-steps 5 --buckets 1 8 32 --record requests
+
+Clients: openpi-client as it is, or vla_jax.serve.client. The log is JSON lines on stderr; the line "serving" says that
+everything is compiled and the port is open. http://HOST:PORT/healthz and /metrics answer on the same port. SIGTERM
+answers what was accepted, then ends. See docs/serving.md.
+"""
+
+import asyncio
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from launch._main import cli, run
+from vla_jax.serve.server.config import ServeConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeArgs(ServeConfig):
+    """What to serve, to whom, and within which limits."""
+
+    checkpoint: Path
+    """Run directory, or one step in it."""
+    weights: Literal["ema", "params"] | None = None
+    """Averaged or raw parameters; default: averaged where the run has them."""
+    solver: Literal["euler", "midpoint", "heun", "rk4"] | None = None
+    """How noise becomes actions; default: the training configuration's."""
+    num_steps: int | None = None
+    """Solver steps; default: the training configuration's."""
+    buckets: tuple[int, ...] = (1, 4, 16)
+    """Batch sizes that are compiled; a call is padded to the next one. With a single one, actions depend on the
+    request and its seed alone, bit for bit, however many clients there are."""
+    samples: tuple[int, ...] = (1,)
+    """How many chunks a request may ask for."""
+    actions_only: bool = False
+    """Offer no plans: fewer programs to compile at the start."""
+    seed: int = 0
+    """The first of the seeds given to requests that bring none."""
+    record: Path | None = None
+    """Directory for requests and replies, see launch.replay."""
+    record_gb: float = 10.0
+    """Most that is recorded."""
+
+
+def main() -> None:
+    """Parses the command line, loads, warms up, serves."""
+    args = cli(ServeArgs, description=__doc__)
+    args.secret(), args.tls()  # refuse now what cannot work
+
+    from launch._report import check_writable, solver_of  # after parsing: --help need not wait for JAX
+    from vla_jax.serve.policy import Policy
+    from vla_jax.serve.server.app import App
+    from vla_jax.serve.server.engine import Engine
+    from vla_jax.serve.server.logs import Logs, write_to
+    from vla_jax.serve.server.metrics import Metrics
+    from vla_jax.serve.server.recording import Recorder
+
+    write_to(sys.stderr)
+    logs, metrics = Logs(), Metrics()
+    if args.record is not None:
+        check_writable(args.record)
+    policy = Policy.load(args.checkpoint, weights=args.weights)
+    engine = Engine(
+        policy,
+        solver=solver_of(policy, args.solver, args.num_steps),
+        buckets=args.buckets,
+        samples=args.samples,
+        plans=not args.actions_only,
+    )
+    logs.info("loaded", checkpoint=str(args.checkpoint), step=policy.step, config=policy.config_hash)
+    calls = engine.warm_up()
+    logs.info("warm", calls=calls, compiled=int(metrics.value("vla_compilations_total")))
+    if args.beyond_loopback and args.secret() is None:
+        logs.warning("no token", why=f"anybody who reaches {args.host} may ask; use --token-file")
+    recorder = None
+    if args.record is not None:
+        limit = int(args.record_gb * 1e9)
+        recorder = Recorder(args.record, engine.spec.metadata(), max_bytes=limit, metrics=metrics, logs=logs)
+    app = App(engine, args, metrics=metrics, logs=logs, recorder=recorder, first_seed=args.seed)
+    drained = asyncio.run(app.run())
+    if recorder is not None:
+        recorder.close()
+    if not drained:
+        os._exit(1)  # a call that hangs must not keep the process
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""Served actions are the policy's own, bit for bit, whoever shares the batch; nothing compiles after the start."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import _serve_policies
+from tests.serve.server.harness import serving
+from vla_jax.flow.config import SolverConfig
+from vla_jax.serve.policy import Policy
+from vla_jax.serve.server.engine import Engine
+from vla_jax.serve.server.errors import Refused
+from vla_jax.serve.server.metrics import Metrics
+from vla_jax.serve.server.request import parse
+from vla_jax.types import Observation
+
+SOLVER = SolverConfig(num_steps=3)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory) -> dict[str, Policy]:
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for shape in ("tabletop", "pi0"):
+        _serve_policies.save(folder / shape, shape)
+        found[shape] = Policy.load(folder / shape)
+    return found
+
+
+@pytest.fixture(scope="module")
+def engines(policies) -> dict[str, Engine]:
+    return {
+        "tabletop": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2)),
+        "pi0": Engine(policies["pi0"], solver=SOLVER, buckets=(1, 4)),
+    }
+
+
+def messages(engine: Engine, count: int, seed: int = 0) -> list[dict]:
+    rng, metadata = np.random.default_rng(seed), engine.spec.metadata()
+    return [_serve_policies.observe(rng, metadata) for _ in range(count)]
+
+
+def rows(engine: Engine, wire: list[dict]) -> list:
+    requests = [parse(message, engine.spec, {})[0][0] for message in wire]
+    return [engine.prepare(request, seed) for seed, request in enumerate(requests)]
+
+
+def observed(message: dict) -> Observation:
+    """The same as a policy is given it directly."""
+    cameras = {
+        k.removeprefix("observation/"): v[None] for k, v in message.items() if getattr(v, "ndim", 0) == 3
+    }
+    return Observation(
+        images=cameras, state=message["observation/state"][None], instruction=(message["prompt"],)
+    )
+
+
+def test_nothing_compiles_after_the_warm_up(engines):
+    engine, metrics = engines["tabletop"], Metrics()
+    engine.warm_up()
+    before = metrics.value("vla_compilations_total")
+    jax.jit(lambda x: 3.25 * x)(np.ones(7))
+    compiled = metrics.value("vla_compilations_total")
+    assert compiled > before, "compilations are seen"
+    options = [
+        {}, {"samples": 2}, {"write_plan": True}, {"see_plan": True},
+        {"plan": _serve_policies.PLANS[1], "samples": 2, "seed": 3},
+    ]  # fmt: skip
+    with serving(engine, metrics=metrics) as server, server.client() as client:
+        for option, count in itertools.product(options, (1, 2, 3, 4)):
+            wire = messages(engine, count)
+            for reply in client.infer_batch(wire, [option] * count):
+                assert reply["actions"].shape == (2, 8, 3)[option.get("samples", 1) == 1 :]
+        client.infer({**wire[0], "observation/top": None})
+    assert metrics.value("vla_compilations_total") == compiled
+
+
+@pytest.mark.parametrize("shape", ["tabletop", "pi0"])
+def test_a_request_alone_gets_exactly_the_policys_actions(policies, engines, shape):
+    engine, policy = engines[shape], policies[shape]
+    for seed, (message, row) in enumerate(zip(messages(engine, 3), rows(engine, messages(engine, 3)))):
+        (answer,) = engine.run([row])
+        direct = policy.act(observed(message), jax.random.key(seed), solver=SOLVER)
+        assert answer.bucket == 1 and answer.actions.dtype == direct.dtype == np.float32
+        np.testing.assert_array_equal(answer.actions, direct[0])
+
+
+@pytest.mark.parametrize("shape", ["tabletop", "pi0"])
+def test_what_else_is_in_the_batch_and_where_does_not_matter_to_the_bit(engines, shape):
+    engine = engines[shape]
+    prepared = rows(engine, messages(engine, 12))
+    alone = [engine.run([row], bucket=4)[0].actions for row in prepared]
+    rng = np.random.default_rng(1)
+    for size in (2, 3, 4, 4, 4, 4):
+        chosen = rng.permutation(12)[:size]
+        for index, answer in zip(chosen, engine.run([prepared[i] for i in chosen], bucket=4)):
+            assert answer.bucket == 4
+            np.testing.assert_array_equal(answer.actions, alone[index])
+    for row, expected in zip(prepared, alone):  # another bucket: the same function, rounded otherwise
+        np.testing.assert_allclose(engine.run([row])[0].actions, expected, atol=1e-4)
+
+
+def test_seeds_are_the_rows_own(engines):
+    engine = engines["tabletop"]
+    (row,) = rows(engine, messages(engine, 1))
+    same, other, again = engine.run([row, row._replace(seed=1), row])
+    assert np.abs(same.actions - other.actions).max() > 1e-3
+    np.testing.assert_array_equal(same.actions, again.actions)
+    message = messages(engine, 1)[0] | {"options": {"seed": 2**31 - 1}}
+    assert engine.prepare(parse(message, engine.spec, {})[0][0], 0).seed == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({"samples": 2}, {"samples": 2}),
+        ({"plan": _serve_policies.PLANS[0]}, {"plan": [_serve_policies.PLANS[0]], "see_plan": True}),
+        ({"see_plan": True}, {"see_plan": True}),
+    ],
+)
+def test_options_are_the_policys_own(policies, engines, options, how):
+    engine, policy = engines["tabletop"], policies["tabletop"]
+    (message,) = messages(engine, 1)
+    (row,) = rows(engine, [message | {"options": options}])
+    (answer,) = engine.run([row])
+    direct = policy.act(observed(message), jax.random.key(0), solver=SOLVER, **how)
+    np.testing.assert_array_equal(answer.actions, direct[0])
+    if "see_plan" in options:
+        assert [answer.plan] == policy.plan(observed(message), jax.random.key(9)) and answer.plan
+
+
+def test_a_plan_can_be_written_without_being_followed(policies, engines):
+    engine = engines["tabletop"]
+    wire = messages(engine, 3)
+    plain = engine.run(rows(engine, wire))
+    for message, answer, without in zip(
+        wire, engine.run(rows(engine, [m | {"options": {"write_plan": True}} for m in wire])), plain
+    ):
+        np.testing.assert_array_equal(answer.actions, without.actions)
+        assert [answer.plan] == policies["tabletop"].plan(observed(message), jax.random.key(0))
+        assert without.plan is None
+
+
+def test_an_absent_camera_is_a_masked_one(policies, engines):
+    engine = engines["tabletop"]
+    (message,) = messages(engine, 1)
+    (row,) = rows(engine, [message | {"observation/wrist": None}])
+    blind = {key: value for key, value in message.items() if key != "observation/wrist"}
+    direct = policies["tabletop"].act(observed(blind), jax.random.key(0), solver=SOLVER)
+    np.testing.assert_array_equal(engine.run([row])[0].actions, direct[0])
+
+
+def test_what_the_policy_cannot_take_is_refused_before_it_is_queued(engines):
+    engine = engines["tabletop"]
+    (message,) = messages(engine, 1)
+    with pytest.raises(Refused, match=r"invalid: text of .* tokens is over the limit"):
+        rows(engine, [message | {"prompt": "word " * 300}])
+    (message,) = messages(engines["pi0"], 1)
+    for option in ({"plan": "x"}, {"write_plan": True}, {"see_plan": True}, {"guidance": 2.0}):
+        with pytest.raises(Refused, match="unknown option"):
+            rows(engines["pi0"], [message | {"options": option}])
+    with pytest.raises(ValueError, match="largest bucket"):
+        engine.run(rows(engine, messages(engine, 5)))
+
+
+def test_actions_that_are_not_finite_never_reach_a_robot(policies):
+    broken = jax.tree.map(lambda p: p * np.nan, policies["tabletop"].params)
+    policy = Policy(
+        config=policies["tabletop"].config, bundle=policies["tabletop"].bundle, params=broken, step=0
+    )
+    engine = Engine(policy, solver=SOLVER, buckets=(1,), plans=False)
+    (answer,) = engine.run(rows(engine, messages(engine, 1)))
+    assert isinstance(answer, FloatingPointError)

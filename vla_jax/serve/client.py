@@ -1,0 +1,109 @@
+"""A client for robots; needs numpy, msgpack and websockets, neither JAX nor the rest of this library's dependencies.
+
+    with Client("ws://127.0.0.1:8000") as policy:
+        print(policy.metadata["observation"])
+        reply = policy.infer({"observation/top": image, "observation/state": state, "prompt": "…"}, seed=3)
+        reply["actions"]                                                # [k a], float32
+
+openpi's own `WebsocketClientPolicy` talks to the same server; this one has timeouts, waits for a server that is
+still starting, takes batches and options, and raises what the server says.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from vla_jax.serve.server import codec, errors
+
+Observation = Mapping[str, np.ndarray | str | None]
+
+
+class ServerError(RuntimeError):
+    """The policy raised an exception; the text is its traceback. The connection is closed."""
+
+
+class Client:
+    """One connection. Not for several threads at once."""
+
+    def __init__(
+        self,
+        url: str = "ws://127.0.0.1:8000",
+        *,
+        token: str | None = None,
+        wait_s: float = 0.0,
+        timeout_s: float | None = 60.0,
+        **options: Any,
+    ):
+        """Connects; `wait_s`: how long to wait for a server that does not listen yet.
+
+        `timeout_s` bounds every reply (TimeoutError; the connection is then of no more use). Further options go to
+        `websockets.sync.client.connect`, e.g. ssl=… for a certificate of one's own.
+        """
+        self._timeout_s = timeout_s
+        headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
+        self._open = contextlib.ExitStack()
+        self._ws = _connect(self._open, url, wait_s, additional_headers=headers, **options)
+        self.metadata: dict[str, Any] = self._receive()
+
+    def infer(self, observation: Observation, **options: Any) -> dict[str, Any]:
+        """`actions` [k a], `seed`, `bucket`, timings, and `plan` where one was asked for.
+
+        Options: those of `metadata["options"]`. Raises errors.Refused, ServerError, TimeoutError.
+        """
+        return self._ask(_request(observation, options))
+
+    def infer_batch(
+        self, observations: Sequence[Observation], options: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[dict[str, Any]]:
+        """One reply per observation, from one message; `options`: one map for each."""
+        options = [{}] * len(observations) if options is None else options
+        if len(options) != len(observations):
+            raise ValueError(
+                f"{len(options)} options for {len(observations)} observations: give one for each"
+            )
+        return self._ask({"batch": [_request(*pair) for pair in zip(observations, options)]})["batch"]
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._open.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        self._ws.send(codec.encode(message))
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
+        frame = self._ws.recv(timeout=self._timeout_s)
+        if isinstance(frame, str):
+            raise errors.parse(frame) or ServerError(frame)
+        return codec.decode(frame, items=1_000_000)
+
+
+def _request(observation: Observation, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**observation, "options": dict(options)} if options else dict(observation)
+
+
+def _connect(stack: contextlib.ExitStack, url: str, wait_s: float, **options: Any) -> ClientConnection:
+    """Connects, again and again while nobody listens and there is time left."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return stack.enter_context(connect(url, compression=None, max_size=None, **options))
+        except (ConnectionRefusedError, InvalidStatus) as error:
+            busy = isinstance(error, ConnectionRefusedError) or error.response.status_code == 503
+            if not busy or time.monotonic() >= until:
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,97 @@
+"""Requests and replies on disk, to be served again.
+
+A directory holds `server.json` (the metadata) and `requests-00000.msgpack`, …: msgpack maps one after another,
+{"time": s, "request": bytes, "reply": bytes}, frames exactly as they were on the wire. A reply names the seed and the
+bucket of every row, so that the record determines its actions bit for bit.
+"""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+
+from vla_jax.serve.server.logs import Logs
+from vla_jax.serve.server.metrics import Metrics
+
+_WAITING = 256
+
+
+class Recorded(NamedTuple):
+    """One request that was answered."""
+
+    time: float
+    request: bytes
+    reply: bytes
+
+
+class Recorder:
+    """Writes in a thread of its own; what the disk cannot keep up with, or has no room for, is counted and dropped."""
+
+    def __init__(
+        self, folder: Path, metadata: dict[str, Any], *, max_bytes: int, metrics: Metrics, logs: Logs
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "server.json"
+        text = json.dumps(metadata, indent=2)
+        if known.exists() and known.read_text() != text:
+            raise ValueError(f"{folder} holds requests to another policy; record into another directory")
+        known.write_text(text)
+        number = len(list(folder.glob("requests-*.msgpack")))
+        self._file = (folder / f"requests-{number:05d}.msgpack").open("xb")
+        self._left, self._metrics, self._logs = max_bytes, metrics, logs
+        self._queue: queue.Queue[Recorded | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._thread.start()
+
+    def add(self, request: bytes, reply: bytes) -> None:
+        """Never blocks."""
+        try:
+            self._queue.put_nowait(Recorded(time.time(), request, reply))
+        except queue.Full:
+            self._metrics.recorded.labels("dropped").inc()
+            self._logs.warning("record dropped", why="the disk is slower than the requests")
+
+    def close(self) -> None:
+        """Writes what waits."""
+        self._queue.put(None)
+        self._thread.join()
+        self._file.close()
+
+    def _write(self) -> None:
+        while (record := self._queue.get()) is not None:
+            data = msgpack.packb(record._asdict())
+            if len(data) > self._left:
+                self._metrics.recorded.labels("dropped").inc()
+                self._logs.warning("record dropped", why="the recording has reached its limit")
+                continue
+            try:
+                self._file.write(data)
+                self._file.flush()
+            except OSError as error:
+                self._metrics.recorded.labels("dropped").inc()
+                self._logs.error("record dropped", error)
+                self._left = 0
+                continue
+            self._left -= len(data)
+            self._metrics.recorded.labels("written").inc()
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What the recorded server expected and gave. Raises OSError, ValueError."""
+    return json.loads((folder / "server.json").read_text())
+
+
+def read(folder: Path) -> Iterator[Recorded]:
+    """All records in the order of their writing; the torn end of a file (a server that was killed) is left out."""
+    files = sorted(folder.glob("requests-*.msgpack"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no requests-*.msgpack; give a directory that --record wrote")
+    for path in files:
+        with path.open("rb") as file:
+            for values in msgpack.Unpacker(file, max_buffer_size=2**31 - 1):
+                yield Recorded(**values)

@@ -1,0 +1,175 @@
+"""From a decoded message to requests whose every field has the right type and shape, or one line that says why not.
+
+    {"observation/top": u8[h w 3], "observation/state": f32[q], "prompt": "…", "options": {"seed": 3}}
+    {"batch": [{…}, {…}]}
+
+Nested maps mean the same as their keys joined by "/". A camera may be None: the robot has none now (a masked image).
+Nothing is ignored: an unknown key is an error that names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vla_jax.serve.server.errors import Refused
+from vla_jax.serve.server.spec import BATCH, OPTIONS, PROMPT, STATE, Spec, camera_key
+
+MAX_TEXT = 2048
+"""Characters of a prompt or plan; the tokenizer's own limit is lower and is checked later."""
+MAX_SEED = 2**31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One observation and what is wanted for it."""
+
+    images: dict[str, UInt8[np.ndarray, "h w 3"]]
+    state: Float[np.ndarray, " q"]
+    prompt: str
+    seed: int | None = None
+    """Of the noise; None: the server chooses one, and says which."""
+    samples: int = 1
+    plan: str | None = None
+    """A text that the actions are to follow."""
+    see_plan: bool = False
+    """Decode a plan and let the actions follow it."""
+    write_plan: bool = False
+    """Decode a plan and return it."""
+    deadline_ms: float | None = None
+    """How long the answer may take; None: as long as the server allows."""
+
+
+def parse(message: Any, spec: Spec, rename: Mapping[str, str]) -> tuple[list[Request], bool]:
+    """The requests of a message, and whether it is a batch. Raises Refused.
+
+    `rename` maps keys of the robot to the metadata's.
+    """
+    if not isinstance(message, dict):
+        raise Refused("invalid", f"a request is a map, not {_kind(message)}")
+    if BATCH not in message:
+        return [_request(message, spec, rename)], False
+    rows = message[BATCH]
+    if len(message) > 1 or not isinstance(rows, list) or not 1 <= len(rows) <= spec.max_rows:
+        raise Refused("invalid", f"a batch is a list of 1 to {spec.max_rows} requests, alone in its message")
+    requests = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise Refused("invalid", f"batch[{number}] is a map, not {_kind(row)}")
+        try:
+            requests.append(_request(row, spec, rename))
+        except Refused as refusal:
+            raise Refused(refusal.code, f"batch[{number}]: {refusal.message}") from None
+    return requests, True
+
+
+def _request(message: dict, spec: Spec, rename: Mapping[str, str]) -> Request:
+    options = message.get(OPTIONS, {})
+    observation = {key: value for key, value in message.items() if key != OPTIONS}
+    fields = {}
+    for key, value in _flat(observation, ""):
+        key = rename.get(key, key)
+        if key in fields:
+            raise Refused("invalid", f"{key} is given twice")
+        fields[key] = value
+    expected = {camera_key(camera): camera for camera in spec.cameras} | {STATE: STATE, PROMPT: PROMPT}
+    _only(fields, expected, "key")
+    for key in expected:
+        if key not in fields:
+            raise Refused("invalid", f"{key} is missing; the observation has {', '.join(expected)}")
+    images = {
+        camera: _image(camera_key(camera), fields[camera_key(camera)], size)
+        for camera, size in spec.cameras.items()
+        if fields[camera_key(camera)] is not None
+    }
+    if not images:
+        raise Refused("invalid", "every camera is None; at least one image is needed")
+    state = _state(fields[STATE], len(spec.state_names))
+    return Request(
+        images=images, state=state, prompt=_text(PROMPT, fields[PROMPT]), **_options(options, spec)
+    )
+
+
+def _flat(value: dict, prefix: str) -> Iterable[tuple[str, Any]]:
+    """Leaves of nested maps; the decoder has bounded depth and number."""
+    for key, inner in value.items():
+        if not isinstance(key, str):
+            raise Refused("invalid", f"the key {key[:40]!r} is not a string")
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _image(key: str, value: Any, size: tuple[int, int]) -> np.ndarray:
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape != (*size, 3):
+        raise Refused("invalid", f"{key} is {_kind(value)}; uint8{[*size, 3]} is expected")
+    return value
+
+
+def _state(value: Any, dims: int) -> np.ndarray:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.shape != (dims,):
+        raise Refused("invalid", f"{STATE} is {_kind(value)}; float32[{dims}] is expected")
+    with np.errstate(over="ignore"):
+        state = value.astype(np.float32)
+    if not np.isfinite(state).all():
+        raise Refused("invalid", f"{STATE} holds values that are not finite")
+    return state
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
+        raise Refused("invalid", f"{key} is {_kind(value)}; a text of 1 to {MAX_TEXT} characters is expected")
+    return value
+
+
+def _options(value: Any, spec: Spec) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused("invalid", f"{OPTIONS} is {_kind(value)}; a map is expected")
+    _only(value, spec.options, "option")
+    options = {}
+    for key, given in value.items():
+        given = given.item() if isinstance(given, np.generic) else given
+        options[key] = _option(key, given, spec)
+    if "plan" in options and (options.get("see_plan") or options.get("write_plan")):
+        raise Refused("invalid", "a plan is given, so none is written; leave out see_plan and write_plan")
+    return options
+
+
+def _option(key: str, value: Any, spec: Spec) -> Any:
+    if key == "plan":
+        return _text("options.plan", value)
+    valid = {
+        "seed": (type(value) is int and 0 <= value < MAX_SEED, f"an integer from 0 to {MAX_SEED - 1}"),
+        "samples": (
+            type(value) is int and value in spec.samples,
+            f"one of {', '.join(map(str, spec.samples))}",
+        ),
+        "deadline_ms": (type(value) in (int, float) and 0 < value < 1e9, "a number of milliseconds above 0"),
+        "see_plan": (type(value) is bool, "true or false"),
+        "write_plan": (type(value) is bool, "true or false"),
+    }
+    fits, what = valid[key]
+    if not fits:
+        raise Refused("invalid", f"options.{key} is {str(value)[:40]!r}; {what} is expected")
+    return value
+
+
+def _only(given: Iterable[str | bytes], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key)[:80], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise Refused("invalid", f"unknown {what} {str(key)[:80]!r}; {hint}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    return {type(None): "None", dict: "a map"}.get(type(value), type(value).__name__)

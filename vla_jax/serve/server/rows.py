@@ -1,0 +1,48 @@
+"""The policy's program over rows that know nothing of each other: every row has its own seed.
+
+`jax.vmap` of the very program that answers one robot. Row i of any batch is the same function of (observation, seed)
+that `Policy.act(observation, jax.random.key(seed))` computes, with any process and solver. How the sums in it are
+rounded depends on the number of rows (XLA chooses its kernels by shape), but neither on the place of a row in the
+batch nor on what the other rows hold; `tests/serve/server/test_engine.py` measures both.
+"""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.processes import Process
+from vla_jax.models.vla import VLA
+from vla_jax.serve.sampling import sample_actions
+from vla_jax.types import Batch, PyTree
+
+
+@functools.partial(jax.jit, static_argnames=("model", "process", "solver", "samples", "see_target"))
+def act_rows(
+    params: PyTree,
+    batch: Batch,
+    seeds: Int[Array, " b"],
+    *,
+    model: VLA,
+    process: Process,
+    solver: SolverConfig,
+    samples: int,
+    see_target: bool,
+) -> Float[Array, "b S k a"]:
+    """`samples` chunks per row in the model's units; the noise of a row is `Policy.act`'s for its seed."""
+
+    def one(row: Batch, seed: Int[Array, ""]) -> Float[Array, "S k a"]:
+        _, for_noise = jax.random.split(jax.random.key(seed))
+        return sample_actions(
+            params,
+            jax.tree.map(lambda leaf: leaf[None], row),
+            jax.random.fold_in(for_noise, 0),
+            model=model,
+            process=process,
+            solver=solver,
+            samples=samples,
+            see_target=see_target,
+        )[0]
+
+    return jax.vmap(one)(batch, seeds)

@@ -1,0 +1,77 @@
+"""What a served policy expects and gives: the server's first frame, and what requests are checked against."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+STATE, PROMPT, OPTIONS, BATCH = "observation/state", "prompt", "options", "batch"
+"""Keys of a request besides its cameras'. An observation has a state and a prompt; options are our extension, and so
+is a batch (a list of requests)."""
+
+
+def camera_key(camera: str) -> str:
+    """The key of a camera's image."""
+    return f"observation/{camera}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Shapes, and what may be asked for."""
+
+    cameras: dict[str, tuple[int, int]]
+    """Camera → (height, width) of its uint8 RGB image."""
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    horizon: int
+    """k, the actions of a chunk."""
+    control_hz: float
+    samples: tuple[int, ...] = (1,)
+    """How many chunks a request may ask for."""
+    writes_plans: bool = False
+    sees_plans: bool = False
+    max_rows: int = 16
+    """Observations in one request."""
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further entries of the metadata: configuration hash, step, solver, …"""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that this policy offers."""
+        offered = ["seed", "samples", "deadline_ms"]
+        offered += ["write_plan"] * self.writes_plans + ["plan"] * self.sees_plans
+        return (*offered, *["see_plan"] * (self.sees_plans and self.writes_plans))
+
+    @property
+    def row_bytes(self) -> int:
+        """The largest honest observation: images, a float64 state, texts and the frame around them."""
+        images = sum(3 * height * width for height, width in self.cameras.values())
+        return images + 8 * len(self.state_names) + 16_384
+
+    def metadata(self) -> dict[str, Any]:
+        """The first frame that a client gets."""
+        images = {
+            camera_key(camera): {"shape": [*size, 3], "dtype": "uint8"}
+            for camera, size in self.cameras.items()
+        }
+        return {
+            "observation": {
+                **images,
+                STATE: {"shape": [len(self.state_names)], "dtype": "float32"},
+                PROMPT: {"shape": [], "dtype": "str"},
+            },
+            "actions": {"shape": [self.horizon, len(self.action_names)], "dtype": "float32"},
+            "horizon": self.horizon,
+            "control_hz": self.control_hz,
+            "state_names": list(self.state_names),
+            "action_names": list(self.action_names),
+            "options": list(self.options),
+            "samples": list(self.samples),
+            "max_rows": self.max_rows,
+            **self.about,
+        }
+
+    def zeros(self, prompt: str) -> dict[str, Any]:
+        """An observation of nothing, for warming up."""
+        images = {camera_key(camera): np.zeros((*size, 3), np.uint8) for camera, size in self.cameras.items()}
+        return {**images, STATE: np.zeros(len(self.state_names), np.float32), PROMPT: prompt}
