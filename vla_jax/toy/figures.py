@@ -162,7 +162,7 @@ def draw_guidance(
     """Samples of all classes for some scales, and what becomes of them as the scale grows."""
     figure = new_figure(15, 7.6, title)
     top, bottom = figure.subfigures(2, 1)
-    shown = np.unique(np.linspace(0, len(samples) - 1, 5).round().astype(int))
+    shown = [i for i, w in enumerate(measured.w) if w in (0, 1, 2, 3, 5)]
     for ax, i in zip(np.atleast_1d(top.subplots(1, len(shown))), shown):
         for c, x in enumerate(samples[i]):
             ax.scatter(*x.T, s=1.5, color=PALETTE[c % len(PALETTE)], linewidths=0, rasterized=True)

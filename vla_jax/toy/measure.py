@@ -118,10 +118,10 @@ def time_error(
 
 def guidance(
     trained: Trained,
-    scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5, 8, 12, 20),
+    scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5, 8),
     *,
     solver: SolverConfig | None = None,
-    n: int = 512,
+    n: int = 256,
     seed: int = 4000,
 ) -> tuple[Guidance, list[Float[np.ndarray, "c n 2"]]]:
     """(measures, samples) of every scale: `n` samples of each class, the same noise for every scale."""

@@ -1,0 +1,1 @@
+"""Configurations of launch.images: each has get_config() -> ImagesConfig."""
