@@ -106,7 +106,7 @@ class App:
                     process_request=self._http,
                     origins=[None],  # web pages have an origin, robots have not
                     compression=None,
-                    max_size=self._max_size,
+                    max_size=self._engine.spec.max_bytes,
                     max_queue=1,
                     logger=_silent(),
                 )
@@ -122,12 +122,6 @@ class App:
     def stop(self) -> None:
         """Ends `run` in an orderly way: nothing new is taken, what was taken is answered. Any thread may call it."""
         self._loop.call_soon_threadsafe(self._stopping.set)
-
-    @property
-    def _max_size(self) -> int:
-        """Bytes of the largest message; the websocket is closed (1009) before more are read."""
-        spec = self._engine.spec
-        return spec.max_rows * spec.row_bytes + 4096
 
     @contextlib.contextmanager
     def _signals(self):
@@ -202,7 +196,9 @@ class App:
                 and closed.sent.code == 1009
             ):
                 self.metrics.requests.labels("oversized").inc()
-                self._logs.warning("oversized message", connection=number, limit_bytes=self._max_size)
+                self._logs.warning(
+                    "oversized message", connection=number, limit_bytes=self._engine.spec.max_bytes
+                )
         finally:
             self._idle.discard(ws)
             self._connections.discard(ws)

@@ -9,7 +9,7 @@ nothing is compiled any more, because a request cannot ask for anything but the 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +69,8 @@ class Engine:
         policy: Policy,
         *,
         solver: SolverConfig,
-        buckets: Sequence[int] = (1, 4, 16),
-        samples: Sequence[int] = (1,),
+        buckets: Collection[int] = (1, 4, 16),
+        samples: Collection[int] = (1,),
         plans: bool = True,
     ):
         for name, sizes in {"buckets": buckets, "samples": samples}.items():

@@ -48,6 +48,11 @@ class Spec:
         images = sum(3 * height * width for height, width in self.cameras.values())
         return images + 8 * len(self.state_names) + 16_384
 
+    @property
+    def max_bytes(self) -> int:
+        """The largest message that is read; a larger one closes its connection (1009)."""
+        return self.max_rows * self.row_bytes + 4096
+
     def metadata(self) -> dict[str, Any]:
         """The first frame that a client gets."""
         images = {
@@ -68,6 +73,7 @@ class Spec:
             "options": list(self.options),
             "samples": list(self.samples),
             "max_rows": self.max_rows,
+            "max_bytes": self.max_bytes,
             **self.about,
         }
 
