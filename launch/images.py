@@ -78,8 +78,11 @@ def main() -> None:
     if args.sample_from is not None:
         try:
             average = flax.serialization.from_bytes(state.average, args.sample_from.read_bytes())
-        except (ValueError, KeyError) as error:
+            fits = jax.tree.map(lambda a, b: a.shape == b.shape, average, state.average)
+        except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{args.sample_from} is not of this model: {error}") from error
+        if not all(jax.tree.leaves(fits)):
+            raise ValueError(f"{args.sample_from} is not of this model: its sizes are others")
     else:
         start = time.perf_counter()
         for i in (bar := tqdm.trange(config.steps, unit="step", mininterval=1)):

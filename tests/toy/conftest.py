@@ -6,9 +6,9 @@ from vla_jax.toy.laws import LAWS
 from vla_jax.toy.train import ToyConfig, train
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def optimised():
-    """These tests train: here compiling is the smaller part."""
+    """For tests that train, where compiling is the smaller part."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -33,8 +33,8 @@ def diffusion(optimised):
 
 @pytest.fixture(scope="module")
 def checkerboard(optimised):
-    """A fifth of the launcher's training."""
-    return train(LAWS["checkerboard"], ToyConfig(steps=600), seed=0)
+    """About a quarter of the launcher's training."""
+    return train(LAWS["checkerboard"], ToyConfig(steps=800), seed=0)
 
 
 def solver(method, steps, **other):

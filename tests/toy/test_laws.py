@@ -26,13 +26,13 @@ def grid(law, side):
 
 def test_density_is_that_of_the_samples(law):
     """It integrates to 1, has the entropy of the docstring, and every cell of a histogram has its share."""
-    points, area, edge = grid(law, 600)
+    points, area, edge = grid(law, 240)
     density = np.exp(np.asarray(law.log_prob(points), np.float64))
     assert density.sum() * area == pytest.approx(1, abs=2e-3)
     assert entropy(law) == pytest.approx(ENTROPY[law.name], abs=5e-3)
     x = np.asarray(law.sample(jax.random.key(0), 50_000).x)
     counts, *_ = np.histogram2d(*x.T[::-1], bins=12, range=[[-edge, edge]] * 2)
-    expected = 50_000 * area * density.reshape(12, 50, 12, 50).sum((1, 3))
+    expected = 50_000 * area * density.reshape(12, 20, 12, 20).sum((1, 3))
     assert np.abs(counts - expected).max() < 6 * np.sqrt(expected.max())
     assert np.sqrt(x.var(0).mean()) == pytest.approx(law.spread, rel=0.01)
 
@@ -40,18 +40,18 @@ def test_density_is_that_of_the_samples(law):
 @pytest.mark.parametrize("schedule", [CondOT(), VP()], ids=["cond_ot", "vp"])
 @pytest.mark.parametrize("t", [0.3, 0.7])
 def test_perfect_denoiser_is_the_mean_of_data_given_x(law, schedule, t):
-    """Against 400,000 data points, each weighted by how likely it makes x: the mean's definition."""
-    data = law.sample(jax.random.key(1), 400_000).x
-    noise = jax.random.normal(jax.random.key(2), (20, 2))
-    clock = jnp.full(20, t)
+    """Against 100,000 data points, each weighted by how likely it makes x: the mean's definition."""
+    data = law.sample(jax.random.key(1), 100_000).x
+    noise = jax.random.normal(jax.random.key(2), (8, 2))
+    clock = jnp.full(8, t)
     alpha, sigma = schedule.alpha(clock[0]), schedule.sigma(clock[0])
-    x = alpha * data[:20] + sigma * noise
+    x = alpha * data[:8] + sigma * noise
     weight = jax.nn.softmax(-jnp.sum((x[:, None] - alpha * data) ** 2, axis=-1) / sigma**2 / 2, axis=1)
     samples = 1 / jnp.sum(weight**2, axis=1)  # effective number
     expected = weight @ data
     deviation = jnp.sqrt(jnp.sum(weight[..., None] * (data - expected[:, None]) ** 2, axis=(1, 2)) / samples)
     distance = jnp.linalg.norm(law.x1(x, clock, schedule) - expected, axis=1)
-    assert samples.min() > 100 and (distance < 4.5 * deviation + 1e-4).all()
+    assert samples.min() > 30 and (distance < 4.5 * deviation + 1e-4).all()
 
 
 def test_velocity_carries_the_score_of_the_density(law):

@@ -18,7 +18,7 @@ from vla_jax.toy.network import Informed, precondition, waves
 @pytest.mark.parametrize("kind", ["velocity", "eps", "x1", "v", "score"])
 def test_precondition_is_the_gaussian_case(schedule, kind):
     """For data N(0, s^2): skip x is the exact answer, and what it leaves has variance scale^2."""
-    s, n = 1.7, 200_000
+    s, n = 1.7, 50_000
     x1, eps = s * np.random.default_rng(0).normal(size=(n, 2)), np.random.default_rng(1).normal(size=(n, 2))
     x1, eps = jnp.asarray(x1, jnp.float32), jnp.asarray(eps, jnp.float32)
     gaussian = GaussianMixture(
@@ -29,7 +29,7 @@ def test_precondition_is_the_gaussian_case(schedule, kind):
         skip, scale = precondition(schedule, kind, s, t)
         x = schedule.alpha(t) * x1 + schedule.sigma(t) * eps
         target = -eps if kind == "score" else from_data_and_noise(schedule, kind, x1, eps, t)
-        assert jnp.std(target - skip * x) == pytest.approx(abs(float(scale)), rel=0.01)
+        assert jnp.std(target - skip * x) == pytest.approx(abs(float(scale)), rel=0.02)
         if kind in ("velocity", "eps", "x1"):
             exact = getattr(gaussian, kind)(x[:50], jnp.full(50, t))
             np.testing.assert_allclose(skip * x[:50], exact, rtol=1e-4, atol=1e-4)
@@ -42,9 +42,9 @@ def test_finite_at_both_ends(kind):
     x, t, label = jnp.ones((2, 2)), jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32)
     for schedule in schedules:
         net = Informed(schedule=schedule, kind=kind, spread=2.0, width=16, depth=1)
-        params = net.init(jax.random.key(0), x, t, label)
+        params = jax.jit(net.init)(jax.random.key(0), x, t, label)
         params = jax.tree.map(lambda p: p + 0.1, params)  # also the last layer, which begins at zero
-        value, gradient = jax.value_and_grad(lambda p: net.apply(p, x, t, label).sum())(params)
+        value, gradient = jax.jit(jax.value_and_grad(lambda p: net.apply(p, x, t, label).sum()))(params)
         assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
@@ -53,6 +53,6 @@ def test_waves_are_damped_as_their_mean_is():
     k = waves(3, 0.7, 6.0)
     assert k.shape == (2, 12) and np.linalg.norm(k, axis=0).max() == pytest.approx(6.0)
     m, w = np.array([0.4, -0.2]), 0.3
-    x1 = m + w * np.random.default_rng(0).normal(size=(400_000, 2))
+    x1 = m + w * np.random.default_rng(0).normal(size=(100_000, 2))
     expected = np.cos(x1 @ k).mean(0)
-    np.testing.assert_allclose(np.cos(m @ k) * np.exp(-(w**2) * (k**2).sum(0) / 2), expected, atol=5e-3)
+    np.testing.assert_allclose(np.cos(m @ k) * np.exp(-(w**2) * (k**2).sum(0) / 2), expected, atol=1e-2)

@@ -16,7 +16,7 @@ from vla_jax.flow.base import Samples
 from vla_jax.flow.schedules import CondOT
 from vla_jax.sim.figures.style import FAINT, INK, PALETTE, new_figure, tidy
 from vla_jax.toy.laws import Law, field
-from vla_jax.toy.measure import Guidance, Quality, TimeError
+from vla_jax.toy.measure import Guidance, Quality, TimeError, support_level
 from vla_jax.toy.train import Trained
 
 
@@ -44,16 +44,15 @@ def _visits(law: Law, t: float, extent: float) -> Float[np.ndarray, " n"]:
 
 
 def draw_samples(law: Law, rows: dict[str, Float[np.ndarray, "n 2"]], title: str) -> Figure:
-    """Exact density, then a scatter of samples for each entry of `rows`, coloured by whether density is zero."""
+    """Exact density, then a scatter of samples for each entry of `rows`, coloured by whether data are there."""
     figure = new_figure(3.6 * (1 + len(rows)), 4.2, title)
     axes = figure.subplots(1, 1 + len(rows), squeeze=False)[0]
     line, points = _grid(law.extent, 200)
     density = np.exp(np.asarray(law.log_prob(points))).reshape(200, 200)
     axes[0].pcolormesh(line, line, density, cmap="Blues", shading="nearest", rasterized=True)
     _plane(axes[0], law.extent, "data: exact density")
-    floor = float(jnp.quantile(law.log_prob(law.sample(jax.random.key(2), 100_000).x), 0.01))
     for ax, (name, x) in zip(axes[1:], rows.items()):
-        inside = np.asarray(law.log_prob(jnp.asarray(x))) >= floor
+        inside = np.asarray(jax.jit(law.log_prob)(jnp.asarray(x))) >= support_level(law)
         for chosen, colour in ((inside, PALETTE[0]), (~inside, PALETTE[1])):
             ax.scatter(*x[chosen].T, s=2, color=colour, linewidths=0, rasterized=True)
         _plane(ax, law.extent, name)

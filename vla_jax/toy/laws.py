@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 from vla_jax.flow.oracle import GaussianMixture
 from vla_jax.flow.paths import align
 from vla_jax.flow.predictions import Kind, from_data_and_noise
-from vla_jax.flow.schedules import CondOT, Schedule
+from vla_jax.flow.schedules import Schedule
 from vla_jax.flow.solvers import Field
 
 
@@ -163,12 +163,24 @@ class Mixture(Law):
         return Points(x, k // (m // self.classes))
 
     def log_prob(self, x: Float[Array, "n 2"]) -> Float[Array, " n"]:
-        """The mixture's density at t = 1."""
-        return self.oracle(CondOT()).log_prob(x, jnp.ones(x.shape[0]))
+        """Log of the mean of the Gaussians."""
+        squared = self._squared_distances(x, jnp.ones(x.shape[0]))
+        norm = jnp.log(2 * jnp.pi * self.std**2 * len(self.centres))
+        return jax.nn.logsumexp(-squared / self.std**2 / 2, axis=1) - norm
 
     def x1(self, x: Float[Array, "n 2"], t: Float[Array, " n"], schedule: Schedule) -> Float[Array, "n 2"]:
-        """Closed form."""
-        return self.oracle(schedule).x1(x, t)
+        """Mean over the Gaussians of each one's Wiener estimate."""
+        alpha, variance = schedule.alpha(t), schedule.sigma(t) ** 2
+        total = (alpha**2 * self.std**2 + variance)[:, None]
+        weight = jax.nn.softmax(-self._squared_distances(x, alpha) / total / 2, axis=1)
+        centre = weight @ jnp.asarray(self.centres, x.dtype)
+        gain = alpha[:, None] * self.std**2 / total
+        return centre + gain * (x - alpha[:, None] * centre)
+
+    def _squared_distances(self, x: Float[Array, "n 2"], alpha: Float[Array, " n"]) -> Float[Array, "n m"]:
+        """``|x - alpha c|^2`` for every centre c."""
+        c = jnp.asarray(self.centres, x.dtype)
+        return sum((x[:, i : i + 1] - alpha[:, None] * c[:, i]) ** 2 for i in range(2))
 
 
 @dataclasses.dataclass(frozen=True)

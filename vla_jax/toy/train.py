@@ -104,7 +104,7 @@ class ToyConfig:
             path=self.path or ("vp" if score else "ddpm_linear"),
             prediction="score" if score else self.prediction or "eps",
             time=self.time or "uniform",
-            t_max=LAST_TIME if score else 1.0,
+            t_max=1.0,
             stratified=True,
         )
 
