@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _serve_policies
+from launch import _main, replay
 from tests.serve.server.harness import Echo, serving
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.client import Client
@@ -109,12 +110,14 @@ def openpi_session(python: Path, code: str, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tabletop", "pi0"])
-def test_openpi_client_gets_the_policys_actions_bit_for_bit(openpi_python, tmp_path, shape):
+def test_openpi_client_gets_the_policys_actions_bit_for_bit(
+    openpi_python, tmp_path, monkeypatch, capsys, shape
+):
     run, record = tmp_path / "run", tmp_path / "record"
     _serve_policies.save(run, shape)
     log = tmp_path / "log"
     command = [
-        sys.executable, "-m", "launch.serve", "--checkpoint", run, "--port", "0", "--buckets", "1", "2",
+        sys.executable, "-m", "launch.serve", "--checkpoint", run, "--port", "0", "--buckets", "1",
         "--num-steps", "3", "--actions-only", "--seed", "40", "--record", record,
     ]  # fmt: skip
     with log.open("w") as stderr:
@@ -155,20 +158,20 @@ def test_openpi_client_gets_the_policys_actions_bit_for_bit(openpi_python, tmp_p
     assert list(found["broken_up_seeds"]) == [43] * BROKER_STEPS + [44] * BROKER_STEPS
     expected = np.concatenate([direct(0, seed)[:BROKER_STEPS] for seed in (43, 44)])
     np.testing.assert_array_equal(found["broken_up"], expected)
-    replay(record, run)
+
+    options = ("--record", record, "--checkpoint", run)
+    printed = replayed(monkeypatch, capsys, *options)
+    assert f"{STEPS + 2} observations: {STEPS + 2} equal bit for bit, largest difference 0" in printed
+    with pytest.raises(SystemExit) as stop:
+        replayed(monkeypatch, capsys, *options, "--num-steps", 2)
+    assert stop.value.code == 1 and "differs by more than --tolerance" in capsys.readouterr().err
 
 
-def replay(record: Path, run: Path) -> None:
-    """What was recorded gives the same bits again; another policy's record does not."""
-    command = [sys.executable, "-m", "launch.replay", "--record", record, "--checkpoint", run]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 0 and f"{STEPS + 2} observations: {STEPS + 2} equal bit for bit" in done.stdout
-    ), done
-    changed = subprocess.run(
-        [*map(str, command), "--num-steps", "2"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert changed.returncode == 1 and "differs by more than --tolerance" in changed.stderr, changed
+def replayed(monkeypatch, capsys, *options: object) -> str:
+    """What launch.replay prints; raises SystemExit where actions differ."""
+    monkeypatch.setattr(sys, "argv", ["replay.py", *map(str, options)])
+    _main.run(replay.main)
+    return capsys.readouterr().out
 
 
 def test_openpi_client_gets_its_own_exception_and_the_server_lives_on(openpi_python):
