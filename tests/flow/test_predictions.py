@@ -48,25 +48,46 @@ def test_round_trips(schedule, t, seed):
             np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * (1 + np.abs(truth[source]).max()))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
-def test_ends_are_finite_or_refused(schedule, dtype):
-    """Every conversion at both ends: a finite number, or one line that says why there is none."""
-    x, value = (y.astype(dtype) for y in normals(0, 2, (2, 3)))
-    defined = []
-    for source, target, end in itertools.product(KINDS, KINDS, (0.0, 1.0)):
-        if end in undefined(schedule, source, target):
-            with pytest.raises(ValueError, match=f"{source} does not determine {target} at t = {end:g}"):
-                convert(schedule, source, target, value, x, jnp.full(2, end))
-        else:
-            defined.append((source, target, end))
+@functools.cache
+def conversions(schedule):
+    """All conversions of a schedule in one program: {(source, target): made}."""
 
     @jax.jit
-    def made(value, x, ends):
-        return [convert(schedule, source, target, value, x, ends[end]) for source, target, end in defined]
+    def run(value, x, t):
+        return {(a, b): convert(schedule, a, b, value, x, t) for a in KINDS for b in KINDS}
 
-    ends = {end: jnp.full(2, end, jnp.promote_types(dtype, jnp.float32)) for end in (0.0, 1.0)}
-    for case, result in zip(defined, jax.device_get(made(value, x, ends))):
-        assert np.isfinite(result.astype(np.float64)).all(), case
+    return run
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(ALL),
+    st.sampled_from(["float64", "bfloat16"]),
+    st.one_of(st.sampled_from([0.0, 1.0, 5e-324, 1e-9, 1 - 2**-53]), st.floats(0, 1)),
+    st.integers(0, 99),
+)
+def test_finite_or_refused(schedule, dtype, t, seed):
+    """Every conversion at every t, both ends included: a finite number, or one line that says why there is none."""
+    x, value = (y.astype(dtype) for y in normals(seed, 2, (2, 3)))
+    times = jnp.full(2, t, jnp.promote_types(dtype, jnp.float32))
+    at = float(times[0])
+    for (source, target), made in jax.device_get(conversions(schedule)(value, x, times)).items():
+        ends = undefined(schedule, source, target)
+        if at in ends:
+            with pytest.raises(ValueError, match=f"{source} does not determine {target} at t = {at:g}"):
+                convert(schedule, source, target, value, x, times)
+        elif all(abs(at - end) > 1e-4 for end in ends):  # nearer, the answer may be beyond any float
+            assert np.isfinite(made.astype(np.float64)).all(), (source, target)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_both_ends(schedule, end):
+    """The ends themselves, which a random search might miss, and times of mixed kind."""
+    for dtype in ("float64", "bfloat16"):
+        test_finite_or_refused.hypothesis.inner_test(schedule, dtype, end, 0)
+    x, value = normals(0, 2, (2, 3))
+    with pytest.raises(ValueError, match="x1 does not determine eps at t = 1"):
+        convert(schedule, "x1", "eps", value, x, jnp.array([0.5, 1.0]))
 
 
 def test_what_is_undefined_really_is(schedule):

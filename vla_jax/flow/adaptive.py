@@ -37,7 +37,7 @@ def integrate_adaptive(
         rk,
         t0=start,
         t1=end,
-        dt0=(end - start) / 100,
+        dt0=(end - start) / 20,  # a step may grow tenfold; too long a first one costs six evaluations
         y0=x.astype(dtype),
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
         saveat=diffrax.SaveAt(ts=jnp.asarray(times, dtype)) if intermediates else diffrax.SaveAt(t1=True),

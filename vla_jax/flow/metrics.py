@@ -16,7 +16,8 @@ def energy_distance(x: Float[Array, "n a"], y: Float[Array, "m a"]) -> Float[Arr
 
     def mean_distance(a, b, pairs):
         squared = jnp.sum(a**2, 1)[:, None] + jnp.sum(b**2, 1)[None] - 2 * a @ b.T
-        return jnp.sqrt(jnp.maximum(squared, 0)).sum() / pairs
+        apart = squared > 0  # the square root has no gradient at 0, where a point meets itself
+        return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1)), 0).sum() / pairs
 
     n, m = x.shape[0], y.shape[0]
     return (

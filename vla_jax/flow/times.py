@@ -12,6 +12,8 @@ from jax.scipy.special import ndtri
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from vla_jax.flow.paths import time_dtype
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniform:
@@ -42,7 +44,8 @@ class LogitNormal:
 
     def quantile(self, u: Float[Array, "*t"]) -> Float[Array, "*t"]:
         """sigmoid(mean + std ndtri(u)); 0 and 1 at the ends."""
-        return jax.nn.sigmoid(self.mean + self.std * ndtri(u))
+        logit = self.mean + self.std * ndtri(u.astype(time_dtype(u.dtype)))
+        return jax.nn.sigmoid(logit).astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
