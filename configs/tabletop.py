@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
         model=model(),
         objective=ObjectiveConfig(noise_draws=4, plan_visible=0.5),
         data=DataConfig(path="data/tabletop", max_text_tokens=28, max_target_tokens=16, vocab_size=512),
-        optim=OptimConfig(learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),
+        optim=OptimConfig(learning_rate=2e-3, algorithm="muon", warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
             batch_size=64,
             steps=2400,

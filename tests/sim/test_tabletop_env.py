@@ -146,9 +146,19 @@ def test_pixels_point_at_what_they_name():
 @given(st.sampled_from([None, "left", "right"]), st.sampled_from(NAMES), st.text(max_size=10))
 def test_plans_survive_parsing(side, name, noise):
     assert parse_plan(plan_text(side, name)) == (side, name)
-    assert parse_plan(plan_text(side, name, 2)) == (side, name)
-    assert with_side(plan_text(side, name, 0), "left") == plan_text(side and "left", name, 0)
+    assert parse_plan(plan_text(side, name, 0.33)) == (side, name)
+    assert with_side(plan_text(side, name, 0.5), "left") == plan_text(side and "left", name, 0.5)
     assert parse_plan(f"{noise} {plan_text(side, name)} ")[1] == name
+
+
+def test_plans_say_first_where_the_object_lies():
+    assert plan_text(None, "red cup", 0.374) == "35 cm: go straight, then grasp the red cup"
+    env = TabletopEnv(CONFIG)
+    env.reset(range(64))
+    scene = jax.tree.map(np.asarray, env.episodes.scene)
+    x = np.take_along_axis(scene.objects[..., 0], scene.target[:, None], axis=1)[:, 0]
+    said = np.array([float(plan.split(" cm: ")[0]) / 100 for plan in env.plans])
+    assert np.abs(said - x).max() <= 0.0251
 
 
 @given(st.text())

@@ -31,6 +31,11 @@ class DataConfig:
     task_weights: tuple[str, ...] = ()
     """Shares of the samples per task as "task:weight", e.g. reach:2 push:1; every task once, 0 leaves one
     out. Empty: every frame of the data set is as likely."""
+    after_end: Literal["mask", "repeat"] = "mask"
+    """Steps of a chunk that lie behind the episode's end: mask leaves them out of attention and loss; repeat
+    takes the episode's last action as valid, so that what follows can be learned where episodes end with success.
+    A mask tells the network when the episode ends, which nobody can tell it when it acts: where the last actions
+    matter (a gripper that closes), a policy trained so waits for a sign that never comes."""
     workers: int = 0
     """Processes that build batches; 0: threads of the training process."""
     threads: int = 2
@@ -56,6 +61,8 @@ class DataConfig:
         for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        if self.after_end not in ("mask", "repeat"):
+            raise ValueError(f"data.after_end={self.after_end!r}: use mask or repeat")
         if self.normalization not in ("zscore", "quantile"):
             raise ValueError(f"data.normalization={self.normalization!r}: use zscore or quantile")
         if self.normalization_group not in ("dataset", "task"):

@@ -51,7 +51,8 @@ class Loader:
         """One sample of the endless order, in the robot's units."""
         number, step = self.frames[self.order[position]]
         episode = self.source.episode(int(number))
-        actions, valid = chunk(episode.action, int(step), self.horizon)
+        actions, exists = chunk(episode.action, int(step), self.horizon)
+        valid = exists | (self.config.after_end == "repeat")
         return Sample(
             images={camera: episode.frame(camera, step) for camera in self.bundle.cameras},
             state=episode.state[step],

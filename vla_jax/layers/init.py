@@ -58,6 +58,30 @@ def sincos_2d(names: Sequence[str | None], side: int) -> Initializer:
     return nn.with_logical_partitioning(table, tuple(names))
 
 
+def dct_2d(names: Sequence[str | None]) -> Initializer:
+    """Patch embedding [p, p, channels, width] whose columns are the lowest spatial frequencies of each channel.
+
+    Neighbouring pixels are alike, so a random projection spends nearly all of its outputs on what natural pictures
+    do not contain; the cosines of lowest frequency carry mean colour and where in the patch it lies.
+    """
+
+    def basis(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        side, _, channels, width = shape
+        u = jnp.arange(side)
+        waves = jnp.cos(jnp.pi * (u + 0.5)[:, None] * u / side) * jnp.where(u == 0, 1, 2**0.5)  # pixel u
+        order = sorted((i * i + j * j, i, j) for i in range(side) for j in range(side))
+        count = min(width, side * side * channels)
+        pairs = order[: -(-count // channels)]
+        rows, columns = jnp.array([p[1] for p in pairs]), jnp.array([p[2] for p in pairs])
+        planes = waves[:, None, rows] * waves[None, :, columns]  # p p f
+        filters = jnp.einsum("xyf,cd->xycfd", planes, jnp.eye(channels)).reshape(side, side, channels, -1)
+        filters = filters[..., :count] / side * (width / (side * side * channels)) ** 0.5
+        rest = nn.initializers.normal((side * side * channels) ** -0.5)(key, (*shape[:-1], width - count))
+        return jnp.concatenate([filters, rest], axis=-1).astype(dtype)
+
+    return nn.with_logical_partitioning(basis, tuple(names))
+
+
 def zeros(names: Sequence[str | None]) -> Initializer:
     """Zeros."""
     return nn.with_logical_partitioning(nn.initializers.zeros_init(), tuple(names))

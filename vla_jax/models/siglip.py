@@ -35,7 +35,7 @@ class SigLIP(nn.Module):
             (cfg.patch, cfg.patch),
             strides=(cfg.patch, cfg.patch),
             padding="VALID",
-            kernel_init=init.kernel((None, None, "patch", "embed")),
+            kernel_init=init.dct_2d((None, None, "patch", "embed")),
             bias_init=init.zeros(("embed",)),
             name="embedding",
         )(x)

@@ -83,7 +83,9 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     axis does not divide evenly over its mesh axes: nothing is replicated silently.
     """
 
-    def place(path, leaf) -> NamedSharding:
+    def place(path, leaf) -> Any:
+        if not jax.tree.leaves(leaf):  # what an optimiser puts where it keeps nothing for a parameter
+            return nn.unbox(leaf)
         name = path_name(path)
         axes = logical_names(name, leaf)
         spec = nn.logical_to_mesh_axes(axes, RULES) if axes else PartitionSpec()

@@ -13,10 +13,12 @@ def _check(ok: bool, message: str) -> None:
 class OptimConfig:
     """AdamW with clipping and a warm-up → hold → cosine learning rate."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for matrices and AdamW for all else; both take the same learning rate."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of the first moment (mean of the gradient)."""
+    """Decay of the first moment (mean of the gradient); Muon's own is 0.95."""
     beta2: float = 0.95
     """Decay of the second moment (mean of the squared gradient)."""
     eps: float = 1e-8

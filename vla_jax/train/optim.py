@@ -1,4 +1,4 @@
-"""The optimiser: clip → Adam → decoupled weight decay → learning rate (Loshchilov & Hutter, arXiv:1711.05101)."""
+"""The optimiser: clip → Adam or Muon → decoupled weight decay → learning rate (AdamW: arXiv:1711.05101)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
 from vla_jax.train.config import OptimConfig
+from vla_jax.train.muon import scale_by_muon
 from vla_jax.types import PyTree
 
 
@@ -34,16 +35,17 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """The optimiser of a run of `steps` steps."""
     return optax.chain(
         _clip(config),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            mu_dtype=jnp.dtype(config.moment_dtype),
-            weight_decay=config.weight_decay,
-            mask=decays if config.decay == "matrices" else None,
-        ),
+        _direction(config),
+        optax.add_decayed_weights(config.weight_decay, decays if config.decay == "matrices" else None),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
+    moments = (config.beta1, config.beta2, config.eps)
+    if config.algorithm == "muon":
+        return scale_by_muon(*moments, config.moment_dtype)
+    return optax.scale_by_adam(*moments, mu_dtype=jnp.dtype(config.moment_dtype))
 
 
 def decays(params: PyTree) -> PyTree:

@@ -27,7 +27,7 @@ class TabletopConfig:
     """Radius of the gripper disc, the only part that can collide."""
     gripper_rate: float = 0.4
     """Change of the opening (1 open, 0 closed) per step; 0.4 closes in three steps."""
-    grasp_radius_m: float = 0.04
+    grasp_radius_m: float = 0.05
     """A gripper that becomes closed this near to an object's centre has reached it."""
 
     start_x_m: tuple[float, float] = (0.24, 0.40)
@@ -59,14 +59,17 @@ class TabletopConfig:
     """Ways round the obstacle that differ by less are equally short: the expert tosses a coin."""
     approach_rate_per_s: float = 5.0
     """The expert's speed near the goal is this times the distance that is left."""
-    close_radius_m: float = 0.02
+    close_radius_m: float = 0.025
     """The expert starts to close this near to the goal."""
-    hold_radius_m: float = 0.03
+    hold_radius_m: float = 0.04
     """The expert goes on closing this near to the goal."""
 
-    swapped_fraction: float = 0.35
+    swapped_fraction: float = 0.65
     """Share of demonstrations that ask for another object than the one behind the obstacle. Without them the
     obstacle's place would tell which object is meant, and a policy could do without reading."""
+    scattered_fraction: float = 0.5
+    """Share of demonstrations that start anywhere on the table. Without them the gripper's place would tell where
+    it is going, and a policy that has once gone astray would not come back."""
     noisy_fraction: float = 0.5
     """Share of demonstrations that are disturbed (labels stay the expert's own actions)."""
     burst_steps: int = 3
@@ -113,7 +116,13 @@ class TabletopConfig:
             )
         if self.max_steps < 1 or self.image_size < 1 or self.burst_steps < 1:
             raise ValueError("max_steps, image_size and burst_steps must be at least 1")
-        for name in ("alike_fraction", "swapped_fraction", "noisy_fraction", "burst_probability"):
+        for name in (
+            "alike_fraction",
+            "swapped_fraction",
+            "scattered_fraction",
+            "noisy_fraction",
+            "burst_probability",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is a probability; use a value in [0, 1]")
 

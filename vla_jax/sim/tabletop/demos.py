@@ -46,12 +46,18 @@ class Demonstrations:
 
 
 def generate(
-    config: TabletopConfig, seeds: Sequence[int], *, kind: str | None = None, swapped: bool | None = None
+    config: TabletopConfig,
+    seeds: Sequence[int],
+    *,
+    kind: str | None = None,
+    swapped: bool | None = None,
+    scattered: bool | None = None,
 ) -> Demonstrations:
     """The expert's episodes of the seeds, each a pure function of its seed. 64 to 256 at a time is fast.
 
     `kind` fixes how the obstacle lies towards the scene's own target. `swapped` asks for another object than
-    that one; None: in `config.swapped_fraction` of the episodes.
+    that one, `scattered` starts anywhere; None: in `config.swapped_fraction` and `config.scattered_fraction` of
+    the episodes.
     """
     seeds = checked_seeds(seeds)
     episodes, run, track = jax.tree.map(
@@ -61,6 +67,7 @@ def generate(
             seeds,
             kind_weights(config, kind),
             config.swapped_fraction if swapped is None else float(swapped),
+            config.scattered_fraction if scattered is None else float(scattered),
         ),
     )
     lengths = run.final.steps
@@ -88,12 +95,14 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rollouts(config: TabletopConfig, seeds, weights, swapped_fraction) -> tuple[Episode, Rollout, Any]:
+def _rollouts(
+    config: TabletopConfig, seeds, weights, swapped_fraction, scattered_fraction
+) -> tuple[Episode, Rollout, Any]:
+    fractions = jnp.stack([jnp.float32(swapped_fraction), jnp.float32(scattered_fraction)])
+
     def one(seed):
-        swapped = jax.random.bernoulli(
-            jax.random.fold_in(jax.random.key(seed), 1), jnp.float32(swapped_fraction)
-        )
-        episode = sample_episode(config, seed, jnp.stack(weights), swapped)
+        swapped, scattered = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), 1), fractions)
+        episode = sample_episode(config, seed, jnp.stack(weights), swapped, scattered)
         run = rollout(config, episode.scene, episode.side, episode.disturbance)
         return episode, run, measure(config, episode, run.positions, run.final.steps)
 

@@ -11,7 +11,15 @@ from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.expert import choose_side, rollout, sample_disturbance
 from vla_jax.sim.tabletop.geometry import LEFT, RIGHT, segment_distance
 from vla_jax.sim.tabletop.language import PHRASINGS, instruction_text, object_name, plan_text
-from vla_jax.sim.tabletop.world import OBJECTS, Scene, clearance, pick, sample_scene, scene_kind
+from vla_jax.sim.tabletop.world import (
+    OBJECTS,
+    Scene,
+    clearance,
+    pick,
+    sample_scene,
+    scattered_start,
+    scene_kind,
+)
 
 SIDE_NAMES = {LEFT: "left", RIGHT: "right"}
 
@@ -46,10 +54,12 @@ def sample_episode(
     seed: Int[Array, ""],
     weights: Float[Array, "3"],
     swapped: Bool[Array, ""],
+    scattered: Bool[Array, ""] | bool = False,
 ) -> Episode:
     """Draws the episode of a seed; `weights` are those of KINDS, towards the scene's own target.
 
-    `swapped` asks for another object in the very same scene; kind and side are then about that object.
+    `swapped` asks for another object in the very same scene, `scattered` starts anywhere on the table; kind and
+    side are then about that object and from there.
     """
     scene_key, noise_key, rest = jax.random.split(jax.random.key(seed), 3)
     kind, phrasing, coin, swap = jax.random.uniform(rest, (4,))
@@ -57,7 +67,12 @@ def sample_episode(
     scene = sample_scene(config, scene_key, jnp.sum(kind * shares[-1] >= shares[:-1]))
     own_target = scene.target
     other = (own_target + 1 + pick(swap, OBJECTS - 1)) % OBJECTS
-    scene = dataclasses.replace(scene, target=jnp.where(swapped, other, own_target))
+    start = scattered_start(config, jax.random.fold_in(scene_key, 1), scene)
+    scene = dataclasses.replace(
+        scene,
+        target=jnp.where(swapped, other, own_target),
+        start=jnp.where(scattered, start, scene.start),
+    )
     return Episode(
         scene=scene,
         own_target=own_target,
@@ -93,7 +108,7 @@ def texts(episodes: Episode) -> tuple[tuple[str, ...], tuple[str, ...]]:
     clear = np.asarray(episodes.kind) == KINDS.index("clear")
     sides = [None if free else SIDE_NAMES[int(side)] for free, side in zip(clear, np.asarray(episodes.side))]
     places = [
-        int(np.sum(row < row[target]))
+        float(row[target])
         for row, target in zip(np.asarray(episodes.scene.objects)[..., 0], np.asarray(episodes.scene.target))
     ]
     return instructions, tuple(map(plan_text, sides, names, places))

@@ -15,7 +15,8 @@ PHRASINGS = (
     "please fetch the {}",
 )
 SIDES = ("left", "right")
-PLACES = ("on the left", "in the middle", "on the right")
+PLACE_CM = 5
+"""Places are told in whole multiples of this."""
 
 _PASS = re.compile(rf"\bpass ({'|'.join(SIDES)})\b")
 _GRASP = re.compile(rf"\bgrasp the ((?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))\b")
@@ -31,18 +32,19 @@ def instruction_text(phrasing: int, name: str) -> str:
     return PHRASINGS[phrasing].format(name)
 
 
-def plan_text(side: str | None, name: str, place: int | None = None) -> str:
-    """The plan: which side of the obstacle to pass (None: the way is free), what to grasp, and where it lies.
+def plan_text(side: str | None, name: str, x_m: float | None = None) -> str:
+    """The plan: where the object lies, which side of the obstacle to pass (None: the way is free), what to grasp.
 
-    `place` counts the objects from the left, 0 to 2. Saying it makes the text loss teach where to look: the
-    name alone could be copied from the instruction without seeing anything.
+    `x_m` is the object's distance from the table's left edge, told to `PLACE_CM`. It stands first, as in PaliGemma's
+    detection targets: it is predicted from the end of the prompt, which actions see too, so the text loss teaches
+    the very features that say where to go. The name alone could be copied from the instruction without looking.
     """
-    grasp = f"grasp the {name}" + ("" if place is None else f" {PLACES[place]}")
+    place = "" if x_m is None else f"{PLACE_CM * round(100 * x_m / PLACE_CM)} cm: "
     if side is None:
-        return f"go straight, then {grasp}"
+        return f"{place}go straight, then grasp the {name}"
     if side not in SIDES:
         raise ValueError(f"side {side!r} is unknown; use left, right or None")
-    return f"pass {side} of the obstacle, then {grasp}"
+    return f"{place}pass {side} of the obstacle, then grasp the {name}"
 
 
 def with_side(plan: str, side: str) -> str:

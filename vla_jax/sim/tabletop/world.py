@@ -17,6 +17,8 @@ from vla_jax.sim.tabletop.geometry import detour, segment_distance
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("block", "cup", "ball")
 OBJECTS = 3
+CANDIDATES = 8
+"""Starts of which `scattered_start` takes the first free one."""
 NOTHING = -1
 """The value of `State.reached` before the gripper has closed on an object."""
 
@@ -133,6 +135,17 @@ def _place_obstacle(config: TabletopConfig, u: Float[Array, "5"], kind, start, g
     reach = jnp.where(kind == KINDS.index("clear"), radius, detour_radius + config.gripper_radius_m)
     leaves = (x + shift < reach) | (x + shift > config.table_m - reach)
     return jnp.stack([x + jnp.where(leaves, -shift, shift), y]), radius
+
+
+def scattered_start(config: TabletopConfig, key: Array, scene: Scene) -> Float[Array, "2"]:
+    """A start anywhere on the table from which both ways round the obstacle exist; the scene's own if none is found."""
+    candidates = jax.random.uniform(
+        key, (CANDIDATES, 2), minval=config.gripper_radius_m, maxval=config.table_m - config.gripper_radius_m
+    )
+    free = jnp.linalg.norm(candidates - scene.obstacle, axis=1) > config.detour_radius_m(
+        scene.obstacle_radius
+    )
+    return jnp.where(free.any(), candidates[jnp.argmax(free)], scene.start)
 
 
 def scene_kind(config: TabletopConfig, scene: Scene) -> Int[Array, ""]:
