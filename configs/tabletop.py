@@ -1,8 +1,8 @@
 """The quickstart: a small flow-matching VLA on the tabletop.
 
-python -m launch.collect --env tabletop --episodes 3000 --out data/tabletop
+python -m launch.collect --env tabletop --episodes 12000 --out data/tabletop
 python -m launch.train --config configs/tabletop.py --run-dir runs/tabletop
-python -m launch.evaluate --checkpoint runs/tabletop --episodes 512
+python -m launch.evaluate --checkpoint runs/tabletop --episodes 512 --execute 4
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from vla_jax.train.config import LoopConfig, OptimConfig
 
 
 def model() -> VLAConfig:
-    tiny = presets.tiny(horizon=8)
+    tiny = presets.tiny(horizon=16)
     return dataclasses.replace(
         tiny,
         vision=dataclasses.replace(tiny.vision, patch=16),
@@ -29,12 +29,18 @@ def model() -> VLAConfig:
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=model(),
-        objective=ObjectiveConfig(noise_draws=4, plan_visible=0.5),
-        data=DataConfig(path="data/tabletop", max_text_tokens=28, max_target_tokens=16, vocab_size=512),
-        optim=OptimConfig(learning_rate=2e-3, algorithm="muon", warmup_fraction=0.05, weight_decay=0.01),
+        objective=ObjectiveConfig(noise_draws=2, plan_visible=0.25),
+        data=DataConfig(
+            path="data/tabletop",
+            max_text_tokens=28,
+            max_target_tokens=16,
+            vocab_size=512,
+            after_end="repeat",  # or nothing would show when to close the gripper
+        ),
+        optim=OptimConfig(algorithm="muon", learning_rate=3e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
-            batch_size=64,
-            steps=2400,
+            batch_size=32,
+            steps=2000,
             ema_decay=0.995,
             log_every=10,
             val_every=500,

@@ -53,7 +53,7 @@ class TabletopConfig:
     clear_gap_m: tuple[float, float] = (0.015, 0.05)
     """Range of what the straight line keeps in clear scenes, beyond the expert's own margin."""
 
-    margin_m: float = 0.02
+    margin_m: float = 0.03
     """Clearance between gripper and obstacle that the expert plans with."""
     side_tolerance_m: float = 0.01
     """Ways round the obstacle that differ by less are equally short: the expert tosses a coin."""
@@ -64,10 +64,10 @@ class TabletopConfig:
     hold_radius_m: float = 0.04
     """The expert goes on closing this near to the goal."""
 
-    swapped_fraction: float = 0.65
+    swapped_fraction: float = 0.5
     """Share of demonstrations that ask for another object than the one behind the obstacle. Without them the
     obstacle's place would tell which object is meant, and a policy could do without reading."""
-    scattered_fraction: float = 0.5
+    scattered_fraction: float = 0.25
     """Share of demonstrations that start anywhere on the table. Without them the gripper's place would tell where
     it is going, and a policy that has once gone astray would not come back."""
     noisy_fraction: float = 0.5
