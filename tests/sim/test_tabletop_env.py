@@ -32,7 +32,7 @@ def run_expert(env, seeds):
 
 
 def test_replayed_demonstrations_succeed_and_look_the_same():
-    demos = generate(CONFIG, range(16), swapped=False)
+    demos = generate(CONFIG, range(16), swapped=False, scattered=False)
     env = TabletopEnv(CONFIG)
     observation = env.reset(range(16))
     assert observation.instruction == demos.instructions and env.plans == demos.plans
@@ -111,12 +111,12 @@ def test_swapped_instructions_name_and_judge_another_object_of_the_same_scene():
         assert record["success"] and record["reached"] == record["target"]
     # The expert for the own target ends at the own target, which is now a failure.
     run_expert(own, seeds)
-    demos = generate(CONFIG, seeds, swapped=False)
+    demos = generate(CONFIG, seeds, swapped=False, scattered=False)
     swapped.reset(seeds)
     swapped.advance(demos.actions)
     for record in swapped.results():
         assert record["reached"] == record["own_target"] and not record["success"]
-    other = generate(CONFIG, seeds, swapped=True)
+    other = generate(CONFIG, seeds, swapped=True, scattered=False)
     assert other.instructions == swapped.instructions and other.plans == swapped.plans
     assert all(record["success"] and record["target"] != record["own_target"] for record in other.records)
 

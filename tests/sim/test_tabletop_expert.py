@@ -21,10 +21,9 @@ N = 1024
 
 
 @functools.cache
-def rollouts(config):
-    return jax.tree.map(
-        np.asarray, _rollouts(config, np.arange(N, dtype=np.uint32), config.kind_weights, False)
-    )
+def rollouts(config, scattered=False):
+    seeds = np.arange(N, dtype=np.uint32)
+    return jax.tree.map(np.asarray, _rollouts(config, seeds, config.kind_weights, False, scattered))
 
 
 @pytest.mark.parametrize("config, success, longest", [(CLEAN, 0.999, 32), (NOISY, 0.99, 60)])
@@ -35,6 +34,20 @@ def test_expert_succeeds_without_collision(config, success, longest):
     assert track.min_clearance_m.min() > config.burst_clearance_m - 1e-5
     assert run.final.steps.max() <= longest
     assert 20 <= np.median(run.final.steps) <= 30
+
+
+def test_scattered_starts_lie_everywhere_and_are_left_without_collision():
+    episodes, run, track = rollouts(CLEAN, scattered=True)
+    start, scene = episodes.scene.start, episodes.scene
+    assert run.final.success.mean() >= 0.995 and not run.final.collision.any()
+    assert track.min_clearance_m.min() > 0
+    from_obstacle = np.linalg.norm(start - scene.obstacle, axis=1)
+    assert (from_obstacle > CLEAN.detour_radius_m(scene.obstacle_radius)).all()
+    cells = np.histogram2d(*start.T, bins=4, range=[[0, CLEAN.table_m]] * 2)[0]
+    border = np.delete(cells.ravel(), [5, 6, 9, 10])  # the obstacle lies in the middle
+    assert border.min() > N / 16 / 2 and cells.sum() == N
+    towards = np.abs(np.corrcoef(start[:, 0], np.asarray(jax.vmap(lambda s: s.goal)(scene))[:, 0])[0, 1])
+    assert towards < 4 / np.sqrt(N), "where the gripper starts says nothing of where it goes"
 
 
 def test_sides_are_a_fair_coin_where_equal_and_the_shorter_way_elsewhere():

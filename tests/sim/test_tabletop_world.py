@@ -195,7 +195,7 @@ def test_the_gripper_stays_on_the_table():
         ({"obstacle_y_m": (0.3, 0.45)}, "detour"),
         ({"start_x_m": (0.5, 0.4)}, "start_x_m"),
         ({"gripper_rate": 0.0}, "gripper_rate"),
-        ({"hold_radius_m": 0.05}, "order"),
+        ({"hold_radius_m": 0.06}, "order"),
         ({"max_steps": 0}, "at least 1"),
         ({"noisy_fraction": 1.5}, "is a probability"),
     ],

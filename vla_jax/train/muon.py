@@ -61,7 +61,7 @@ def matrix_axes(params: PyTree) -> PyTree:
 def _axes(name: str) -> contrib.MuonDimensionNumbers | None:
     if any(part in MEANINGFUL for part in name.split("/")):
         return None
-    return next((axes for ending, axes in AXES if name.endswith(f"/{ending}")), None)
+    return next((axes for ending, axes in AXES if f"/{name}".endswith(f"/{ending}")), None)
 
 
 def _scale(updates: PyTree, params: PyTree | None = None) -> PyTree:
