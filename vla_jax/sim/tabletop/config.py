@@ -64,10 +64,10 @@ class TabletopConfig:
     hold_radius_m: float = 0.04
     """The expert goes on closing this near to the goal."""
 
-    swapped_fraction: float = 0.5
+    swapped_fraction: float = 0.65
     """Share of demonstrations that ask for another object than the one behind the obstacle. Without them the
     obstacle's place would tell which object is meant, and a policy could do without reading."""
-    scattered_fraction: float = 0.25
+    scattered_fraction: float = 0.5
     """Share of demonstrations that start anywhere on the table. Without them the gripper's place would tell where
     it is going, and a policy that has once gone astray would not come back."""
     noisy_fraction: float = 0.5
