@@ -1,8 +1,8 @@
 """The quickstart: a small flow-matching VLA on the tabletop.
 
-python -m launch.collect --env tabletop --episodes 12000 --out data/tabletop
+python -m launch.collect --env tabletop --episodes 10000 --out data/tabletop
 python -m launch.train --config configs/tabletop.py --run-dir runs/tabletop
-python -m launch.evaluate --checkpoint runs/tabletop --episodes 512 --execute 4
+python -m launch.evaluate --checkpoint runs/tabletop --episodes 512 --execute 1
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def model() -> VLAConfig:
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=model(),
-        objective=ObjectiveConfig(noise_draws=2, plan_visible=0.25),
+        objective=ObjectiveConfig(noise_draws=2, plan_visible=0.35),
         data=DataConfig(
             path="data/tabletop",
             max_text_tokens=28,
@@ -37,10 +37,10 @@ def get_config() -> TrainConfig:
             vocab_size=512,
             after_end="repeat",  # or nothing would show when to close the gripper
         ),
-        optim=OptimConfig(algorithm="muon", learning_rate=3e-3, warmup_fraction=0.05, weight_decay=0.01),
+        optim=OptimConfig(algorithm="muon", learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
-            batch_size=32,
-            steps=2000,
+            batch_size=16,
+            steps=3200,
             ema_decay=0.995,
             log_every=10,
             val_every=500,

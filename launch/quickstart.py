@@ -48,7 +48,7 @@ class Stage:
 def stages(args: QuickstartArgs) -> list[Stage]:
     """All commands, in order."""
     out = args.out
-    demonstrations, episodes, training = 12_000, 512, ()
+    demonstrations, episodes, training = 10_000, 512, ()
     if args.fast:
         demonstrations, episodes = 64, 16
         training = ("--train.steps", "20", "--train.batch_size", "16", "--train.val_every", "0")
@@ -67,7 +67,7 @@ def stages(args: QuickstartArgs) -> list[Stage]:
         found.append(Stage(f"train {process}", "launch.train", options + training))
     for process in ("flow", "regression"):
         options = ("--checkpoint", str(out / process), "--episodes", str(episodes), "--seed", str(args.seed))
-        options += ("--execute", "4", "--json", str(out / f"{process}.json"))
+        options += ("--execute", "1", "--json", str(out / f"{process}.json"))
         options += ("--figures", str(out / "figures" / process))
         found.append(Stage(f"evaluate {process}", "launch.evaluate", options))
     both = ("--checkpoint", str(out / "flow"), str(out / "regression"), "--seed", str(args.seed))

@@ -1,6 +1,32 @@
 """The configuration of the training objective."""
 
 import dataclasses
+from typing import Literal
+
+from vla_jax.objectives.weighting.config import OPTIONS, WeightingConfig
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    """Comparing the two losses' gradients on the shared trunk; see `objectives/diagnostics.py`."""
+
+    every: int = 0
+    """Steps between comparisons, a multiple of train.log_every; 0: never, at no cost. Other steps log null."""
+    trunk: tuple[str, ...] = ("backbone",)
+    """Paths of the parameters that are compared, e.g. backbone/llm/layers."""
+    time_bins: int = 4
+    """Bins of the flow time; each costs a backward pass of the samples compared."""
+    stride: int = 8
+    """Compare on every n-th sample of the batch: divides cost and memory; 1: on all of them."""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"objective.diagnostics.every={self.every}: must not be negative")
+        for name in ("time_bins", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.diagnostics.{name}={getattr(self, name)}: at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -9,6 +35,11 @@ class ObjectiveConfig:
 
     action_weight: float = 1.0
     """λ, the weight of the action loss against a text weight of 1; 0 leaves the expert out altogether."""
+    weighting: WeightingConfig = WeightingConfig()
+    text_reduction: Reduction = "mean"
+    """What λ is relative to: the text loss per target token (mean), or per sample, summed over its tokens (sum)."""
+    action_reduction: Reduction = "mean"
+    """What λ multiplies: the action loss per element (mean), or per chunk, summed over steps and dimensions (sum)."""
     text: bool = True
     """Whether the text targets are learned; False leaves the text term out altogether."""
     insulation: float = 1.0
@@ -17,15 +48,32 @@ class ObjectiveConfig:
     """K: how many (time, noise) draws share one pass of the backbone."""
     plan_visible: float = 0.5
     """Probability that a sample's expert sees its text target, so that one network acts with and without a plan."""
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     def __post_init__(self):
         if self.action_weight < 0:
             raise ValueError(f"objective.action_weight={self.action_weight} is negative; λ is at least 0")
         if self.action_weight == 0 and not self.text:
             raise ValueError("objective.action_weight=0 and objective.text=False leave nothing to learn")
+        self._check_both()
         if not 0 <= self.insulation <= 1:
             raise ValueError(f"objective.insulation={self.insulation} lies outside [0, 1]")
         if self.noise_draws < 1:
             raise ValueError(f"objective.noise_draws={self.noise_draws}: at least 1")
         if not 0 <= self.plan_visible <= 1:
             raise ValueError(f"objective.plan_visible={self.plan_visible} is not a probability")
+
+    def _check_both(self) -> None:
+        """Weighing and comparing two losses needs two, and their gradients a trunk that they share."""
+        policy = self.weighting.policy
+        wants = None if policy == "fixed" else f"objective.weighting.policy={policy}"
+        if self.diagnostics.every:
+            wants = wants or f"objective.diagnostics.every={self.diagnostics.every}"
+        if wants and (self.action_weight == 0 or not self.text):
+            missing = "action_weight=0" if self.action_weight == 0 else "text=False"
+            raise ValueError(f"{wants} needs two losses, but objective.{missing} leaves one")
+        if self.insulation == 0 and "trunk" in OPTIONS[policy]:
+            raise ValueError(
+                f"objective.weighting.policy={policy} compares gradients on the trunk, but objective.insulation=0 "
+                "keeps the action loss's from it; use a fixed or scheduled policy"
+            )

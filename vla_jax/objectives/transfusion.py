@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.diagnostics import TimedLosses
 from vla_jax.objectives.gradient import scale_gradient
+from vla_jax.objectives.weighting.base import Pair
 from vla_jax.types import Batch, Cache, PyTree
 
 TIME_BINS = 10
@@ -81,6 +83,22 @@ def count(batch: Batch, config: ObjectiveConfig) -> Counts:
     return Counts(jnp.maximum(text, 1), jnp.maximum(action, 1))
 
 
+def reduction(batch: Batch, config: ObjectiveConfig) -> Pair:
+    """What turns the means into the configured reductions: 1, or the mean number of elements of the samples
+    that have any. Like the means it does not depend on the batch's size, padding or partition."""
+
+    def per_sample(mask: Bool[Array, "b ..."], how: str) -> Float[Array, ""]:
+        if how == "mean":
+            return jnp.ones(())
+        sizes = jnp.sum(mask.reshape(mask.shape[0], -1), axis=1)
+        return jnp.sum(sizes) / jnp.maximum(jnp.sum(sizes > 0), 1)
+
+    return Pair(
+        per_sample(batch.token_loss, config.text_reduction),
+        per_sample(batch.action_mask, config.action_reduction),
+    )
+
+
 def transfusion_loss(
     model: Model,
     process,
@@ -91,11 +109,13 @@ def transfusion_loss(
     counts: Counts,
     *,
     target_tokens: int | None = None,
+    weights: Pair | None = None,
 ) -> Losses:
     """The loss of a batch, or a microbatch's share of it.
 
     `target_tokens` bounds the text targets of one sample, so that logits exist for those positions only
-    (default: the length of the text). A term of weight zero is not computed at all.
+    (default: the length of the text). `weights` multiply the two means (default: 1 and λ). A term whose weight in
+    the configuration is zero is not computed at all.
     """
     variables = {"params": params}
     cache, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
@@ -113,7 +133,31 @@ def transfusion_loss(
         histogram, by_time, elements = _by_time(draws.t, error, batch.action_mask)
 
     total = text + config.action_weight * action
+    if weights is not None:
+        total = weights.text * text + weights.action * action
     return Losses(total, text, action, accuracy, histogram, by_time, elements)
+
+
+def timed_losses(
+    model: Model,
+    process,
+    config: ObjectiveConfig,
+    params: PyTree,
+    batch: Batch,
+    draws: Draws,
+    *,
+    bins: int,
+    target_tokens: int | None = None,
+) -> TimedLosses:
+    """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
+    cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
+    counts = count(batch, config)
+    text, _ = text_loss(model, params, hidden, batch, target_tokens)
+    error = action_error(model, process, config, params, cache, batch, draws)
+    member = _members(draws.t, bins)
+    sums = jnp.einsum("brka,brn->n", error, member)
+    elements = jnp.einsum("bka,brn->n", batch.action_mask.astype(jnp.float32), member)
+    return TimedLosses(text / counts.text, sums / jnp.maximum(elements, 1), elements / counts.action)
 
 
 def text_loss(
@@ -169,8 +213,7 @@ def _by_time(
     t: Float[Array, "b draws"], error: Float[Array, "b draws k a"], mask: Bool[Array, "b k a"]
 ) -> tuple[Float[Array, " bins"], Float[Array, " bins"], Float[Array, " bins"]]:
     """How many draws, how much error and how many elements fall into each bin of t."""
-    bins = jnp.clip((t * TIME_BINS).astype(jnp.int32), 0, TIME_BINS - 1)
-    member = jax.nn.one_hot(bins, TIME_BINS)  # b draws bins
+    member = _members(t, TIME_BINS)
     elements = jnp.broadcast_to(jnp.sum(mask, axis=(1, 2))[:, None], t.shape)
     sums = jax.lax.stop_gradient(jnp.sum(error, axis=(2, 3)))
     return (
@@ -178,6 +221,11 @@ def _by_time(
         jnp.einsum("br,brn->n", sums, member),
         jnp.einsum("br,brn->n", elements.astype(jnp.float32), member),
     )
+
+
+def _members(t: Float[Array, "b draws"], bins: int) -> Float[Array, "b draws bins"]:
+    """One-hot: the bin that each t falls into, of `bins` equal ones over [0, 1]."""
+    return jax.nn.one_hot(jnp.clip((t * bins).astype(jnp.int32), 0, bins - 1), bins)
 
 
 def _first_true(mask: Bool[Array, "b l"], size: int) -> Int[Array, "b g"]:

@@ -9,18 +9,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from vla_jax.checkpoint import read_meta
 from vla_jax.config import TrainConfig, config_hash, to_json
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import index_dataset
 from vla_jax.data.loader import make_loader
 from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.weighting import trunk
 from vla_jax.sharding import batch_sharding, check_batch, make_mesh, placement, replicated
 from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.state import StateBuilder, state_builder
-from vla_jax.train.step import add_up, make_eval_step, make_train_step
+from vla_jax.train.step import add_up, make_eval_step, make_train_step, policy_of
 from vla_jax.types import Batch, PyTree
 
 
@@ -35,6 +38,7 @@ def train(config: TrainConfig, run_dir: str | Path, *, dry_run: bool = False) ->
     bundle = prepare_data(config)
     config = resolve(config, bundle)
     job = make_job(config, bundle, mesh)
+    check_weighting_state(run_dir, config)
     table = placement(job.builder.shapes, job.builder.shardings, mesh)
     if not jax.process_index():
         print(describe(json.loads(to_json(config))))
@@ -75,8 +79,13 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
     model, process = VLA(config.model), make_process(config.process)
     tx = make_optimizer(config.optim, loop.steps)
     builder = state_builder(
-        init_params(model, loader.example_batch()), tx, ema=loop.ema_decay is not None, mesh=mesh
+        init_params(model, loader.example_batch()),
+        tx,
+        ema=loop.ema_decay is not None,
+        mesh=mesh,
+        weighting=policy_of(config).init,
     )
+    check_trunks(config.objective, builder.shapes.params)
 
     def val_batches() -> Iterator[Batch]:
         return (held_out.batch(i) for i in range(loop.val_batches))
@@ -97,6 +106,31 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         sample_flops=train_flops(config),
         key=jax.random.key(config.seed),
     )
+
+
+def check_trunks(objective: ObjectiveConfig, params: PyTree) -> None:
+    """Raises ValueError where a path of the shared trunk matches no parameter; better here than while compiling."""
+    for name, paths in (
+        ("weighting", objective.weighting.trunk),
+        ("diagnostics", objective.diagnostics.trunk),
+    ):
+        trunk.inside(params, paths, f"objective.{name}.trunk")
+
+
+def check_weighting_state(run_dir: Path, config: TrainConfig) -> None:
+    """Raises ValueError where the run's checkpoint lacks what the λ policy remembers."""
+    policy = config.objective.weighting.policy
+    if policy_of(config).init() is None:
+        return
+    try:
+        meta = read_meta(run_dir)
+    except FileNotFoundError:
+        return
+    if "weighting" not in meta["items"]:
+        raise ValueError(
+            f"checkpoint {meta['step']} of {run_dir} has no state of objective.weighting.policy={policy}; "
+            "continue with the policy it was trained with, or use another run directory"
+        )
 
 
 def init_params(model: VLA, example: Batch):

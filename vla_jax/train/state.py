@@ -25,16 +25,25 @@ class TrainState:
     ema: PyTree | None
     """Exponential moving average of the parameters; None where none is kept."""
     opt_state: optax.OptState
+    weighting: PyTree | None = None
+    """What the λ policy remembers, scalars; None where it remembers nothing."""
 
     def items(self) -> dict[str, PyTree]:
         """What a checkpoint holds as arrays: each can be restored by itself. The step is metadata."""
         averaged = {} if self.ema is None else {"ema": self.ema}
-        return {"params": self.params, "opt_state": self.opt_state} | averaged
+        remembered = {} if self.weighting is None else {"weighting": self.weighting}
+        return {"params": self.params, "opt_state": self.opt_state} | averaged | remembered
 
     @classmethod
     def from_items(cls, step: Int[Array, ""], items: dict[str, PyTree]) -> "TrainState":
         """The inverse of `items`."""
-        return cls(step=step, params=items["params"], ema=items.get("ema"), opt_state=items["opt_state"])
+        return cls(
+            step=step,
+            params=items["params"],
+            ema=items.get("ema"),
+            opt_state=items["opt_state"],
+            weighting=items.get("weighting"),
+        )
 
 
 InitParams = Callable[[PRNGKeyArray], PyTree]
@@ -59,15 +68,27 @@ class StateBuilder:
 
 
 def state_builder(
-    init_params: InitParams, tx: optax.GradientTransformation, *, ema: bool, mesh: Mesh
+    init_params: InitParams,
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool,
+    mesh: Mesh,
+    weighting: Callable[[], PyTree | None] = lambda: None,
 ) -> StateBuilder:
-    """Plans a state without computing anything. Raises ValueError where a parameter cannot lie on the mesh."""
+    """Plans a state without computing anything. Raises ValueError where a parameter cannot lie on the mesh.
+
+    `weighting` makes the first state of the λ policy.
+    """
 
     def create(key: PRNGKeyArray) -> TrainState:
         params = init_params(key)
         average = jax.tree.map(jnp.copy, params) if ema else None
         return TrainState(
-            step=jnp.zeros((), jnp.int32), params=params, ema=average, opt_state=tx.init(params)
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=average,
+            opt_state=tx.init(params),
+            weighting=weighting(),
         )
 
     boxed = jax.eval_shape(create, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""One training step: draw, differentiate (in microbatches), update, average.
+"""One training step: draw, differentiate (in microbatches), weigh, update, average.
 
 `make_train_step` returns a pure function `(state, batch) → (state, metrics)`; jit and shardings are the loop's.
 Randomness is `fold_in(key(seed), step)`: a step is a function of its state and batch alone.
@@ -15,12 +15,43 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import augment
-from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import Counts, Draws, Losses, Model, count, draw, transfusion_loss
+from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
+from vla_jax.objectives.diagnostics import as_metrics, diagnose
+from vla_jax.objectives.transfusion import (
+    Counts,
+    Draws,
+    Losses,
+    Model,
+    count,
+    draw,
+    reduction,
+    timed_losses,
+    transfusion_loss,
+)
+from vla_jax.objectives.weighting import (
+    Pair,
+    Weighting,
+    WeightingConfig,
+    combine,
+    make_weighting,
+    per_loss,
+    trunk,
+)
 from vla_jax.train.state import TrainState
 from vla_jax.types import Batch, PyTree
 
 Metrics = dict[str, Float[Array, "..."]]
+
+
+class Weighed(NamedTuple):
+    """What a step's batch says about the parameters."""
+
+    gradients: PyTree
+    losses: Losses
+    weighting: PyTree | None
+    """The next state of the λ policy."""
+    weights: Pair
+    """What multiplied the two mean losses' gradients on the trunk."""
 
 
 class EvalSums(NamedTuple):
@@ -37,12 +68,26 @@ def make_train_step(
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says `skipped` 1.
     """
+    objective = config.objective
+    every, log_every = objective.diagnostics.every, config.train.log_every
+    if every % log_every:
+        raise ValueError(
+            f"objective.diagnostics.every={every} is not a multiple of train.log_every={log_every}"
+        )
+    weighting = None if is_plain(objective) else policy_of(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key_augment, key_draw = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         batch = augment(key_augment, batch, config.augment)
         draws = draw(key_draw, batch, process, config.objective)
-        gradients, losses = _gradients(model, process, config, state.params, batch, draws)
+        if weighting is None:
+            weights = Pair(1.0, objective.action_weight)
+            gradients, losses = _gradients(model, process, config, state.params, batch, draws)
+            remembered = state.weighting
+        else:
+            gradients, losses, remembered, weights = _weighed(
+                model, process, config, weighting, state, batch, draws
+            )
         norm = optax.tree.norm(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -54,10 +99,10 @@ def make_train_step(
         )
 
         finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
-        params, opt_state, ema = jax.tree.map(
+        params, opt_state, ema, remembered = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
+            (params, opt_state, ema, remembered),
+            (state.params, state.opt_state, state.ema, state.weighting),
         )
         metrics = _metrics(losses, config.objective) | {
             "loss": losses.total,
@@ -65,10 +110,27 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "skipped": (~finite).astype(jnp.float32),
         }
-        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        if weighting is not None:
+            metrics |= {"text_weight": weights.text, "action_weight": weights.action}
+        if every:
+            metrics |= _diagnostics(model, process, config, state, batch, draws, weights)
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema, weighting=remembered
+        )
         return state, metrics
 
     return train_step
+
+
+def policy_of(config: TrainConfig) -> Weighting:
+    """The λ policy of a run."""
+    return make_weighting(config.objective.weighting, config.objective.action_weight, config.train.steps)
+
+
+def is_plain(objective: ObjectiveConfig) -> bool:
+    """Whether the loss is CE + λ · L(actions) with a constant λ between means: no weight depends on anything."""
+    reductions = (objective.text_reduction, objective.action_reduction)
+    return objective.weighting.policy == "fixed" and reductions == ("mean", "mean")
 
 
 def make_eval_step(
@@ -86,7 +148,14 @@ def make_eval_step(
 
 
 def _loss(
-    model: Model, process, config: TrainConfig, params: PyTree, batch: Batch, draws: Draws, counts: Counts
+    model: Model,
+    process,
+    config: TrainConfig,
+    params: PyTree,
+    batch: Batch,
+    draws: Draws,
+    counts: Counts,
+    weights: Pair | None = None,
 ) -> Losses:
     return transfusion_loss(
         model,
@@ -97,13 +166,104 @@ def _loss(
         draws,
         counts,
         target_tokens=config.data.max_target_tokens,
+        weights=weights,
     )
 
 
+def _weighed(
+    model: Model,
+    process,
+    config: TrainConfig,
+    weighting: Weighting,
+    state: TrainState,
+    batch: Batch,
+    draws: Draws,
+) -> Weighed:
+    """The gradient as the λ policy wants it. The policy sees the losses in the configured reduction."""
+    objective = config.objective
+    scale = reduction(batch, objective)
+    if weighting.uses_gradients:
+        pair, losses = _gradients(model, process, config, state.params, batch, draws, apart=True)
+        pair = Pair(*(jax.tree.map(lambda g: s * g, tree) for s, tree in zip(scale, pair)))
+        inside = trunk.inside(state.params, objective.weighting.trunk, "objective.weighting.trunk")
+        products = trunk.products(pair, inside)
+        weights = weighting.weights(state.step, state.weighting, products)
+        gradients = combine(weights, pair, inside)
+    else:
+        products = None
+        weights = weighting.weights(state.step, state.weighting, products)
+
+        def both():
+            on_means = Pair(*(w * s for w, s in zip(weights.trunk, scale)))
+            return _gradients(model, process, config, state.params, batch, draws, weights=on_means)
+
+        def text_only():
+            alone = dataclasses.replace(
+                objective, action_weight=0.0, weighting=WeightingConfig(), diagnostics=DiagnosticsConfig()
+            )
+            one = dataclasses.replace(config, objective=alone)
+            weights = Pair(scale.text, 0.0)
+            return _gradients(model, process, one, state.params, batch, draws, weights=weights)
+
+        # 0 · loss would let a NaN of the expert through, and would compute it.
+        is_zero = weights.trunk.action == 0
+        gradients, losses = jax.lax.cond(is_zero, text_only, both) if weighting.can_be_zero else both()
+
+    seen = Pair(scale.text * losses.text, scale.action * losses.action)
+    total = weights.trunk.text * seen.text + weights.trunk.action * seen.action
+    remembered = weighting.update(state.weighting, seen, products)
+    if weighting.can_be_zero:  # not computed is not zero
+        losses = losses._replace(action=jnp.where(is_zero, jnp.nan, losses.action))
+    on_means = Pair(*(w * s for w, s in zip(weights.trunk, scale)))
+    return Weighed(gradients, losses._replace(total=total), remembered, on_means)
+
+
+def _diagnostics(
+    model: Model,
+    process,
+    config: TrainConfig,
+    state: TrainState,
+    batch: Batch,
+    draws: Draws,
+    weights: Pair,
+) -> Metrics:
+    """The comparison of the two gradients before the update, in every n-th step; NaN in the others."""
+    diagnostics = config.objective.diagnostics
+    inside = trunk.inside(state.params, diagnostics.trunk, "objective.diagnostics.trunk")
+    some = jax.tree.map(lambda x: x[:: diagnostics.stride], (batch, draws))  # every device keeps a part
+
+    def losses(params: PyTree):
+        return timed_losses(
+            model,
+            process,
+            config.objective,
+            params,
+            *some,
+            bins=diagnostics.time_bins,
+            target_tokens=config.data.max_target_tokens,
+        )
+
+    def compare() -> Metrics:
+        return as_metrics(diagnose(losses, state.params, inside, weights))
+
+    def nothing() -> Metrics:
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(compare))
+
+    return jax.lax.cond((state.step + 1) % diagnostics.every == 0, compare, nothing)
+
+
 def _gradients(
-    model: Model, process, config: TrainConfig, params: PyTree, batch: Batch, draws: Draws
+    model: Model,
+    process,
+    config: TrainConfig,
+    params: PyTree,
+    batch: Batch,
+    draws: Draws,
+    *,
+    weights: Pair | None = None,
+    apart: bool = False,
 ) -> tuple[PyTree, Losses]:
-    """Gradient and losses of the whole batch, in `accumulate` microbatches.
+    """Gradient and losses of the whole batch, in `accumulate` microbatches; `apart`: a Pair of gradients.
 
     Each microbatch's loss is its share of the batch's (the denominators are those of the batch), so shares and
     gradients add up, whatever the masks. Microbatches are strided: every device keeps a part of each.
@@ -111,10 +271,13 @@ def _gradients(
     counts = count(batch, config.objective)
 
     def loss(params: PyTree, batch: Batch, draws: Draws) -> tuple[Array, Losses]:
-        losses = _loss(model, process, config, params, batch, draws, counts)
+        losses = _loss(model, process, config, params, batch, draws, counts, weights)
         return losses.total, losses
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradients(params: PyTree, batch: Batch, draws: Draws) -> tuple[Pair, Losses]:
+        return per_loss(lambda p: _loss(model, process, config, p, batch, draws, counts), params)
+
+    gradient = gradients if apart else jax.grad(loss, has_aux=True)
     parts = config.train.accumulate
     if parts == 1:
         return gradient(params, batch, draws)

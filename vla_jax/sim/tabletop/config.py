@@ -67,7 +67,7 @@ class TabletopConfig:
     swapped_fraction: float = 0.65
     """Share of demonstrations that ask for another object than the one behind the obstacle. Without them the
     obstacle's place would tell which object is meant, and a policy could do without reading."""
-    scattered_fraction: float = 0.5
+    scattered_fraction: float = 0.4
     """Share of demonstrations that start anywhere on the table. Without them the gripper's place would tell where
     it is going, and a policy that has once gone astray would not come back."""
     noisy_fraction: float = 0.5
