@@ -1,0 +1,84 @@
+"""Turns other libraries' weights into ours, or ours into theirs, one array at a time.
+
+python -m launch.convert --from big_vision --path pt_224.npz --out runs/paligemma
+
+python -m launch.convert --from openpi --path pi0_base --out runs/pi0 --dtype bfloat16
+
+python -m launch.convert --from vla_jax --path runs/pi0 --to pi0_hf --out exported
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from launch._main import cli, run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertArgs:
+    """What to read, and what to write."""
+
+    source: Annotated[
+        Literal["big_vision", "paligemma_hf", "pi0_hf", "openpi", "lerobot", "vla_jax"],
+        tyro.conf.arg(name="from"),
+    ]
+    """Format of the weights that are there."""
+    to: Literal["vla_jax", "paligemma_hf", "pi0_hf", "openpi"] = "vla_jax"
+    """Format to write; one of the two is vla_jax."""
+    path: Path
+    """The weights: a file (big_vision) or a folder; a run's directory or one step of it (vla_jax)."""
+    out: Path
+    """Folder to write; it must not be there yet."""
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    """Type of the arrays; keep leaves each the one it has."""
+    weights: Literal["params", "ema"] | None = None
+    """Which weights of a run to export; default: the averaged ones where it has them."""
+    cameras: tuple[str, ...] = ()
+    """Names of the cameras in the order of their tokens; default: the format's usual ones."""
+    horizon: int = 50
+    """Actions of a chunk, for openpi, whose files do not say it."""
+    names: Literal["legacy", "4.5x", "5.x"] = "legacy"
+    """Generation of names that paligemma_hf writes; every transformers reads legacy."""
+    max_file_gb: float = 5.0
+    """Largest safetensors file in GB; more than one get an index."""
+    value: bool = True
+    """Whether the leaves written for openpi end in /value, as those it saves itself."""
+
+    def __post_init__(self):
+        if self.horizon < 1:
+            raise ValueError(f"horizon={self.horizon}: a chunk needs at least one action")
+        if self.max_file_gb <= 0:
+            raise ValueError(f"max_file_gb={self.max_file_gb}: must be positive")
+
+
+def main() -> None:
+    """Parses the command line and converts."""
+    args = cli(ConvertArgs, description=__doc__)
+
+    from vla_jax.convert import Options, convert  # after parsing: --help need not wait for JAX
+
+    options = Options(
+        cameras=args.cameras,
+        horizon=args.horizon,
+        names=args.names,
+        max_file_bytes=int(args.max_file_gb * 1e9),
+        value=args.value,
+    )
+    report = convert(
+        args.path,
+        args.out,
+        source=args.source,
+        target=args.to,
+        dtype=args.dtype,
+        weights=args.weights,
+        options=options,
+    )
+    for name in report.left_out:
+        print(f"left out: {name} (unused, or a copy of a tied weight)")
+    print(f"{args.out}: {report.parameters:,} parameters in {report.arrays} arrays")
+
+
+if __name__ == "__main__":
+    run(main)

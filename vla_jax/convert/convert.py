@@ -1,0 +1,175 @@
+"""From one format to another, always by way of ours."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
+from vla_jax.convert.entry import Entry, Lazy, exported, imported
+from vla_jax.convert.formats import Opened, Options
+from vla_jax.convert.model import our_shapes
+from vla_jax.convert.run import RunSource, write_run
+from vla_jax.convert.stream import Whole, place
+from vla_jax.convert.time_flip import flips, time_leaf
+from vla_jax.models.config import VLAConfig
+from vla_jax.types import PyTree
+
+OURS = "vla_jax"
+
+SOURCES: dict[str, Callable[[Path, Options], Opened]] = {
+    "big_vision": big_vision.open_weights,
+    "paligemma_hf": paligemma_hf.open_weights,
+    "pi0_hf": pi0_hf.open_weights,
+    "openpi": openpi.open_weights,
+    "lerobot": lerobot.open_weights,
+}
+#: format → (table, writer).
+TARGETS: dict[str, tuple[Callable[..., list[Entry]], Callable[..., None]]] = {
+    "paligemma_hf": (paligemma_hf.export_table, paligemma_hf.write_weights),
+    "pi0_hf": (pi0_hf.export_table, pi0_hf.write_weights),
+    "openpi": (openpi.export_table, openpi.write_weights),
+}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "keep": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was converted."""
+
+    arrays: int
+    parameters: int
+    model: VLAConfig
+    left_out: tuple[str, ...]
+    """Arrays of theirs that were read over: unused ones, copies of tied ones."""
+
+
+def convert(
+    path: Path,
+    out: Path,
+    *,
+    source: str,
+    target: str,
+    dtype: str = "keep",
+    weights: str | None = None,
+    options: Options = Options(),
+) -> Report:
+    """Reads `path` in the format `source`, writes the folder `out` in the format `target`; one of them is vla_jax.
+
+    Holds about one array at a time. `dtype` is float32, bfloat16, or keep, which leaves every array its type;
+    `weights` chooses a run's params or ema (None: ema where there is one). Raises FileNotFoundError, FileExistsError
+    or ValueError, each in one line; then there is no `out`.
+    """
+    if (source == OURS) == (target == OURS):
+        raise ValueError(f"from {source} to {target}: one of the two must be {OURS}; convert in two steps")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: there are {', '.join(DTYPES)}")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; give another folder, or remove it")
+    if target == OURS:
+        return _import(open_weights(path, source, options), out, source, DTYPES[dtype])
+    return _export(path, out, target, DTYPES[dtype], weights, options)
+
+
+def open_weights(path: Path, source: str, options: Options) -> Opened:
+    """Their weights, checked by name and shape, not yet read."""
+    if source not in SOURCES:
+        raise ValueError(f"weights of {source!r} are not read here; there are {', '.join(SOURCES)}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    opened = SOURCES[source](path, options)
+    opened.check()
+    return opened
+
+
+def load(
+    path: Path,
+    *,
+    source: str,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    dtype: str = "keep",
+    options: Options = Options(),
+) -> PyTree:
+    """Their weights as our parameters on their devices, without a file in between.
+
+    `shardings` by path of ours (``backbone/img/…``). The host holds one array at a time.
+    """
+    opened = open_weights(path, source, options)
+    opened.check_copies()
+    shapes = our_shapes(opened.model, expert=opened.expert)
+    return place(imported(opened.entries, opened.source, shapes, DTYPES[dtype]), shardings)
+
+
+def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None) -> Report:
+    opened.check_copies()
+    shapes = our_shapes(opened.model, expert=opened.expert)
+    arrays = imported(opened.entries, opened.source, shapes, dtype)
+    record = {
+        "converted": {"from": source, "arrays": len(opened.source.specs)},
+        "assets": dict(opened.assets),
+    }
+    _check_space(out, arrays)
+    write_run(out, arrays, _originals(opened, shapes), opened.model, record)
+    return _report(arrays, opened.model, {*opened.copies, *opened.unused} & set(opened.source.specs))
+
+
+def _export(
+    path: Path, out: Path, target: str, dtype: np.dtype | None, weights: str | None, options: Options
+) -> Report:
+    if target not in TARGETS:
+        raise ValueError(f"{target!r} is not written here; there are {', '.join(TARGETS)}")
+    run = RunSource(path, weights)
+    make_table, write = TARGETS[target]
+    entries = [entry for entry in _table(make_table, run, target, options) if entry.ours in run.specs]
+    left_out = set(run.specs) - {entry.ours for entry in entries}
+    if left_out:
+        raise ValueError(
+            f"{target} has no place for {len(left_out)} of {path}'s arrays ({sorted(left_out)[0]}, …)"
+        )
+    originals = run.originals(flips(run.model.expert)) if run.expert else {}
+    arrays = exported(entries, run, dtype, originals)
+    _check_space(out, arrays)
+    with Whole(out) as partial:
+        write(partial, arrays, run.model, options, run.assets)
+        run.verify()
+    return _report(arrays, run.model, set())
+
+
+def _table(
+    make_table: Callable[..., list[Entry]], run: RunSource, target: str, options: Options
+) -> list[Entry]:
+    entries = make_table(run.model, options)
+    missing = {entry.ours for entry in entries} - set(run.specs)
+    if missing and not (target == "openpi" and not run.expert):
+        raise ValueError(f"{target} wants {sorted(missing)[0]}, which {run.path} does not have")
+    return entries
+
+
+def _originals(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The array whose flip rounds, as it is before."""
+    if not opened.expert:
+        return {}
+    name = time_leaf(opened.model.expert)
+    (entry,) = (entry for entry in opened.entries if entry.ours == name)
+    array = opened.source.read(entry.theirs)
+    return {name: dataclasses.replace(entry, flip=None).to_ours(array, shapes[name])}
+
+
+def _check_space(out: Path, arrays: Mapping[str, Lazy]) -> None:
+    """A full disk is better met before than in the middle of writing."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    needed, free = sum(lazy.nbytes for lazy in arrays.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{out} would take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on the disk"
+        )
+
+
+def _report(arrays: Mapping[str, Lazy], model: VLAConfig, left_out: set[str]) -> Report:
+    parameters = sum(lazy.size for lazy in arrays.values())
+    return Report(arrays=len(arrays), parameters=parameters, model=model, left_out=tuple(sorted(left_out)))

@@ -1,0 +1,66 @@
+"""What a format offers to `convert`: weights opened for reading, and a writer."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_jax.convert.account import account
+from vla_jax.convert.entry import Entry, Source, row_slices
+from vla_jax.convert.model import our_shapes
+from vla_jax.models.config import VLAConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What files do not say, and what a writer may choose."""
+
+    cameras: tuple[str, ...] = ()
+    """Names of the cameras, in the order of their tokens; empty: the format's usual ones."""
+    horizon: int = 50
+    """Actions of a chunk, where no file beside the weights says it."""
+    names: str = "legacy"
+    """Which generation of names `paligemma_hf` writes: legacy, 4.5x or 5.x."""
+    max_file_bytes: int = 5 * 10**9
+    """Largest safetensors file; more are listed in an index."""
+    value: bool = True
+    """Whether openpi's leaves end in /value, as openpi itself saves them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Their weights, with the table that makes them ours. Nothing has been read but names and shapes."""
+
+    where: Path
+    source: Source
+    entries: list[Entry]
+    model: VLAConfig
+    expert: bool
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Second copies of tied weights, by the name of the first; they must be equal, and are left out."""
+    unused: frozenset[str] = frozenset()
+    """Arrays that no computation of theirs reads; left out."""
+    assets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What lay beside the weights and goes into the run's metadata."""
+
+    def check(self) -> None:
+        """Raises ValueError unless names, shapes and copies are right."""
+        shapes = our_shapes(self.model, expert=self.expert)
+        covered = {entry.ours for entry in self.entries}
+        if covered != set(shapes):
+            raise AssertionError(f"the table does not cover {sorted(covered ^ set(shapes))[:3]}")
+        expected = {entry.theirs: entry.theirs_shape(shapes[entry.ours]) for entry in self.entries}
+        account(self.where, self.source.specs, expected, unused=self.unused | set(self.copies))
+
+    def check_copies(self) -> None:
+        """Raises ValueError where a copy of a tied weight is another array. Reads both."""
+        for copy, first in self.copies.items():
+            spec = self.source.specs[copy]
+            same = spec.shape == self.source.specs[first].shape and all(
+                np.array_equal(self.source.read(copy, rows), self.source.read(first, rows))
+                for rows in row_slices(spec.shape, spec.dtype.itemsize)
+            )
+            if not same:
+                raise ValueError(f"{self.where}: {copy} is tied to {first}, but differs from it")

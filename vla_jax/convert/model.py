@@ -1,0 +1,95 @@
+"""The sizes of our model: its arrays' shapes from a configuration, and the configuration from shapes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vla_jax.convert.entry import Shape, Spec
+from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.vla import VLA
+from vla_jax.types import Batch
+
+PI0_CAMERAS = ("base", "left_wrist", "right_wrist")
+
+
+@functools.cache
+def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
+    """Shapes by path, as ``backbone/img/…``; without `expert` only the backbone's. Computes nothing."""
+    e, size, text = config.expert, config.vision.image_size, jnp.zeros((1, 1), bool)
+    batch = Batch(
+        images={name: jnp.zeros((1, size, size, 3), jnp.uint8) for name in config.cameras},
+        image_mask={name: jnp.ones(1, bool) for name in config.cameras},
+        state=jnp.zeros((1, e.state_dim)),
+        tokens=jnp.zeros((1, 1), jnp.int32),
+        token_mask=text,
+        token_causal=text,
+        token_loss=text,
+    )
+    noise = jnp.zeros((1, e.horizon, e.action_dim))
+    tree = jax.eval_shape(VLA(config).init, jax.random.key(0), batch, noise, jnp.zeros(1))
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(tree)["params"])
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return {name: shape for name, shape in shapes.items() if expert or name.startswith("backbone/")}
+
+
+def config_from(
+    specs: Mapping[str, Spec], *, where: object, cameras: tuple[str, ...], horizon: int
+) -> tuple[VLAConfig, bool]:
+    """The configuration whose arrays have these names of ours, and whether an expert is among them.
+
+    What the shapes don't say are the cameras and the horizon. Raises ValueError where a name is missing that a
+    size is read from.
+    """
+
+    def shape(name: str, axes: int) -> Shape:
+        if name not in specs:
+            raise ValueError(f"{where} does not fit: 1 missing: {name}; are these weights of a PaliGemma?")
+        if len(specs[name].shape) != axes:
+            raise ValueError(f"{where} does not fit: {name} {specs[name].shape} should have {axes} axes")
+        return specs[name].shape
+
+    img, llm = "backbone/img", "backbone/llm"
+    patch, _, _, width = shape(f"{img}/embedding/kernel", 4)
+    _, tokens, _ = shape(f"{img}/pos_embedding", 3)
+    block = f"{img}/Transformer/encoderblock"
+    depth, _, vision_heads, _ = shape(f"{block}/MultiHeadDotProductAttention_0/query/kernel", 4)
+    vision = VisionConfig(
+        image_size=math.isqrt(tokens) * patch,
+        patch=patch,
+        width=width,
+        depth=depth,
+        mlp=shape(f"{block}/MlpBlock_0/Dense_0/kernel", 3)[2],
+        heads=vision_heads,
+    )
+    vocab, text_width = shape(f"{llm}/embedder/input_embedding", 2)
+    layers, heads, _, head_dim = shape(f"{llm}/layers/attn/q_einsum/w", 4)
+    text = TextConfig(
+        vocab=vocab,
+        width=text_width,
+        depth=layers,
+        mlp=shape(f"{llm}/layers/mlp/linear", 3)[1],
+        heads=heads,
+        kv_heads=shape(f"{llm}/layers/attn/kv_einsum/w", 5)[2],
+        head_dim=head_dim,
+    )
+    config = VLAConfig(vision=vision, text=text, cameras=cameras, dtype="bfloat16", remat="nothing_saveable")
+    if not any(name.startswith("expert/") for name in specs):
+        placeholder = ExpertConfig(width=text_width, mlp=text.mlp, action_dim=1, state_dim=1)
+        return dataclasses.replace(config, expert=placeholder), False
+    actions, expert_width = shape("expert/action_in_proj/kernel", 2)
+    state = "expert/state_proj/kernel" in specs
+    expert = ExpertConfig(
+        width=expert_width,
+        mlp=shape("expert/layers/mlp/linear", 3)[1],
+        time="adarms" if "expert/time_mlp_in/kernel" in specs else "mlp",
+        state_token=state,
+        horizon=horizon,
+        action_dim=actions,
+        state_dim=shape("expert/state_proj/kernel", 2)[0] if state else actions,
+    )
+    return dataclasses.replace(config, expert=expert), True
