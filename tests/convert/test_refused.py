@@ -1,0 +1,207 @@
+"""Damaged, truncated and foreign files are refused with the reason, and leave nothing behind; memory is bounded."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from launch._main import cli
+from launch.convert import ConvertArgs
+from tests.convert import layouts
+from tests.convert.layouts import TINY
+from tests.convert.test_round_trip import paligemma_config, pi0_hf_files, save_lerobot, save_statistics
+from vla_jax.convert import convert
+
+
+def refused(tmp_path, path, source, match, target="vla_jax"):
+    with pytest.raises((ValueError, OSError), match=match) as caught:
+        convert(path, tmp_path / "out", source=source, target=target)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.fixture
+def npz(tmp_path):
+    def write(change):
+        arrays = layouts.random(layouts.big_vision(TINY))
+        change(arrays)
+        np.savez(tmp_path / "pt.npz", **arrays)
+        return tmp_path / "pt.npz"
+
+    return write
+
+
+def test_accounting(tmp_path, npz):
+    def change(arrays):
+        del arrays["img/head/bias"]
+        arrays["img/extra"] = np.zeros(3, np.float32)
+        arrays["llm/final_norm/scale"] = np.zeros(7, np.float32)
+
+    match = (
+        r"1 missing: img/head/bias; 1 not known: img/extra; 1 of another shape: llm/final_norm/scale \(7,\) "
+        r"\(wanted \(48,\)\)"
+    )
+    refused(tmp_path, npz(change), "big_vision", match)
+    refused(
+        tmp_path,
+        npz(lambda a: a.update({"img/head/bias": np.zeros(48, np.int32)})),
+        "big_vision",
+        "not of floats",
+    )
+
+
+def test_not_finite(tmp_path, npz):
+    refused(
+        tmp_path, npz(lambda a: a["img/head/bias"].fill(np.nan)), "big_vision", "img/head/bias holds values"
+    )
+
+
+def test_damaged_npz(tmp_path, npz):
+    path = npz(lambda arrays: None)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    path.write_bytes(bytes(flipped))
+    refused(tmp_path, path, "big_vision", "is damaged: .*CRC")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, path, "big_vision", "not a readable npz file")
+    path.write_bytes(b"something else")
+    refused(tmp_path, path, "big_vision", "not a readable npz file")
+    np.savez(path, weights=np.zeros(3))
+    refused(
+        tmp_path,
+        path,
+        "big_vision",
+        "missing: backbone/img/embedding/kernel; are these weights of a PaliGemma",
+    )
+    refused(tmp_path, tmp_path / "nowhere.npz", "big_vision", "there is no")
+
+
+def test_damaged_safetensors(tmp_path):
+    theirs = tmp_path / "theirs"
+    pi0_hf_files(theirs)
+    file = theirs / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"\xff" * 100, b""):
+        file.write_bytes(damaged)
+        refused(tmp_path, theirs, "pi0_hf", "is not a whole safetensors file")
+    file.write_bytes(whole)
+    refused(tmp_path, theirs, "paligemma_hf", "is of model_type 'pi0', not 'paligemma'")
+    refused(tmp_path, theirs, "lerobot", "policy of type None")
+    (theirs / "config.json").write_text("{")
+    refused(tmp_path, theirs, "pi0_hf", "not readable JSON")
+    (theirs / "config.json").unlink()
+    refused(tmp_path, theirs, "pi0_hf", "config.json is missing")
+
+
+def test_damaged_index(tmp_path):
+    theirs = tmp_path / "theirs"
+    arrays = layouts.random(layouts.paligemma_hf(TINY, "5.x", 64))
+    layouts.save_safetensors(theirs, arrays)
+    (theirs / "config.json").write_text(json.dumps(paligemma_config(64, TINY.vocab)))
+    index = theirs / "model.safetensors.index.json"
+    names = dict.fromkeys(arrays, "model.safetensors")
+    index.write_text(json.dumps({"weight_map": names | {"more": "other.safetensors"}}))
+    refused(
+        tmp_path,
+        theirs,
+        "paligemma_hf",
+        "other.safetensors is missing; model.safetensors.index.json lists it",
+    )
+    index.write_text(json.dumps({"weight_map": names | {"more": "model.safetensors"}}))
+    refused(tmp_path, theirs, "paligemma_hf", "lists more, which model.safetensors does not hold")
+    index.write_text(json.dumps({"weight_map": dict(list(names.items())[1:])}))
+    refused(tmp_path, theirs, "paligemma_hf", "which model.safetensors.index.json does not list there")
+
+
+def test_damaged_orbax(tmp_path):
+    theirs = tmp_path / "theirs"
+    layouts.save_openpi(theirs, layouts.random(layouts.openpi(TINY, "pi0")), value=True)
+    save_statistics(theirs)
+    stats = theirs / "assets/lab/robot/norm_stats.json"
+    good = stats.read_text()
+    stats.write_text(json.dumps({"norm_stats": {"state": {"mean": [1], "std": [1, 2]}, "actions": {}}}))
+    refused(tmp_path, theirs, "openpi", "different lengths")
+    stats.write_text(good)
+    biggest = max((f for f in (theirs / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[:1000])
+    refused(tmp_path, theirs, "openpi", "damaged|not a readable orbax folder")
+    (theirs / "params/_METADATA").write_text("{")
+    refused(tmp_path, theirs, "openpi", "not a readable orbax folder")
+    refused(tmp_path, tmp_path, "openpi", "params is missing")
+
+
+def test_damaged_run(tmp_path):
+    """A flipped bit in ours is found by its checksum, and the export is not left behind."""
+    theirs = tmp_path / "theirs"
+    layouts.save_openpi(theirs, layouts.random(layouts.openpi(TINY, "pi05")), value=True)
+    convert(theirs, tmp_path / "ours", source="openpi", target="vla_jax")
+    refused(tmp_path, tmp_path / "ours", "vla_jax", "pi0_hf holds π0 only", target="pi0_hf")
+    refused(tmp_path, tmp_path / "ours", "vla_jax", "has no place for", target="paligemma_hf")
+    meta = tmp_path / "ours/checkpoints/0/meta/metadata"
+    record = json.loads(meta.read_text())
+    record["fingerprints"]["params"] ^= 1
+    meta.write_text(json.dumps(record))
+    refused(tmp_path, tmp_path / "ours", "vla_jax", "the checksum of its weights is wrong", target="openpi")
+
+
+def test_missing_statistics(tmp_path):
+    kind = "pi0"
+    save_lerobot(tmp_path / "theirs", layouts.random(layouts.lerobot(TINY, kind)), kind)
+    next((tmp_path / "theirs").glob("policy_*.safetensors")).unlink()
+    refused(tmp_path, tmp_path / "theirs", "lerobot", "normalizer_processor.safetensors is missing")
+
+
+def test_requests_that_mean_nothing(tmp_path, npz):
+    path = npz(lambda arrays: None)
+    refused(tmp_path, path, "big_vision", "one of the two must be vla_jax", target="openpi")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="is there already"):
+        convert(path, tmp_path / "there", source="big_vision", target="vla_jax")
+
+
+def test_command_line(tmp_path):
+    argv = ["--from", "openpi", "--path", "a", "--out", "b", "--horizon", "15"]
+    args = cli(ConvertArgs, description=None, argv=argv)
+    assert (args.source, args.to, args.horizon) == ("openpi", "vla_jax", 15)
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+from vla_jax.convert import convert
+import vla_jax.convert.entry as entry
+import vla_jax.convert.stream as stream
+status = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+root = Path(sys.argv[1])
+convert(root / "small.npz", root / "warm", source="big_vision", target="vla_jax")  # imports, caches
+entry.PIECE_BYTES = stream.CHUNK_BYTES = 4 * 2**20
+start, peak, done = status(), [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], status())
+thread = threading.Thread(target=watch); thread.start()
+convert(root / "big.npz", root / "ours", source="big_vision", target="vla_jax")
+convert(root / "ours", root / "out", source="vla_jax", target="paligemma_hf")
+done.set(); thread.join()
+print(peak[0] - start)
+"""
+
+
+def test_memory_is_that_of_one_array(tmp_path):
+    """400 MB of weights in and out: the process grows by less than its largest array and what orbax caches."""
+    sizes = dataclasses.replace(TINY, width=512, depth=24, mlp=2560, vocab=8127)
+    np.savez(tmp_path / "small.npz", **layouts.random(layouts.big_vision(TINY)))
+    shapes = layouts.big_vision(sizes)
+    np.savez(tmp_path / "big.npz", **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    total, largest = (4 * f(map(math.prod, shapes.values())) for f in (sum, max))
+    grown = int(done.stdout.split()[-1])
+    print(f"weights {total / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB")
+    assert grown < largest + 100e6 < total, grown
