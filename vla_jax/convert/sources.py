@@ -64,7 +64,7 @@ class NpzSource:
         shape = spec.shape if stop is None else (stop - start, *spec.shape[1:])
         try:
             data = stream.read(math.prod(shape) * spec.dtype.itemsize)
-            if stop in (None, spec.shape[:1]) or (spec.shape and stop == spec.shape[0]):
+            if stop is None or stop == spec.shape[0]:
                 stream.read(1)  # the end of the stream: now its checksum is compared
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{self.path} is damaged: {name} ({first_line(error)})") from error
