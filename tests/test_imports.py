@@ -24,7 +24,7 @@ PACKAGES = {
     "serve": {"types", "models", "flow", "data", "sharding", "checkpoint", "config"},
     "sim": {"types", "data", "flow", "serve"},
     "toy": {"flow", "models", "sim"},
-    "convert": {"types", "models", "checkpoint", "config"},
+    "convert": {"types", "models", "sharding", "checkpoint", "config"},
 }  # fmt: skip
 """Who may import whom. config and train know each other: config composes train/config.py, train reads the root."""
 
