@@ -46,6 +46,7 @@ FREE_TO_CHANGE = (
     "train.max_skipped",
     "train.tensorboard",
     "train.wandb",
+    "objective.diagnostics.",
     "data.path",  # the data's fingerprint is compared instead
     "data.workers",
     "data.threads",
