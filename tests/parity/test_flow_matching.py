@@ -136,7 +136,7 @@ def trained():
         (rng.normal(size=(n, m)).astype(np.float32) / np.sqrt(n), np.zeros(m, np.float32))
         for n, m in itertools.pairwise(sizes)
     ]
-    data = np.cumsum(rng.normal(size=(256, K, A)), 1).astype(np.float32) / 4
+    data = jnp.asarray(np.cumsum(rng.normal(size=(256, K, A)), 1) / 4, jnp.float32)
     process, optimizer = Flow(), optax.adam(3e-3)
 
     def loss(params, key):

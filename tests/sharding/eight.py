@@ -53,7 +53,7 @@ def main() -> None:
             job, init, state, found, lowered = run(shape)
             table = placement(job.builder.shapes, job.builder.shardings, job.builder.mesh)
             kernel = state.params["backbone"]["kernel"]
-            moment = state.opt_state[1][0].mu["backbone"]["kernel"]
+            moment = state.opt_state[1].mu["backbone"]["kernel"]
             out[name] = {
                 "init": gap(init, first),
                 "params": gap(state, last),

@@ -81,7 +81,7 @@ def test_clip_and_adam_against_numpy(clip):
 
 def test_first_moment_in_bfloat16():
     tx = make_optimizer(OptimConfig(moment_dtype="bfloat16"), 10)
-    adam = tx.init(params())[1][0]
+    adam = tx.init(params())[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
 
