@@ -169,7 +169,7 @@ def test_samples_and_evaluations(trained, method):
     solver = SolverConfig(method=method, num_steps=20)
     made = jax.jit(
         lambda x: Flow().sample(
-            lambda x, t: network(params, x, t), jax.random.key(0), x.shape, solver, noise=x
+            lambda x, t: network(params, x, t), jax.random.key(0), x.shape, solver, noise=jnp.asarray(x)
         )
     )(x)
     assert made.nfe == model.calls
@@ -206,11 +206,11 @@ def test_intermediates_reverse_and_adaptive(trained):
         torch.from_numpy(x), step_size=None, method="midpoint", time_grid=grid, return_intermediates=True
     )
     config = SolverConfig(method="midpoint", num_steps=4)
-    made = Flow().sample(field, jax.random.key(0), x.shape, config, noise=x, intermediates=True)
+    made = Flow().sample(field, jax.random.key(0), x.shape, config, noise=jnp.asarray(x), intermediates=True)
     same(made.trajectory, torch.stack(list(their)), rtol=0, atol=2e-6)
     their = solver.sample(torch.from_numpy(x), step_size=None, method="dopri5", atol=1e-6, rtol=1e-6)
     made = Flow().sample(
-        field, jax.random.key(0), x.shape, SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6), noise=x
+        field, jax.random.key(0), x.shape, SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6), noise=jnp.asarray(x)
     )
     same(made.x, their, rtol=0, atol=1e-5)
 
