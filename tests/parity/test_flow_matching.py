@@ -210,7 +210,11 @@ def test_intermediates_reverse_and_adaptive(trained):
     same(made.trajectory, torch.stack(list(their)), rtol=0, atol=2e-6)
     their = solver.sample(torch.from_numpy(x), step_size=None, method="dopri5", atol=1e-6, rtol=1e-6)
     made = Flow().sample(
-        field, jax.random.key(0), x.shape, SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6), noise=jnp.asarray(x)
+        field,
+        jax.random.key(0),
+        x.shape,
+        SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6),
+        noise=jnp.asarray(x),
     )
     same(made.x, their, rtol=0, atol=1e-5)
 
