@@ -128,6 +128,7 @@ class App:
         """SIGTERM and SIGINT stop the server; outside the main thread signals are somebody else's."""
         loop, ours = asyncio.get_running_loop(), []
         for number in (signal.SIGTERM, signal.SIGINT):
+            # The first two mean another thread, the last an event loop without signals (Windows): `stop` still works.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
                 loop.add_signal_handler(number, self.stop)
                 ours.append(number)
