@@ -77,6 +77,27 @@ def test_batch_against_the_episodes(config, episodes):
     assert seen == {tuple(frame) for frame in make_frames(config)}
 
 
+def test_behind_the_end_the_last_action_is_masked_or_repeated(config):
+    bundle = prepare(config)
+    masked, repeated = (
+        make_loader(dataclasses.replace(config, after_end=how), bundle, horizon=6, batch_size=1, seed=0)
+        for how in ("mask", "repeat")
+    )
+    cut = 0
+    for position in range(len(masked.frames)):
+        one, other = masked.sample(position), repeated.sample(position)
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert other.action_mask.all()
+        steps = one.action_mask.any(axis=1).sum()
+        np.testing.assert_array_equal(
+            other.actions[steps:], np.tile(other.actions[steps - 1], (6 - steps, 1))
+        )
+        cut += steps < 6
+    assert cut >= 5, "every episode's last five frames reach behind its end"
+    with pytest.raises(ValueError, match="after_end"):
+        dataclasses.replace(config, after_end="pad")
+
+
 def make_frames(config):
     return make_loader(config, prepare(config), horizon=1, batch_size=1, seed=0).frames
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from tests.models import small
+from tests.parity.hugging_face import backbone, gemma
 from vla_jax.checkpoint import Checkpoints, load
 from vla_jax.config import TrainConfig, to_json
 from vla_jax.convert import Options, convert
@@ -21,27 +22,14 @@ BOUND = 1e-4
 
 
 def pi0_config(cfg) -> PI0Config:
-    v, t, e = cfg.vision, cfg.text, cfg.expert
+    e = cfg.expert
     return PI0Config(
-        vlm_config=dict(
-            model_type="paligemma", projection_dim=t.width, image_token_index=t.vocab,
-            vision_config=dict(
-                model_type="siglip_vision_model", hidden_size=v.width, intermediate_size=v.mlp,
-                num_hidden_layers=v.depth, num_attention_heads=v.heads, image_size=v.image_size,
-                patch_size=v.patch, vision_use_head=False,
-            ),
-            text_config=dict(
-                model_type="gemma", hidden_size=t.width, intermediate_size=t.mlp, num_hidden_layers=t.depth,
-                num_attention_heads=t.heads, num_key_value_heads=t.kv_heads, head_dim=t.head_dim,
-                vocab_size=t.vocab, hidden_activation="gelu_pytorch_tanh",
-            ),
-        ),
-        dit_config=dict(
-            model_type="gemma", hidden_size=e.width, intermediate_size=e.mlp, num_hidden_layers=t.depth,
-            num_attention_heads=t.heads, num_key_value_heads=t.kv_heads, head_dim=t.head_dim,
-        ),
-        chunk_size=e.horizon, max_state_dim=e.state_dim, max_action_dim=e.action_dim,
-    )  # fmt: skip
+        vlm_config=dict(model_type="paligemma", **backbone(cfg, image_token=cfg.text.vocab)),
+        dit_config=gemma(cfg, e.width, e.mlp),
+        chunk_size=e.horizon,
+        max_state_dim=e.state_dim,
+        max_action_dim=e.action_dim,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from tests.models import small
+from tests.parity.hugging_face import backbone
 
 IMAGE = small.VOCAB + 1  # a token id outside the vocabulary stands for an image patch
 
@@ -72,23 +73,7 @@ def setup():
     data = small.batch(cfg)
     data = data.replace(image_mask={n: jnp.ones(3, bool) for n in cfg.cameras})
     model, params = small.init(cfg, data)
-    v, t = cfg.vision, cfg.text
-    reference = PaliGemmaForConditionalGeneration(
-        PaliGemmaConfig(
-            vision_config=dict(
-                model_type="siglip_vision_model", hidden_size=v.width, intermediate_size=v.mlp,
-                num_hidden_layers=v.depth, num_attention_heads=v.heads, image_size=v.image_size,
-                patch_size=v.patch, vision_use_head=False,
-            ),
-            text_config=dict(
-                model_type="gemma", hidden_size=t.width, intermediate_size=t.mlp, num_hidden_layers=t.depth,
-                num_attention_heads=t.heads, num_key_value_heads=t.kv_heads, head_dim=t.head_dim,
-                vocab_size=t.vocab, hidden_activation="gelu_pytorch_tanh",
-            ),
-            projection_dim=t.width,
-            image_token_index=IMAGE,
-        )
-    ).eval()  # fmt: skip
+    reference = PaliGemmaForConditionalGeneration(PaliGemmaConfig(**backbone(cfg, IMAGE))).eval()
     missing, unexpected = reference.load_state_dict(to_torch(params, cfg), strict=False)
     assert not missing and not unexpected, (missing, unexpected)
     return cfg, data, model, params, reference

@@ -62,7 +62,9 @@ def dct_2d(names: Sequence[str | None]) -> Initializer:
     """Patch embedding [p, p, channels, width] whose columns are the lowest spatial frequencies of each channel.
 
     Neighbouring pixels are alike, so a random projection spends nearly all of its outputs on what natural pictures
-    do not contain; the cosines of lowest frequency carry mean colour and where in the patch it lies.
+    do not contain; the cosines of lowest frequency (the discrete cosine transform, Ahmed et al. 1974) carry mean
+    colour and where in the patch it lies. Scaled so that pictures come out about as large as from `kernel`; outputs
+    beyond the number of pixel values are random.
     """
 
     def basis(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
