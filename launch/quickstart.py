@@ -77,14 +77,23 @@ def stages(args: QuickstartArgs) -> list[Stage]:
     return found
 
 
-def run_stage(stage: Stage, done: Path) -> None:
-    """Runs a stage unless the same command has succeeded before. Raises ValueError where it fails."""
+def run_stage(stage: Stage, done: Path, compiled: Path) -> None:
+    """Runs a stage unless the same command has succeeded before. Raises ValueError where it fails.
+
+    Stages share the programs that they compile (in `compiled`, unless the environment names another place).
+    """
     if done.exists() and done.read_text() == stage.command:
         print("  already done", flush=True)
         return
     print(f"  $ {stage.command}", flush=True)
     start = time.monotonic()
-    finished = subprocess.run([sys.executable, "-m", stage.module, *stage.options], check=False)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", stage.module, *stage.options], env=cache | os.environ, check=False
+    )
     if finished.returncode:
         raise ValueError(f"the stage '{stage.name}' failed; the same command goes on from there")
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +143,8 @@ def main() -> None:
     start, todo = time.monotonic(), stages(args)
     for number, stage in enumerate(todo, 1):
         print(f"[{number}/{len(todo) + 1}] {stage.name}", flush=True)
-        run_stage(stage, args.out / "stages" / f"{number}-{stage.name.replace(' ', '-')}")
+        done = args.out / "stages" / f"{number}-{stage.name.replace(' ', '-')}"
+        run_stage(stage, done, args.out / "compiled")
     print(f"[{len(todo) + 1}/{len(todo) + 1}] table and training curves", flush=True)
     print("\n" + write_results(args.out))
     print(
