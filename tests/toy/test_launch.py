@@ -44,6 +44,7 @@ def test_report_and_pictures(tmp_path, monkeypatch, capsys):
     assert report["nfe"] == 40 and len(report["seeds"]) == 2
     assert report["nll"] == pytest.approx(sum(row["nll"] for row in report["seeds"]) / 2)
     assert [q["nfe"] for q in report["error_against_n"]["midpoint"]] == [2, 4]
+    assert report["field_error"].keys() == {"0.1", "0.5", "0.9"}
     assert report["guidance"]["w"] == [1, 2]
     assert {path.name for path in (tmp_path / "f").iterdir()} == {
         "samples.png", "trajectories.png", "field.png", "errors.png", "guidance.png",
