@@ -19,6 +19,9 @@ from vla_jax.sim.figures.table import markdown_table
 from vla_jax.sim.pictures import fan_rows, films
 from vla_jax.sim.tabletop import TabletopConfig, TabletopEnv
 
+WITHOUT_SOLVER = ("regression", "tokens")
+"""Kinds of policies that predict without integrating anything."""
+
 if TYPE_CHECKING:
     from launch.evaluate import EvaluateArgs
     from launch.sample import SampleArgs
@@ -30,7 +33,7 @@ def evaluate(args: "EvaluateArgs") -> None:
         if path is not None:
             check_writable(path)
     policy = Policy.load(args.checkpoint, weights=args.weights, batch_size=args.batch_size)
-    solver = solver_of(policy, args.solver, args.num_steps)
+    solver = solver_of(policy, args.solver, args.num_steps, args.temperature)
     kind, tasks = environment_of(policy, args.env)
     config = EvaluateConfig(
         episodes=args.episodes,
@@ -51,10 +54,12 @@ def evaluate(args: "EvaluateArgs") -> None:
             )
     report = evaluation.report | {"step": policy.step}
     report["config"] |= {"env": ":".join([kind, ",".join(tasks)]).rstrip(":"), "policy": policy.config_hash}
-    if policy.config.process.kind == "regression":
+    if policy.config.kind in WITHOUT_SOLVER:
         report["solver"] = None
+    if policy.config.kind == "tokens":
+        report["config"]["temperature"] = solver.temperature
     name = label_of(args.checkpoint)
-    print(f"{args.checkpoint}, step {policy.step}, {policy.config.process.kind}, {report['config']['env']}\n")
+    print(f"{args.checkpoint}, step {policy.step}, {policy.config.kind}, {report['config']['env']}\n")
     print(markdown_table({name: report}), end="")
     if args.json is not None:
         write_json(report, args.json)
@@ -102,7 +107,7 @@ def sample(args: "SampleArgs") -> None:
     columns = []
     for label, policy in policies.items():
         # A solver does not apply to regression; it is meant for the others then.
-        asked = (None, None) if policy.config.process.kind == "regression" else (args.solver, args.num_steps)
+        asked = (None, None) if policy.config.kind in WITHOUT_SOLVER else (args.solver, args.num_steps)
         config = tabletop_of(policy)
         if policy.writes_plans:
             observation = TabletopEnv(config, kind="symmetric").reset(seeds)
@@ -129,22 +134,26 @@ def sample(args: "SampleArgs") -> None:
 
 def unique_label(path: Path, policy: Policy, taken: Container[str]) -> str:
     """The process's name, or the run's where two policies have the same process."""
-    kind = policy.config.process.kind
+    kind = policy.config.kind
     label = kind if kind not in taken else label_of(path)
     if label in taken:
         raise ValueError(f"--checkpoint {path} is given twice")
     return label
 
 
-def solver_of(policy: Policy, method: str | None, num_steps: int | None) -> SolverConfig:
+def solver_of(
+    policy: Policy, method: str | None, num_steps: int | None, temperature: float | None = None
+) -> SolverConfig:
     """The training configuration's solver with what was asked for changed."""
-    changes = {"method": method, "num_steps": num_steps}
+    kind = policy.config.kind
+    changes = {"method": method, "num_steps": num_steps, "temperature": temperature}
     changes = {field: value for field, value in changes.items() if value is not None}
-    if changes and policy.config.process.kind == "regression":
+    if kind in WITHOUT_SOLVER and (method or num_steps):
         option = "--solver" if method else "--num-steps"
-        raise ValueError(
-            f"{option} does not apply: the policy was trained by regression, which has no solver"
-        )
+        how = "by regression" if kind == "regression" else "to write tokens"
+        raise ValueError(f"{option} does not apply: the policy was trained {how}, which has no solver")
+    if kind != "tokens" and temperature is not None:
+        raise ValueError(f"--temperature does not apply: the policy is of kind {kind} and writes no tokens")
     return dataclasses.replace(policy.config.solver, **changes)
 
 

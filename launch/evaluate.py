@@ -33,6 +33,8 @@ class EvaluateArgs:
     """How noise becomes actions; default: the training configuration's."""
     num_steps: int | None = None
     """Solver steps; default: the training configuration's."""
+    temperature: float | None = None
+    """For policies that write tokens: 0 takes the likeliest, 1 samples; default: the training configuration's."""
     execute: int | None = None
     """Actions run of each chunk before the next prediction; default: half of the chunk."""
     see_plan: bool = False

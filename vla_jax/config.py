@@ -5,7 +5,7 @@ import hashlib
 import json
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.config import DataConfig
@@ -33,8 +33,43 @@ class TrainConfig:
     train: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        if self.kind == "tokens":
+            unused = {
+                "process": self.process != ProcessConfig(),
+                "objective.insulation": self.objective.insulation != 1,
+                "objective.diagnostics.every": self.objective.diagnostics.every != 0,
+            }
+            for name, given in unused.items():
+                if given:
+                    raise ValueError(
+                        f"model.expert.kind=tokens has no noise and no expert, so {name} would do nothing; leave it out"
+                    )
+        elif self.data.action_tokens and not self.objective.text:
+            raise ValueError(
+                "data.action_tokens are learned as text; set objective.text=True, or leave them out"
+            )
+
+    @property
+    def kind(self) -> str:
+        """How actions are predicted: as tokens, or what the process is."""
+        return "tokens" if self.model.expert.kind == "tokens" else self.process.kind
+
+    @property
+    def chunk_tokens(self) -> Literal["none", "beside", "instead"]:
+        """Whether batches hold chunks as FAST tokens, beside the continuous actions or instead of them."""
+        if self.kind == "tokens":
+            return "instead"
+        return "beside" if self.data.action_tokens else "none"
+
     def resolve(
-        self, *, cameras: tuple[str, ...], state_dim: int, action_dim: int, vocab: int
+        self,
+        *,
+        cameras: tuple[str, ...],
+        state_dim: int,
+        action_dim: int,
+        vocab: int,
+        chunk_tokens: int = 0,
     ) -> "TrainConfig":
         """Fills in what was left to the data set, and refuses sizes that cannot hold it."""
         text, expert = self.model.text, self.model.expert
@@ -44,7 +79,7 @@ class TrainConfig:
                 f"model.cameras names '{missing[0]}', but the data set {self.data.path} has {', '.join(cameras)}"
             )
         sizes = {
-            "model.text.vocab": (text.vocab, vocab, "the tokenizer's entries"),
+            "model.text.vocab": (text.vocab, vocab, "the tokenizer's entries (with action tokens)"),
             "model.expert.action_dim": (expert.action_dim, action_dim, "the data set's action dimensions"),
             "model.expert.state_dim": (expert.state_dim, state_dim, "the data set's state dimensions"),
         }
@@ -59,7 +94,10 @@ class TrainConfig:
                 expert, action_dim=expert.action_dim or action_dim, state_dim=expert.state_dim or state_dim
             ),
         )
-        return dataclasses.replace(self, model=model)
+        data = self.data
+        if chunk_tokens:
+            data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=chunk_tokens))
+        return dataclasses.replace(self, model=model, data=data)
 
 
 def to_json(config: TrainConfig) -> str:

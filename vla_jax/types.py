@@ -34,6 +34,10 @@ class Batch:
     Text is laid out as ``[bos prompt separator][target eos][padding]``: `token_causal` is True from the
     first target token on, `token_loss` where the token is to be predicted. History frames are further
     cameras (``wrist@-1``), past states a longer state.
+
+    `action_tokens` is the chunk once more, as FAST tokens: ``[begin][tokens][end][padding]``, with
+    `action_token_loss` where a token is to be predicted. They are not part of the prefix: they see what an expert
+    would see of it, and no expert sees them.
     """
 
     images: dict[str, UInt8[Array, "b h w 3"]]
@@ -46,6 +50,9 @@ class Batch:
     embodiment: Int[Array, " b"] | None = None
     actions: Float[Array, "b k a"] | None = None
     action_mask: Bool[Array, "b k a"] | None = None
+    action_tokens: Int[Array, "b g"] | None = None
+    action_token_mask: Bool[Array, "b g"] | None = None
+    action_token_loss: Bool[Array, "b g"] | None = None
 
     def replace(self, **changes: Any) -> "Batch":
         """A copy with some fields changed."""

@@ -4,21 +4,26 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from vla_jax.data import transforms as tf
 from vla_jax.data.config import DataConfig
 from vla_jax.data.derived import DIRECTORY, key_hash
+from vla_jax.data.fast.dataset import prepare_fast
+from vla_jax.data.fast.ids import action_ids
+from vla_jax.data.fast.transform import DecodedChunks, TokenizeActions
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.source import EpisodeSource
 from vla_jax.data.statistics import dataset_statistics
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
+from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
 
 _TOKENIZER_VERSION = 1
@@ -35,6 +40,18 @@ class DataBundle:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the Tokenize transform."""
         return self._only(tf.Tokenize).tokenizer
+
+    @property
+    def tokenize_actions(self) -> TokenizeActions | None:
+        """The transform that makes FAST tokens of chunks, if there is one."""
+        found = [transform for transform in self.transforms if isinstance(transform, TokenizeActions)]
+        return found[0] if found else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the model's vocabulary: those of the tokenizer, and what action tokens add."""
+        actions = self.tokenize_actions
+        return self.tokenizer.vocab_size if actions is None else action_ids(self.tokenizer, actions.fast)[1]
 
     @property
     def normalize(self) -> Normalize:
@@ -58,6 +75,18 @@ class DataBundle:
                 for row in range(len(observation.instruction))
             ]
         )
+
+    def text_lengths(self, observation: Observation, row: int, target: str) -> tuple[int, int]:
+        """Tokens of a robot's prompt with a plan, and of the plan with its end."""
+        sample = self.normalize.inputs(_observed(observation, row, target))
+        return self._only(tf.Tokenize).lengths(sample)
+
+    def decode_actions(self, ids: Int[np.ndarray, "*n g"], mask: Bool[np.ndarray, "*n g"]) -> DecodedChunks:
+        """Sampled action tokens as chunks of the model's dimensions; see `TokenizeActions.decode`."""
+        chunks = self.tokenize_actions.decode(ids, mask)
+        padding = self._only(tf.PadDims).action_dim - chunks.actions.shape[-1]
+        widths = [(0, 0)] * (chunks.actions.ndim - 1) + [(0, padding)]
+        return chunks._replace(actions=np.pad(chunks.actions, widths))
 
     def robot_actions(
         self, actions: Float[np.ndarray, "b *draws k a"], observation: Observation
@@ -89,12 +118,19 @@ class DataBundle:
 
 
 def prepare(
-    config: DataConfig, *, cameras: Sequence[str] = (), state_dim: int = 0, action_dim: int = 0
+    config: DataConfig,
+    *,
+    cameras: Sequence[str] = (),
+    state_dim: int = 0,
+    action_dim: int = 0,
+    horizon: int = 0,
+    action_tokens: Literal["none", "beside", "instead"] = "none",
 ) -> DataBundle:
     """Tokenizer, statistics and transforms for a data set; the slow parts are kept beside it.
 
     `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and
-    masked; 0 or empty takes the data set's own.
+    masked; 0 or empty takes the data set's own. `action_tokens`: whether chunks of `horizon` steps become FAST
+    tokens beside the actions or instead of them.
     """
     source = EpisodeSource(config.path, cache_mb=config.cache_mb)
     schema, index = source.schema, index_dataset(source)
@@ -112,24 +148,44 @@ def prepare(
             f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; raise the model's"
         )
     by_task = config.normalization_group == "task"
-    tokenizer = _tokenizer(source, index, config.vocab_size)
-    tokenize = tf.Tokenize(tokenizer, config.max_text_tokens, config.max_target_tokens)
-    _check_texts(tokenize, index)
+    prompt = Prompt(config.prompt, config.prompt_clip_state)
+    tokenizer = (
+        read_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer(source, index, config, prompt)
+    )
+    tokenize = tf.Tokenize(tokenizer, config.max_text_tokens, config.max_target_tokens, prompt)
+    _check_texts(tokenize, index, robot_state_dim)
+    normalize = Normalize(
+        method=config.normalization,
+        group=config.normalization_group,
+        statistics=statistics.per_task if by_task else {"": statistics.dataset},
+        task_of=_task_of(index) if by_task else {},
+    )
+    as_tokens = ()
+    if action_tokens != "none":
+        prepared = prepare_fast(config.fast, source, train, normalize, horizon, index.fingerprint)
+        ids, _ = action_ids(tokenizer, prepared.fast)
+        row = prepared.longest + len(ids.begin) + len(ids.end)
+        as_tokens = (
+            TokenizeActions(
+                fast=prepared.fast,
+                ids=ids,
+                horizon=horizon,
+                action_dim=robot_action_dim,
+                max_tokens=config.fast.max_tokens or row,
+                keep_actions=action_tokens == "beside",
+            ),
+        )
     transforms = (
         tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras}),
         tf.ResizeImages(config.image_size, config.image_size),
-        Normalize(
-            method=config.normalization,
-            group=config.normalization_group,
-            statistics=statistics.per_task if by_task else {"": statistics.dataset},
-            task_of=_task_of(index) if by_task else {},
-        ),
+        normalize,
+        *as_tokens,
+        tokenize,
         tf.PadDims(
             state_dim=state_dim or robot_state_dim,
             action_dim=action_dim or robot_action_dim,
             robot_action_dim=robot_action_dim,
         ),
-        tokenize,
     )
     return DataBundle(schema=schema, transforms=transforms)
 
@@ -148,7 +204,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
         token_loss=np.stack([s.text.loss for s in samples]),
         actions=np.stack([s.actions for s in samples]) if trained else None,
         action_mask=np.stack([s.action_mask for s in samples]) if trained else None,
+        **_action_tokens(samples),
     )
+
+
+def _action_tokens(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    if samples[0].action_tokens is None:
+        return {}
+    tokens, mask, loss = (np.stack(rows) for rows in zip(*(s.action_tokens for s in samples)))
+    return {"action_tokens": tokens, "action_token_mask": mask, "action_token_loss": loss}
 
 
 def _observed(observation: Observation, row: int, target: str | None) -> Sample:
@@ -160,8 +224,10 @@ def _observed(observation: Observation, row: int, target: str | None) -> Sample:
     )
 
 
-def _tokenizer(source: EpisodeSource, index: DatasetIndex, vocab_size: int) -> Tokenizer:
+def _tokenizer(source: EpisodeSource, index: DatasetIndex, config: DataConfig, prompt: Prompt) -> Tokenizer:
+    vocab_size = config.vocab_size
     texts = sorted({text for _, instruction, target in index.texts for text in (instruction, target)})
+    texts = prompt.training_texts(texts, len(source.schema.state_names))
     key = key_hash({"texts": texts, "vocab_size": vocab_size, "version": _TOKENIZER_VERSION})
     directory = Path(source.path) / DIRECTORY / f"tokenizer-{key}"
     if directory.exists():
@@ -185,12 +251,12 @@ def _task_of(index: DatasetIndex) -> dict[str, str]:
     return {instruction: names[0] for instruction, names in tasks.items()}
 
 
-def _check_texts(tokenize: tf.Tokenize, index: DatasetIndex) -> None:
+def _check_texts(tokenize: tf.Tokenize, index: DatasetIndex, state_dim: int) -> None:
     """Refuse limits that some text of the data set does not fit, before training starts."""
-    tokenizer, pairs = (
-        tokenize.tokenizer,
-        sorted({(instruction, target) for _, instruction, target in index.texts}),
-    )
+    samples = [
+        # A state of ones is the longest to write: 255 in every dimension.
+        Sample(images={}, state=np.ones(state_dim, np.float32), instruction=instruction, text_target=target)
+        for instruction, target in sorted({(instruction, target) for _, instruction, target in index.texts})
+    ]
     for part in (0, 1):  # the longest text, the longest target
-        longest = max(pairs, key=lambda pair: tokenizer.lengths(*pair)[part])
-        tokenizer.encode_prompt(*longest, tokenize.max_tokens, tokenize.max_target_tokens)
+        tokenize.inputs(max(samples, key=lambda sample: tokenize.lengths(sample)[part]))

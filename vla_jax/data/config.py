@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from vla_jax.data.fast.config import FastConfig
+from vla_jax.data.prompt_forms import Prompt, PromptForm
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -20,6 +23,17 @@ class DataConfig:
     """Tokens of a target with its end: logits are computed for so many positions. A longer one is refused."""
     vocab_size: int = 1024
     """Tokens of the tokenizer that is trained from the data set's texts (and of the model's embedding)."""
+    tokenizer: str = ""
+    """A tokenizer to use instead: a directory with tokenizer.json, or a sentencepiece .model of Gemma's kind."""
+    prompt: PromptForm = "paligemma"
+    """What the model reads: the instruction and a line feed (paligemma; pi0 also turns underscores into spaces), or
+    openpi's forms with the state as numbers 0 … 255 (pi05, fast)."""
+    prompt_clip_state: bool = True
+    """prompt pi05, fast: normalised states below -1 count as -1; False writes them as "-1", as openpi does."""
+    action_tokens: bool = False
+    """Whether batches hold each chunk also as FAST tokens, which the decoder learns as text beside the plan while
+    the expert learns the actions (arXiv:2505.23705). model.expert.kind=tokens has them anyway."""
+    fast: FastConfig = FastConfig()
     cameras: tuple[str, ...] = ()
     """Cameras the model sees, in this order; empty: all of the data set."""
     image_size: int = 64
@@ -61,6 +75,7 @@ class DataConfig:
         for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
+        Prompt(self.prompt)
         if self.after_end not in ("mask", "repeat"):
             raise ValueError(f"data.after_end={self.after_end!r}: use mask or repeat")
         if self.normalization not in ("zscore", "quantile"):

@@ -1,12 +1,20 @@
 """A sample (one row of a batch in the making) and what it means to transform one."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from vla_jax.data.tokenizer import TextTokens
+
+
+class ActionTokens(NamedTuple):
+    """A chunk as one row of `Batch.action_tokens`, its mask and what is to be predicted."""
+
+    tokens: Int[np.ndarray, " g"]
+    mask: Bool[np.ndarray, " g"]
+    loss: Bool[np.ndarray, " g"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,8 @@ class Sample:
     """Camera → whether there is an image; set by SelectCameras."""
     text: TextTokens | None = None
     """Set by Tokenize."""
+    action_tokens: ActionTokens | None = None
+    """Set by TokenizeActions."""
 
     def replace(self, **changes: Any) -> "Sample":
         """A copy with some fields changed."""

@@ -6,8 +6,8 @@
 As in Gemma's tokenizer (Gemma report, arXiv:2403.08295, §2) spaces become "▁", digits stand alone, and what
 the vocabulary lacks falls back to UTF-8 bytes, so that any text survives encode → decode (except "▁" itself).
 The line feed is a token of its own and never merged: it separates prompt and target (PaliGemma,
-arXiv:2407.07726, §3.2.3). Left out of PaliGemma's layout: its 1024 <loc> and 128 <seg> tokens, which are more
-than the rest of a small vocabulary together and which no data set here uses.
+arXiv:2407.07726, §3.2.3; other families' prompts stand in `prompt_forms`). Left out of PaliGemma's layout: its 1024
+<loc> and 128 <seg> tokens, which are more than the rest of a small vocabulary together and which no data set here uses.
 
 `transformers.AutoTokenizer.from_pretrained(directory)` loads the saved files, bos included. Here only the
 `tokenizers` library is used.
@@ -54,7 +54,6 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         # An instruction that spells "<eos>" is text, not the end of the sequence.
         self._tokenizer.encode_special_tokens = True
-        self._separator = self._ids(SEPARATOR)
         self._cache: dict[tuple, TextTokens] = {}
 
     def __getstate__(self) -> dict[str, str]:
@@ -71,8 +70,15 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: 0 … vocab_size - 1."""
-        return self._tokenizer.get_vocab_size()
+        """Number of ids: 0 … vocab_size - 1. PaliGemma's files name some behind them that no text has (<image>)."""
+        last = self._tokenizer.token_to_id("<seg127>")
+        return self._tokenizer.get_vocab_size() if last is None else last + 1
+
+    @property
+    def last_location(self) -> int | None:
+        """The id of PaliGemma's last location token; None for a vocabulary without them."""
+        segment = self._tokenizer.token_to_id("<seg000>")
+        return None if segment is None else segment - 1
 
     @property
     def eos(self) -> int:
@@ -97,24 +103,31 @@ class Tokenizer:
     def encode_prompt(
         self, instruction: str, target: str | None, max_len: int, max_target: int | None = None
     ) -> TextTokens:
-        """[bos prompt separator][target eos][pad], each [max_len]; [target eos] at most `max_target`.
+        """`encode_pieces` of PaliGemma's prompt: the instruction, stripped and in one line, and the separator."""
+        return self.encode_pieces(_paligemma(instruction), target, max_len, max_target)
 
-        The prompt is stripped, and a line feed in it becomes a space. `target` None or "" leaves its part
-        out. `causal` is True from the first target token on, padding included; `loss` at target and eos.
-        Raises ValueError where it does not fit: nothing is ever cut.
+    def encode_pieces(
+        self, prompt: tuple[str, ...], target: str | None, max_len: int, max_target: int | None = None
+    ) -> TextTokens:
+        """[bos prompt][target eos][pad], each [max_len]; [target eos] at most `max_target`.
+
+        The pieces of the prompt are tokenised one by one. `target` None or "" leaves its part out. `causal` is True
+        from the first target token on, padding included; `loss` at target and eos. Raises ValueError where it does
+        not fit: nothing is ever cut.
         """
-        key = (instruction, target, max_len, max_target)
+        key = (prompt, target, max_len, max_target)
         found = self._cache.get(key)
         if found is None:
-            found = self._encode_prompt(*key)
+            found = self._encode_pieces(*key)
             if len(self._cache) >= _CACHED_TEXTS:
                 self._cache.clear()
             self._cache[key] = found
         return found
 
-    def lengths(self, instruction: str, target: str | None) -> tuple[int, int]:
-        """How many tokens `encode_prompt` needs: for all of it, and for [target eos]."""
-        prompt, answer = self._pieces(instruction, target)
+    def lengths(self, prompt: str | tuple[str, ...], target: str | None) -> tuple[int, int]:
+        """How many tokens a prompt (an instruction, or pieces) needs: for all of it, and for [target eos]."""
+        pieces = _paligemma(prompt) if isinstance(prompt, str) else prompt
+        prompt, answer = self._rows(pieces, target)
         return len(prompt) + len(answer), len(answer)
 
     def to_files(self) -> dict[str, str]:
@@ -154,17 +167,19 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _pieces(self, instruction: str, target: str | None) -> tuple[list[int], list[int]]:
-        prompt = [BOS, *self._ids(instruction.strip().replace(SEPARATOR, " ")), *self._separator]
+    def _rows(self, pieces: tuple[str, ...], target: str | None) -> tuple[list[int], list[int]]:
+        prompt = [BOS, *(token for piece in pieces for token in self._ids(piece))]
         return prompt, [*self._ids(target), EOS] if target else []
 
-    def _encode_prompt(
-        self, instruction: str, target: str | None, max_len: int, max_target: int | None
+    def _encode_pieces(
+        self, pieces: tuple[str, ...], target: str | None, max_len: int, max_target: int | None
     ) -> TextTokens:
-        prompt, answer = self._pieces(instruction, target)
+        prompt, answer = self._rows(pieces, target)
         length = len(prompt) + len(answer)
         if length > max_len:
-            text = repr(instruction) + (f" with target {target!r}" if target else "")
+            text = repr("".join(pieces).removesuffix(SEPARATOR)) + (
+                f" with target {target!r}" if target else ""
+            )
             raise ValueError(
                 f"text of {length} tokens is over the limit of {max_len}: {text}; "
                 f"shorten it or train with data.max_text_tokens={length} or more"
@@ -182,6 +197,10 @@ class Tokenizer:
         for array in row:
             array.flags.writeable = False  # rows are shared by the cache
         return row
+
+
+def _paligemma(instruction: str) -> tuple[str, ...]:
+    return instruction.strip().replace(SEPARATOR, " "), SEPARATOR
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -14,7 +14,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from vla_jax.data.fast.codec import FastTokenizer
+from vla_jax.data.fast.ids import ActionIds
+from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.sample import Sample, Transform, check_dims
 from vla_jax.data.statistics import Statistics
 from vla_jax.data.tokenizer import Tokenizer
@@ -124,13 +128,22 @@ class Tokenize:
     """Of prompt and target together."""
     max_target_tokens: int
     """Of the target with its end."""
+    prompt: Prompt = Prompt()
+    """What the instruction becomes; with a form that has the state in it, this stands before PadDims."""
 
     def inputs(self, sample: Sample) -> Sample:
         """Sets `text`. Raises ValueError where it does not fit."""
-        text = self.tokenizer.encode_prompt(
-            sample.instruction, sample.text_target, self.max_tokens, self.max_target_tokens
+        pieces = self.prompt.pieces(sample.instruction, sample.state)
+        text = self.tokenizer.encode_pieces(
+            pieces, sample.text_target, self.max_tokens, self.max_target_tokens
         )
         return sample.replace(text=text)
+
+    def lengths(self, sample: Sample) -> tuple[int, int]:
+        """How many tokens a sample needs: for all of its text, and for the target with its end."""
+        return self.tokenizer.lengths(
+            self.prompt.pieces(sample.instruction, sample.state), sample.text_target
+        )
 
     def outputs(self, sample: Sample) -> Sample:
         """Nothing to undo."""
@@ -138,7 +151,8 @@ class Tokenize:
 
 
 _TYPES: Mapping[str, type] = {
-    kind.__name__: kind for kind in (SelectCameras, ResizeImages, Normalize, PadDims, Tokenize)
+    kind.__name__: kind
+    for kind in (SelectCameras, ResizeImages, Normalize, TokenizeActions, PadDims, Tokenize)
 }
 
 
@@ -167,6 +181,9 @@ def to_json(transforms: Sequence[Transform]) -> list[dict[str, Any]]:
             }
         elif isinstance(transform, Tokenize):
             values["tokenizer"] = transform.tokenizer.to_files()
+            values["prompt"] = dataclasses.asdict(transform.prompt)
+        elif isinstance(transform, TokenizeActions):
+            values |= {"fast": transform.fast.to_files(), "ids": dataclasses.asdict(transform.ids)}
         result.append({"type": type(transform).__name__, **values})
     return result
 
@@ -185,6 +202,11 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
                 arguments["statistics"] = {key: Statistics.from_json(v) for key, v in statistics.items()}
             elif name == "Tokenize":
                 arguments["tokenizer"] = Tokenizer.from_files(arguments["tokenizer"])
+                arguments["prompt"] = Prompt(**arguments.get("prompt", {}))
+            elif name == "TokenizeActions":
+                arguments["fast"] = FastTokenizer.from_files(arguments["fast"])
+                ids = arguments["ids"]
+                arguments["ids"] = ActionIds(**ids | {"begin": tuple(ids["begin"]), "end": tuple(ids["end"])})
             transforms.append(_TYPES[name](**arguments))
         except (KeyError, TypeError) as error:
             raise ValueError(f"stored transform {name} is incomplete: {error}") from None

@@ -119,6 +119,9 @@ class SolverConfig:
     """Adaptive methods: relative error of a step."""
     atol: float = 1e-5
     """Adaptive methods: absolute error of a step."""
+    temperature: float = 0.0
+    """Chunks as tokens (model.expert.kind=tokens) only: 0 takes the likeliest token each time, 1 samples the learned
+    distribution."""
     unroll: int = 1
     """Steps per iteration of the compiled loop; more compiles longer and may run faster."""
 
@@ -127,6 +130,8 @@ class SolverConfig:
         require(self.grid, Literal["uniform", "edm"], "solver.grid")
         if self.num_steps < 1 or self.unroll < 1:
             raise ValueError(f"solver.num_steps {self.num_steps} and unroll {self.unroll} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"solver.temperature {self.temperature} must not be negative; 0 is greedy")
         if self.eta < 0 or self.rtol <= 0 or self.atol <= 0:
             raise ValueError(
                 f"solver.eta {self.eta}, rtol {self.rtol}, atol {self.atol} must not be negative"

@@ -64,8 +64,12 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """The action expert: its own weights beside the decoder's, in one attention (π0, arXiv:2410.24164)."""
+    """What turns the backbone's cache into a chunk of actions."""
 
+    kind: Literal["joint", "tokens"] = "joint"
+    """joint: weights of its own beside the decoder's, in one attention (π0, arXiv:2410.24164). tokens: no expert at
+    all; the decoder itself writes the chunk as FAST tokens, one after the other (π0-FAST, arXiv:2501.09747), and of
+    the fields below only horizon, action_dim and state_dim are used."""
     width: int = 96
     """Width of the residual stream."""
     mlp: int = 192
@@ -82,6 +86,8 @@ class ExpertConfig:
     """State dimension; 0: as the data set has."""
 
     def __post_init__(self):
+        if self.kind not in ("joint", "tokens"):
+            raise ValueError(f"expert.kind={self.kind!r}: use joint or tokens")
         if self.horizon < 1:
             raise ValueError(f"expert.horizon={self.horizon}: a chunk needs at least one action")
         if self.width % 2:

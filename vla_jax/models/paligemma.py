@@ -79,6 +79,24 @@ class PaliGemma(nn.Module):
         )
         return self.llm.logits(hidden[:, 0]), cache
 
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "b g"], mask: Bool[Array, "b g"]
+    ) -> Float[Array, "b g d"]:
+        """Outputs at further tokens: `decode` with all of them known, as in training.
+
+        Each sees what an expert may see of the cache and the tokens before it; the cache stays as it is.
+        """
+        seen = jnp.sum(cache.visible, axis=1, keepdims=True)
+        causal = prefix_lm_mask(mask, jnp.ones_like(mask))
+        hidden, _ = self.llm(
+            self.llm.embed(tokens),
+            seen + token_positions(mask),
+            causal,
+            (cache.keys, cache.values),
+            cache.visible,
+        )
+        return hidden
+
     def _embed(self, batch: Batch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """Prefix tokens and their mask. All cameras go through the encoder as one batch."""
         cameras = self.config.cameras

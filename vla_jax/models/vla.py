@@ -5,7 +5,8 @@
     cache, hidden = model.apply({"params": params}, batch, method="prefill")
     velocity = model.apply({"params": params}, cache, batch.state, x_t, t, method="denoise")
 
-Parameters: `backbone/img/…`, `backbone/llm/…`, `expert/…`.
+Parameters: `backbone/img/…`, `backbone/llm/…`, `expert/…`. With `expert.kind="tokens"` there is no expert: the
+decoder writes the chunk as tokens (`models.action_tokens.generate_actions`).
 """
 
 import flax.linen as nn
@@ -40,7 +41,8 @@ class VLA(nn.Module):
                 f"model.{unknown[0]} is not set; give it, or resolve the configuration against a data set"
             )
         self.backbone = PaliGemma(cfg)
-        self.expert = JointExpert(cfg)
+        if cfg.expert.kind == "joint":
+            self.expert = JointExpert(cfg)
 
     def prefill(
         self, batch: Batch, target_visible: Bool[Array, " b"] | None = None
@@ -61,6 +63,8 @@ class VLA(nn.Module):
         action_mask: Bool[Array, "bk k a"] | None = None,
     ) -> Float[Array, "bk k a"]:
         """The expert's prediction for noisy chunks at time t. See `JointExpert.denoise`."""
+        if self.config.expert.kind == "tokens":
+            raise ValueError("model.expert.kind=tokens has no expert to denoise with; it writes tokens")
         return self.expert.denoise(cache, state, x_t, t, action_mask)
 
     def decode(
@@ -69,9 +73,18 @@ class VLA(nn.Module):
         """Appends one text token and predicts the next. See `PaliGemma.decode`."""
         return self.backbone.decode(cache, token, slot, visible=visible)
 
+    def extend(
+        self, cache: Cache, tokens: Int[Array, "b g"], mask: Bool[Array, "b g"]
+    ) -> Float[Array, "b g d"]:
+        """Outputs at known further tokens, which see what an expert sees. See `PaliGemma.extend`."""
+        return self.backbone.extend(cache, tokens, mask)
+
     def __call__(
         self, batch: Batch, x_t: Float[Array, "b k a"], t: Float[Array, " b"]
-    ) -> tuple[Float[Array, "b k a"], Float[Array, "b l v"]]:
-        """Prefill and denoise: the prediction and the logits at every text position (for init and tests)."""
+    ) -> tuple[Float[Array, "b k a"] | None, Float[Array, "b l v"]]:
+        """Prefill and denoise: the prediction (None without an expert) and the logits at every text position
+        (for init and tests)."""
         cache, hidden = self.prefill(batch)
+        if self.config.expert.kind == "tokens":
+            return None, self.logits(hidden)
         return self.denoise(cache, batch.state, x_t, t, batch.action_mask), self.logits(hidden)

@@ -3,6 +3,9 @@
 Everything random is drawn once for the whole batch (`draw`), so that the loss of a batch does not depend on how
 it is split into microbatches or over devices; the denominators (`count`) are those of the whole batch, so that
 microbatch losses and gradients simply add up.
+
+A batch may hold its chunks as FAST tokens. Beside continuous actions these are text (π0.5 with knowledge insulation,
+arXiv:2505.23705: the backbone learns from them, the expert does not see them); in their place they are the actions.
 """
 
 from typing import NamedTuple, Protocol
@@ -25,7 +28,7 @@ class Model(Protocol):
     """What the objective asks of a model: a linen module's `apply` with these methods."""
 
     def apply(self, variables: PyTree, *args, method: str):
-        """Methods `prefill`, `logits` and `denoise`, as `models.vla.VLA` has them."""
+        """Methods `prefill`, `extend`, `logits` and `denoise`, as `models.vla.VLA` has them."""
 
 
 class Draws(NamedTuple):
@@ -51,16 +54,24 @@ class Losses(NamedTuple):
     text: Float[Array, ""]
     action: Float[Array, ""]
     text_accuracy: Float[Array, ""]
-    time_histogram: Float[Array, " bins"]
-    action_by_time: Float[Array, " bins"]
+    time_histogram: Float[Array, " bins"] | None
+    """This and the two below: None where the actions are tokens, which have no time."""
+    action_by_time: Float[Array, " bins"] | None
     """Sum of the squared or absolute error, masked, per bin of t; divide by `elements_by_time`."""
-    elements_by_time: Float[Array, " bins"]
+    elements_by_time: Float[Array, " bins"] | None
 
 
 def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> Draws:
-    """Draws times, noise and plan visibility for a batch. Masked action elements count as zero."""
+    """Draws times, noise and plan visibility for a batch. Masked action elements count as zero.
+
+    Where the actions are tokens there is no noise to draw.
+    """
     key_process, key_plan = jax.random.split(key)
-    b = batch.actions.shape[0]
+    b = batch.tokens.shape[0]
+    if batch.actions is None:
+        nothing = jnp.zeros((b, 0))
+        visible = jax.random.bernoulli(key_plan, config.plan_visible, (b,))
+        return Draws(x_t=nothing, t=nothing, target=nothing, plan_visible=visible)
     draws = config.noise_draws
     clean = jnp.where(batch.action_mask, batch.actions, 0)
     corrupted = process.corrupt(key_process, jnp.repeat(clean, draws, axis=0))
@@ -78,9 +89,19 @@ def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> D
 
 def count(batch: Batch, config: ObjectiveConfig) -> Counts:
     """The denominators; at least 1, so that a batch without a modality has loss 0 there."""
-    text = jnp.sum(batch.token_loss).astype(jnp.float32)
-    action = jnp.sum(batch.action_mask).astype(jnp.float32) * config.noise_draws
+    text = jnp.sum(text_targets(batch)).astype(jnp.float32)
+    if batch.actions is None:
+        action = jnp.sum(batch.action_token_loss).astype(jnp.float32)
+    else:
+        action = jnp.sum(batch.action_mask).astype(jnp.float32) * config.noise_draws
     return Counts(jnp.maximum(text, 1), jnp.maximum(action, 1))
+
+
+def text_targets(batch: Batch) -> Bool[Array, "b l"]:
+    """Which tokens are learned as text: targets, and action tokens beside continuous actions."""
+    if batch.actions is None or batch.action_tokens is None:
+        return batch.token_loss
+    return jnp.concatenate([batch.token_loss, batch.action_token_loss], axis=1)
 
 
 def reduction(batch: Batch, config: ObjectiveConfig) -> Pair:
@@ -94,8 +115,10 @@ def reduction(batch: Batch, config: ObjectiveConfig) -> Pair:
         return jnp.sum(sizes) / jnp.maximum(jnp.sum(sizes > 0), 1)
 
     return Pair(
-        per_sample(batch.token_loss, config.text_reduction),
-        per_sample(batch.action_mask, config.action_reduction),
+        per_sample(text_targets(batch), config.text_reduction),
+        per_sample(
+            batch.action_token_loss if batch.actions is None else batch.action_mask, config.action_reduction
+        ),
     )
 
 
@@ -122,12 +145,14 @@ def transfusion_loss(
 
     text = accuracy = jnp.zeros(())
     if config.text:
-        text_sum, correct = text_loss(model, params, hidden, batch, target_tokens)
+        text_sum, correct = all_text_loss(model, params, cache, hidden, batch, target_tokens)
         text, accuracy = text_sum / counts.text, correct / counts.text
 
     action = jnp.zeros(())
-    histogram = by_time = elements = jnp.zeros((TIME_BINS,))
-    if config.action_weight > 0:
+    histogram = by_time = elements = None if batch.actions is None else jnp.zeros((TIME_BINS,))
+    if config.action_weight > 0 and batch.actions is None:
+        action = action_token_loss(model, params, cache, batch)[0] / counts.action
+    elif config.action_weight > 0:
         error = action_error(model, process, config, params, cache, batch, draws)
         action = jnp.sum(error) / counts.action
         histogram, by_time, elements = _by_time(draws.t, error, batch.action_mask)
@@ -152,12 +177,41 @@ def timed_losses(
     """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
     cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
     counts = count(batch, config)
-    text, _ = text_loss(model, params, hidden, batch, target_tokens)
+    text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens)
     error = action_error(model, process, config, params, cache, batch, draws)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
     elements = jnp.einsum("bka,brn->n", batch.action_mask.astype(jnp.float32), member)
     return TimedLosses(text / counts.text, sums / jnp.maximum(elements, 1), elements / counts.action)
+
+
+def all_text_loss(
+    model: Model,
+    params: PyTree,
+    cache: Cache,
+    hidden: Float[Array, "b l d"],
+    batch: Batch,
+    target_tokens: int | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`text_loss`, and that of the action tokens where they are text: sum and how many are right."""
+    total, correct = text_loss(model, params, hidden, batch, target_tokens)
+    if batch.actions is None or batch.action_tokens is None:
+        return total, correct
+    more, more_correct = action_token_loss(model, params, cache, batch)
+    return total + more, correct + more_correct
+
+
+def action_token_loss(
+    model: Model, params: PyTree, cache: Cache, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum of the cross-entropy over the action tokens, and how many are predicted right.
+
+    They see of the prefix what an expert sees, and one another causally.
+    """
+    tokens, mask = batch.action_tokens[:, :-1], batch.action_token_mask[:, :-1]
+    hidden = model.apply({"params": params}, cache, tokens, mask, method="extend")
+    logits = model.apply({"params": params}, hidden, method="logits")
+    return _cross_entropy(logits, batch.action_tokens[:, 1:], batch.action_token_loss[:, 1:])
 
 
 def text_loss(
@@ -175,6 +229,13 @@ def text_loss(
     labels = jnp.take_along_axis(batch.tokens, positions, axis=1)
     inputs = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
     logits = model.apply({"params": params}, inputs, method="logits")
+    return _cross_entropy(logits, labels, valid)
+
+
+def _cross_entropy(
+    logits: Float[Array, "b g v"], labels: Int[Array, "b g"], valid: Bool[Array, "b g"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum over the valid labels, and how many of them are the likeliest; no one-hot is built."""
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (jnp.argmax(logits, axis=-1) == labels) & valid

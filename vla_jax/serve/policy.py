@@ -8,7 +8,9 @@ A policy is frozen and has no state: what changes during an episode lives in `se
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -24,9 +26,10 @@ from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
+from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA
 from vla_jax.serve.executors import take
-from vla_jax.serve.sampling import decode_text, sample_actions
+from vla_jax.serve.sampling import decode_text, sample_action_tokens, sample_actions
 from vla_jax.types import Batch, Observation, PyTree
 
 
@@ -128,7 +131,7 @@ class Policy:
             )
             pieces.append(tokens[: len(rows)])
         decoded = np.concatenate([np.asarray(piece) for piece in pieces])
-        return [self._readable(*pair) for pair in zip(observation.instruction, decoded)]
+        return [self._readable(observation, row, tokens) for row, tokens in enumerate(decoded)]
 
     def act(
         self,
@@ -149,15 +152,12 @@ class Policy:
         for_plan, for_noise = jax.random.split(key)
         if see_plan and plan is None:
             plan = self.plan(observation, for_plan)
-        process = make_process(self.config.process)
+        sample = self._sample_tokens if self.config.kind == "tokens" else self._sample_chunks
         pieces = []
         for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
-            chunks = sample_actions(
-                self.params,
+            chunks = sample(
                 self._batch(observation, rows, size, plan),
                 jax.random.fold_in(for_noise, number),
-                model=self.model,
-                process=process,
                 solver=solver,
                 samples=samples,
                 see_target=see_plan,
@@ -165,6 +165,34 @@ class Policy:
             pieces.append(chunks[: len(rows)])
         chunks = np.concatenate([np.asarray(piece) for piece in pieces])
         return self.bundle.robot_actions(chunks[:, 0] if samples == 1 else chunks, observation)
+
+    @functools.cached_property
+    def grammar(self) -> ActionGrammar:
+        """Which tokens make a chunk, for a policy that writes its chunks as tokens."""
+        actions = self.bundle.tokenize_actions
+        return ActionGrammar(
+            begin=np.asarray(actions.ids.begin, np.int32),
+            end=np.int32(actions.ids.end[0]),
+            coefficients=actions.coefficients(self.config.model.text.vocab),
+            total=np.int32(actions.total),
+        )
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Tokens after which a chunk is cut: four times the longest of the data, and what always suffices if less."""
+        actions = self.bundle.tokenize_actions
+        return min(actions.total or 4 * actions.longest, 4 * actions.longest)
+
+    def read_chunks(self, written: ActionTokens) -> Float[np.ndarray, "b S k a"]:
+        """Sampled tokens as normalised chunks; says in the log how many were no chunk and had to be completed."""
+        chunks, malformed = self.bundle.decode_actions(np.asarray(written.tokens), np.asarray(written.mask))
+        if malformed.any():
+            logging.getLogger(__name__).warning(
+                "%d of %d chunks were malformed; the nearest valid ones are used",
+                malformed.sum(),
+                malformed.size,
+            )
+        return chunks
 
     def check_params(self, where: str | os.PathLike) -> None:
         """Raises ValueError unless the parameters are those of the configured model."""
@@ -178,6 +206,36 @@ class Policy:
                     f"{found.get(path, 'absent')}, this version's model of its configuration wants "
                     f"{shapes.get(path, 'none of that name')}"
                 )
+
+    def _sample_chunks(
+        self, batch: Batch, key: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
+    ) -> Float[np.ndarray, "b S k a"]:
+        return sample_actions(
+            self.params,
+            batch,
+            key,
+            model=self.model,
+            process=make_process(self.config.process),
+            solver=solver,
+            samples=samples,
+            see_target=see_target,
+        )
+
+    def _sample_tokens(
+        self, batch: Batch, key: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
+    ) -> Float[np.ndarray, "b S k a"]:
+        written = sample_action_tokens(
+            self.params,
+            batch,
+            key,
+            self.grammar,
+            solver.temperature,
+            model=self.model,
+            samples=samples,
+            see_target=see_target,
+            max_tokens=self.max_chunk_tokens,
+        )
+        return self.read_chunks(written)
 
     def _init(self, key: PRNGKeyArray) -> PyTree:
         observation = Observation(
@@ -209,12 +267,12 @@ class Policy:
         if samples < 1:
             raise ValueError(f"samples={samples}: must be at least 1")
 
-    def _readable(self, instruction: str, tokens: Int[np.ndarray, " g"]) -> str:
+    def _readable(self, observation: Observation, row: int, tokens: Int[np.ndarray, " g"]) -> str:
         """The decoded text, without as many tokens at its end as it takes to read it within the limits."""
         tokenizer, limits = self.bundle.tokenizer, self.config.data
         for length in range(len(tokens), 0, -1):
             text = tokenizer.decode(tokens[:length])
-            everything, target = tokenizer.lengths(instruction, text)
+            everything, target = self.bundle.text_lengths(observation, row, text)
             if everything <= limits.max_text_tokens and target <= limits.max_target_tokens:
                 return text
         return ""

@@ -1,6 +1,6 @@
-"""The two jitted programs of a policy: images and normalised state to normalised actions, and to text.
+"""The jitted programs of a policy: images and normalised state to normalised actions, to action tokens, and to text.
 
-Both read the prefix once. `model`, `process` and everything after the star are static: another value compiles
+All read the prefix once. `model`, `process` and everything after the star are static: another value compiles
 another program.
 """
 
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Process
+from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_actions
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch, PyTree
@@ -48,6 +49,40 @@ def sample_actions(
     shape = (rows * samples, expert.horizon, expert.action_dim)
     chunks = process.sample(field, key, shape, solver).x
     return chunks.reshape(rows, samples, expert.horizon, expert.action_dim)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "samples", "see_target", "max_tokens"))
+def sample_action_tokens(
+    params: PyTree,
+    batch: Batch,
+    key: PRNGKeyArray,
+    grammar: ActionGrammar,
+    temperature: Float[Array, ""] | float,
+    *,
+    model: VLA,
+    samples: int,
+    see_target: bool,
+    max_tokens: int,
+) -> ActionTokens:
+    """`samples` chunks per observation as tokens, [b S g]: one prefill, then one token after the other.
+
+    With `see_target` the tokens see the batch's text target (the plan).
+    """
+    rows = batch.tokens.shape[0]
+    visible = jnp.full((rows,), see_target)
+    cache, _ = model.apply({"params": params}, batch, visible, method="prefill")
+    cache = cache.replace(
+        keys=jnp.repeat(cache.keys, samples, axis=1),
+        values=jnp.repeat(cache.values, samples, axis=1),
+        mask=jnp.repeat(cache.mask, samples, axis=0),
+        visible=jnp.repeat(cache.visible, samples, axis=0),
+        positions=jnp.repeat(cache.positions, samples, axis=0),
+    )
+    keys = jax.random.split(key, rows * samples)
+    written = generate_actions(
+        model, params, cache, grammar, keys, max_tokens=max_tokens, temperature=temperature
+    )
+    return jax.tree.map(lambda x: x.reshape(rows, samples, -1), written)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "eos"))

@@ -49,21 +49,25 @@ class Flops:
     logits: int
     """The output layer at the text targets."""
     expert: int
-    """One pass of the expert over one chunk."""
+    """One pass of the expert over one chunk; 0 where there is none."""
+    chunk_tokens: int = 0
+    """The chunk as FAST tokens through the language model, with their logits."""
 
     def train_sample(self, noise_draws: int) -> int:
         """Forward and backward of one training sample with so many draws of noise."""
-        return 3 * (self.vision + self.decoder + self.logits + noise_draws * self.expert)
+        once = self.vision + self.decoder + self.logits + self.chunk_tokens
+        return 3 * (once + noise_draws * self.expert)
 
     def chunk(self, evaluations: int) -> int:
         """Sampling one chunk: the prefix once, the expert `evaluations` times; no text is decoded."""
         return self.vision + self.decoder + evaluations * self.expert
 
 
-def model_flops(config: VLAConfig, *, text_tokens: int, target_tokens: int) -> Flops:
+def model_flops(config: VLAConfig, *, text_tokens: int, target_tokens: int, chunk_tokens: int = 0) -> Flops:
     """Counts a model whose sizes are all known.
 
-    `text_tokens` is the padded length of the text, `target_tokens` at how many positions logits are computed.
+    `text_tokens` is the padded length of the text, `target_tokens` at how many positions logits are computed,
+    `chunk_tokens` the padded length of a chunk as tokens.
     """
     vision, text, expert = config.vision, config.text, config.expert
     prefix = len(config.cameras) * vision.tokens + text_tokens
@@ -80,7 +84,11 @@ def model_flops(config: VLAConfig, *, text_tokens: int, target_tokens: int) -> F
         vision=len(config.cameras) * _vision(vision, text.width),
         decoder=_tower(text, text.width, text.mlp, prefix, prefix),
         logits=2 * target_tokens * text.width * text.vocab,
-        expert=_tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections,
+        expert=0
+        if expert.kind == "tokens"
+        else _tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections,
+        chunk_tokens=_tower(text, text.width, text.mlp, chunk_tokens, prefix + chunk_tokens)
+        + 2 * chunk_tokens * text.width * text.vocab,
     )
 
 

@@ -57,6 +57,8 @@ def prepare_data(config: TrainConfig) -> DataBundle:
         cameras=config.model.cameras,
         state_dim=expert.state_dim,
         action_dim=expert.action_dim,
+        horizon=expert.horizon,
+        action_tokens=config.chunk_tokens,
     )
 
 
@@ -66,7 +68,8 @@ def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
         cameras=bundle.cameras,
         state_dim=len(bundle.schema.state_names),
         action_dim=len(bundle.schema.action_names),
-        vocab=bundle.tokenizer.vocab_size,
+        vocab=bundle.vocab_size,
+        chunk_tokens=bundle.tokenize_actions.max_tokens if bundle.tokenize_actions else 0,
     )
 
 
@@ -139,7 +142,7 @@ def init_params(model: VLA, example: Batch):
 
     def init(key: PRNGKeyArray) -> PyTree:
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        t = jnp.zeros(batch.actions.shape[:1])
+        t = jnp.zeros(batch.tokens.shape[:1])
         return model.init(key, batch, batch.actions, t)["params"]
 
     return init
@@ -171,7 +174,13 @@ def train_flops(config: TrainConfig) -> int:
 def count_flops(config: TrainConfig) -> Flops:
     """Analytic FLOPs of a resolved configuration's model on its data."""
     target_tokens = config.data.max_target_tokens if config.objective.text else 0
-    return model_flops(config.model, text_tokens=config.data.max_text_tokens, target_tokens=target_tokens)
+    chunk_tokens = config.data.fast.max_tokens if config.chunk_tokens != "none" else 0
+    return model_flops(
+        config.model,
+        text_tokens=config.data.max_text_tokens,
+        target_tokens=target_tokens,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def describe(config: Mapping[str, Any], prefix: str = "") -> str:

@@ -303,9 +303,10 @@ def _metrics(losses: Losses, objective: ObjectiveConfig) -> Metrics:
     if objective.text:
         metrics |= {"text_loss": losses.text, "text_accuracy": losses.text_accuracy}
     if objective.action_weight > 0:
+        metrics |= {"action_loss": losses.action}
+    if objective.action_weight > 0 and losses.time_histogram is not None:
         by_time = losses.action_by_time / jnp.maximum(losses.elements_by_time, 1)
-        metrics |= {"action_loss": losses.action, "time_histogram": losses.time_histogram}
-        metrics |= {"action_loss_by_time": by_time}
+        metrics |= {"time_histogram": losses.time_histogram, "action_loss_by_time": by_time}
     return metrics
 
 

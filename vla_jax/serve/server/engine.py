@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
@@ -22,7 +22,7 @@ from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
 from vla_jax.serve.server.request import parse as parse_request
-from vla_jax.serve.server.rows import act_rows
+from vla_jax.serve.server.rows import act_rows, act_token_rows
 from vla_jax.serve.server.spec import Spec
 from vla_jax.types import Batch, Observation
 
@@ -116,15 +116,10 @@ class Engine:
             texts = self._planners[bucket].plan(_stack(full), jax.random.key(0))
             if program.sees:
                 batches = [self._model_batch(row.observation, text) for row, text in zip(full, texts)]
-        chunks = act_rows(
-            self._policy.params,
+        chunks = self._sample(
             jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches),
             np.asarray([row.seed for row in full], np.int32),
-            model=self._policy.model,
-            process=self._process,
-            solver=self._solver,
-            samples=program.samples,
-            see_target=program.sees,
+            program,
         )
         chunks = np.asarray(chunks[:, 0] if program.samples == 1 else chunks)
         return [self._answer(row, chunk, text, bucket) for row, chunk, text in zip(rows, chunks, texts)]
@@ -148,6 +143,17 @@ class Engine:
                 calls += 1
         return calls
 
+    def _sample(self, batch: Batch, seeds: Int[np.ndarray, " b"], program: Program) -> Float[Any, "b S k a"]:
+        policy = self._policy
+        asked = {"model": policy.model, "samples": program.samples, "see_target": program.sees}
+        if policy.config.kind == "tokens":
+            limit, temperature = policy.max_chunk_tokens, self._solver.temperature
+            written = act_token_rows(
+                policy.params, batch, seeds, policy.grammar, temperature, max_tokens=limit, **asked
+            )
+            return policy.read_chunks(written)
+        return act_rows(policy.params, batch, seeds, process=self._process, solver=self._solver, **asked)
+
     def _answer(self, row: Row, chunk: np.ndarray, text: str | None, bucket: int) -> Answer | Exception:
         actions = self._policy.bundle.robot_actions(chunk[None], row.observation)[0]
         if not np.isfinite(actions).all():
@@ -162,7 +168,7 @@ class Engine:
 
     def _spec(self, samples: tuple[int, ...], plans: bool) -> Spec:
         policy, schema = self._policy, self._policy.bundle.schema
-        regression = policy.config.process.kind == "regression"
+        regression = policy.config.kind == "regression"
         about: dict[str, Any] = {
             "robot": schema.robot,
             "config_hash": policy.config_hash,

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Process
+from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA
-from vla_jax.serve.sampling import sample_actions
+from vla_jax.serve.sampling import sample_action_tokens, sample_actions
 from vla_jax.types import Batch, PyTree
 
 
@@ -44,5 +45,38 @@ def act_rows(
             samples=samples,
             see_target=see_target,
         )[0]
+
+    return jax.vmap(one)(batch, seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "samples", "see_target", "max_tokens"))
+def act_token_rows(
+    params: PyTree,
+    batch: Batch,
+    seeds: Int[Array, " b"],
+    grammar: ActionGrammar,
+    temperature: float,
+    *,
+    model: VLA,
+    samples: int,
+    see_target: bool,
+    max_tokens: int,
+) -> ActionTokens:
+    """`act_rows` of a policy that writes its chunks as tokens, [b S g]."""
+
+    def one(row: Batch, seed: Int[Array, ""]) -> ActionTokens:
+        _, for_noise = jax.random.split(jax.random.key(seed))
+        written = sample_action_tokens(
+            params,
+            jax.tree.map(lambda leaf: leaf[None], row),
+            jax.random.fold_in(for_noise, 0),
+            grammar,
+            temperature,
+            model=model,
+            samples=samples,
+            see_target=see_target,
+            max_tokens=max_tokens,
+        )
+        return jax.tree.map(lambda leaf: leaf[0], written)
 
     return jax.vmap(one)(batch, seeds)

@@ -1,0 +1,109 @@
+"""Action chunks as tokens, written by the decoder over its cache (FAST, arXiv:2501.09747).
+
+A chunk is complete when its tokens stand for all of its k·a coefficients. The decoder may only choose among the
+tokens that still fit, so that whatever the network says, what comes out is a chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from vla_jax.models.generate import reserve
+from vla_jax.models.vla import VLA
+from vla_jax.types import Cache, PyTree
+
+
+class ActionGrammar(NamedTuple):
+    """Which token ids make up chunks. A pytree of arrays: another tokenizer compiles nothing anew."""
+
+    begin: Int[Array, " n"]
+    """Given before the chunk's tokens; at least one."""
+    end: Int[Array, ""]
+    """The id that follows a chunk's last token."""
+    coefficients: Int[Array, " v"]
+    """How many coefficients an id stands for; 0: it is no action token."""
+    total: Int[Array, ""]
+    """Coefficients of a whole chunk; 0: tokens hold pieces of coefficients, so that only the end id ends a chunk."""
+
+
+class ActionTokens(NamedTuple):
+    """What was written: without begin and end; `mask` is False behind a chunk's last token."""
+
+    tokens: Int[Array, "b g"]
+    mask: Bool[Array, "b g"]
+
+
+def generate_actions(
+    model: VLA,
+    params: PyTree,
+    cache: Cache,
+    grammar: ActionGrammar,
+    keys: PRNGKeyArray,
+    *,
+    max_tokens: int,
+    temperature: Float[Array, ""] | float = 0.0,
+) -> ActionTokens:
+    """Writes a chunk per row of the cache: at most `max_tokens` tokens, over what an expert may see of it.
+
+    `keys` [b] has one key per row. `temperature` 0 takes the likeliest token, 1 samples the model's distribution.
+    Stops when every row is complete, so that short chunks cost less.
+    """
+    rows, start = cache.mask.shape
+    given = grammar.begin.shape[0]
+    cache = reserve(cache.replace(mask=cache.visible), given + max_tokens - 1)
+
+    def decode(cache: Cache, token: Int[Array, " b"], slot: Int[Array, ""]):
+        return model.apply({"params": params}, cache, token, slot, method="decode")
+
+    def read(cache, inputs):
+        token, slot = inputs
+        _, cache = decode(cache, jnp.full((rows,), token), slot)
+        return cache, None
+
+    cache, _ = jax.lax.scan(read, cache, (grammar.begin[:-1], start + jnp.arange(given - 1)))
+
+    def write(carry):
+        i, cache, last, left, alive, tokens, mask = carry
+        # Rows that are complete go on with what nobody reads.
+        logits, cache = decode(cache, last, start + given - 1 + i)
+        token = _choose(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits, left, grammar, temperature)
+        written = alive & ((grammar.total > 0) | (token != grammar.end))
+        tokens = tokens.at[:, i].set(jnp.where(written, token, 0))
+        mask = mask.at[:, i].set(written)
+        left = left - jnp.where(written, grammar.coefficients[token], 0)
+        alive = written & ((grammar.total == 0) | (left > 0))
+        return i + 1, cache, token, left, alive, tokens, mask
+
+    def unfinished(carry):
+        i, _, _, _, alive, _, _ = carry
+        return (i < max_tokens) & jnp.any(alive)
+
+    nothing = jnp.zeros((rows, max_tokens), jnp.int32)
+    first = (
+        jnp.zeros((), jnp.int32),
+        cache,
+        jnp.full((rows,), grammar.begin[-1]),
+        jnp.full((rows,), grammar.total),
+        jnp.ones((rows,), bool),
+        nothing,
+        nothing.astype(bool),
+    )
+    *_, tokens, mask = jax.lax.while_loop(unfinished, write, first)
+    return ActionTokens(tokens, mask)
+
+
+def _choose(
+    keys: PRNGKeyArray,
+    logits: Float[Array, "b v"],
+    left: Int[Array, " b"],
+    grammar: ActionGrammar,
+    temperature: Float[Array, ""] | float,
+) -> Int[Array, " b"]:
+    """The likeliest permitted token of logits + temperature × Gumbel noise: a sample of their softmax."""
+    fits = (grammar.coefficients > 0)[None] & (grammar.coefficients[None] <= left[:, None])
+    pieces = (grammar.coefficients > 0) | (jnp.arange(logits.shape[1]) == grammar.end)
+    allowed = jnp.where(grammar.total > 0, fits, pieces[None])
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.argmax(jnp.where(allowed, logits + temperature * noise, -jnp.inf), axis=-1).astype(jnp.int32)
