@@ -176,7 +176,9 @@ def _pieces(bpe: tokenizers.Tokenizer, by_bytes: bool) -> list[bytes]:
     pieces = [b""] * (max(vocab.values()) + 1)
     byte_of = {char: byte for byte, char in enumerate(_byte_characters())} if by_bytes else {}
     for token, number in vocab.items():
-        pieces[number] = bytes(byte_of[char] for char in token) if by_bytes else token.encode("utf-8")
+        # The public vocabulary also holds plain characters, which no byte stands for and no text ever becomes.
+        of_bytes = by_bytes and all(char in byte_of for char in token)
+        pieces[number] = bytes(byte_of[char] for char in token) if of_bytes else token.encode("utf-8")
     return pieces
 
 
