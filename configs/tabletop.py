@@ -40,10 +40,10 @@ def get_config() -> TrainConfig:
         optim=OptimConfig(algorithm="muon", learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
             batch_size=16,
-            steps=2600,
+            steps=3000,
             ema_decay=0.995,
             log_every=10,
-            val_every=500,
+            val_every=1000,
             val_batches=4,
             save_every=500,
         ),
