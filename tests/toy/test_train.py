@@ -43,9 +43,9 @@ def test_noise_and_score_are_one_training():
 
 
 def test_score_of_a_trained_network(diffusion):
-    """A3: within 5 % of the exact score where the data are, from nearly pure noise to nearly data."""
+    """A3: the exact score where the data are. Nearly at the data a short training leaves 14 %, the long one of
+    benchmarks/RESULTS.md 4 %."""
     error = measure.time_error(diffusion, np.array([0.1, 0.5, 0.9]), n=8192)
-    print(np.sqrt(error.error / error.size))
     assert (np.sqrt(error.error / error.size) < np.array([0.05, 0.05, 0.15])).all()
 
 
