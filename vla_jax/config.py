@@ -49,6 +49,16 @@ class TrainConfig:
             raise ValueError(
                 "data.action_tokens are learned as text; set objective.text=True, or leave them out"
             )
+        prefix, horizon = self.objective.rtc_prefix, self.model.expert.horizon
+        if prefix and self.kind != "flow":
+            raise ValueError(
+                f"objective.rtc_prefix={prefix} needs process.kind=flow, not {self.kind}: "
+                "only there is a clean action an input at t = 1"
+            )
+        if prefix >= horizon:
+            raise ValueError(
+                f"objective.rtc_prefix={prefix} leaves nothing of chunks of {horizon} actions; use less than that"
+            )
 
     @property
     def kind(self) -> str:

@@ -67,14 +67,26 @@ class DataBundle:
         """Samples in the robot's units as the model's batch; leaves are numpy arrays."""
         return collate([tf.apply_inputs(self.transforms, sample) for sample in samples])
 
-    def observation_batch(self, observation: Observation, targets: Sequence[str] | None = None) -> Batch:
-        """What the robots see as the model's batch; `targets` are plans to follow, one per robot."""
-        return self.batch(
-            [
-                _observed(observation, row, targets[row] if targets is not None else None)
-                for row in range(len(observation.instruction))
+    def observation_batch(
+        self,
+        observation: Observation,
+        targets: Sequence[str] | None = None,
+        actions: Float[np.ndarray, "b k robot_a"] | None = None,
+    ) -> Batch:
+        """What the robots see as the model's batch; `targets` are plans to follow, one per robot.
+
+        `actions` are chunks in the robots' units, e.g. those that run now; the batch has them in the model's.
+        """
+        samples = [
+            _observed(observation, row, targets[row] if targets is not None else None)
+            for row in range(len(observation.instruction))
+        ]
+        if actions is not None:
+            samples = [
+                sample.replace(actions=chunk, action_mask=np.ones(chunk.shape, bool))
+                for sample, chunk in zip(samples, actions)
             ]
-        )
+        return self.batch(samples)
 
     def text_lengths(self, observation: Observation, row: int, target: str) -> tuple[int, int]:
         """Tokens of a robot's prompt with a plan, and of the plan with its end."""

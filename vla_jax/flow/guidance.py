@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vla_jax.flow.paths import AffinePath, align
 from vla_jax.flow.predictions import Kind
@@ -65,7 +65,7 @@ def classifier_free(
         if zero_star:
             f_u = _projection(f_c, f_u) * f_u
         scale = jnp.where((interval[0] <= t) & (t <= interval[1]), w, 1.0)
-        return (f_u + align(scale, x) * (f_c - f_u)).astype(f_c.dtype)
+        return mix(f_c, f_u, align(scale, x))
 
     if interval == (0.0, 1.0):
         return guided
@@ -75,6 +75,11 @@ def classifier_free(
         return jax.lax.cond(inside, guided, conditional, x, t)
 
     return within
+
+
+def mix(f_c: Array, f_u: Array, w: Array | float) -> Array:
+    """``f_u + w (f_c - f_u)`` (2207.12598, eq. 6), written so that w = 1 is exactly f_c; w = 0 is exactly f_u too."""
+    return jnp.where(w == 0, f_u, f_c + (w - 1) * (f_c - f_u)).astype(f_c.dtype)
 
 
 def _projection(f_c: Array, f_u: Array) -> Array:
@@ -159,13 +164,15 @@ def soft_inpaint(
     known: Float[Array, "b ..."],
     weight: Float[Array, "b ..."],
     *,
-    bound: float = 5.0,
+    bound: float | Float[Array, ""] = 5.0,
+    jacobian: bool = True,
 ) -> Field:
     """Real-time chunking's guidance of a CondOT velocity towards `known` (Black et al. 2506.07339, eq. 2-4).
 
     ``v + min(bound, (1-t) / (t r^2)) J^T W (known - x1(x))`` with ``x1 = x + (1-t) v``, J its Jacobian and
     ``r^2 = (1-t)^2 / (t^2 + (1-t)^2)``: entries of weight 1 are held, of weight 0 free, others pulled. Costs one
-    vector-Jacobian product of the field an evaluation.
+    vector-Jacobian product of the field an evaluation; with jacobian=False J is taken for the identity, which costs
+    nothing and is another rule (it is what LeRobot's code computes). All weights 0: the plain field.
     """
 
     def guided(x, t):
@@ -173,10 +180,41 @@ def soft_inpaint(
             v = field(x, t)
             return x + align(1 - t, x) * v, v
 
-        x1, pull, v = jax.vjp(data, x, has_aux=True)
-        (correction,) = pull((weight * (known - x1)).astype(x1.dtype))
+        if jacobian:
+            x1, pull, v = jax.vjp(data, x, has_aux=True)
+            (correction,) = pull((weight * (known - x1)).astype(x1.dtype))
+        else:
+            x1, v = data(x)
+            correction = (weight * (known - x1)).astype(x1.dtype)
         # (1-t) / (t r^2) with r^2 written out: infinite, never 0/0, at both ends.
         strength = jnp.minimum(bound, (t**2 + (1 - t) ** 2) / (t * (1 - t)))
         return v + align(strength, x) * correction
 
     return guided
+
+
+def soft_weights(horizon: int, delay: int | Int[Array, ""], end: int | Int[Array, ""]) -> Float[Array, " k"]:
+    """W of real-time chunking for a chunk of k steps (2506.07339, eq. 5): 1, then falling, then 0.
+
+    The first `delay` steps run before the chunk is there: 1. From `end` on nothing is known: 0. Between them
+    ``c (e^c - 1) / (e - 1)`` with ``c = (end - i) / (end - delay + 1)``.
+    """
+    i = jnp.arange(horizon)
+    c = jnp.clip((end - i) / (end - delay + 1), 0, 1)
+    falling = c * jnp.expm1(c) / jnp.expm1(1.0)
+    return jnp.where(i < end, jnp.where(i < delay, 1.0, falling), 0.0)
+
+
+def clean_prefix(field: Field, known: Float[Array, "b k a"], held: Bool[Array, "b k #a"]) -> Field:
+    """A velocity field that keeps the steps `held` at `known`, and shows them to `field` as data: clean, at t = 1.
+
+    For fields trained so (training-time real-time chunking, 2512.05964). `field` takes times [b k]. Start the solver
+    from ``where(held, known, noise)``; it ends there exactly.
+    """
+
+    def clamped(x, t):
+        clean = held.any(axis=-1)
+        v = field(jnp.where(held, known, x), jnp.where(clean, 1, align(t, clean)))
+        return jnp.where(held, 0, v)
+
+    return clamped

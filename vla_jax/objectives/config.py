@@ -48,6 +48,12 @@ class ObjectiveConfig:
     """K: how many (time, noise) draws share one pass of the backbone."""
     plan_visible: float = 0.5
     """Probability that a sample's expert sees its text target, so that one network acts with and without a plan."""
+    prompt_dropout: float = 0.0
+    """Probability that a sample has the null prompt (no instruction, no text target), so that sampling can be guided
+    by language; 0.1 is usual, 0: no guidance."""
+    rtc_prefix: int = 0
+    """D: each draw's first d ~ U{0..D} actions are clean and not learned, so that a chunk can continue the one that
+    runs while it is computed (training-time real-time chunking); 0: none."""
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     def __post_init__(self):
@@ -62,6 +68,10 @@ class ObjectiveConfig:
             raise ValueError(f"objective.noise_draws={self.noise_draws}: at least 1")
         if not 0 <= self.plan_visible <= 1:
             raise ValueError(f"objective.plan_visible={self.plan_visible} is not a probability")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"objective.prompt_dropout={self.prompt_dropout} lies outside [0, 1)")
+        if self.rtc_prefix < 0:
+            raise ValueError(f"objective.rtc_prefix={self.rtc_prefix}: must not be negative")
 
     def _check_both(self) -> None:
         """Weighing and comparing two losses needs two, and their gradients a trunk that they share."""

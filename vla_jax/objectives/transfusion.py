@@ -38,6 +38,8 @@ class Draws(NamedTuple):
     t: Float[Array, "b draws"]
     target: Float[Array, "b draws k a"]
     plan_visible: Bool[Array, " b"]
+    prefix: Int[Array, "b draws"] | None = None
+    """How many actions of each draw are clean: the beginning of a chunk that is being executed."""
 
 
 class Counts(NamedTuple):
@@ -79,19 +81,43 @@ def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> D
     def group(x: Array) -> Array:
         return x.reshape(b, draws, *x.shape[1:])
 
+    x_t, prefix = group(corrupted.x_t), None
+    if config.rtc_prefix:
+        key_prefix = jax.random.fold_in(key, 2)  # split's children are 0 and 1
+        prefix = jax.random.randint(key_prefix, (b, draws), 0, config.rtc_prefix + 1)
+        x_t = jnp.where(in_prefix(prefix, x_t.shape[2])[..., None], clean[:, None], x_t)
     return Draws(
-        x_t=group(corrupted.x_t),
+        x_t=x_t,
         t=group(corrupted.t),
         target=group(corrupted.target),
         plan_visible=jax.random.bernoulli(key_plan, config.plan_visible, (b,)),
+        prefix=prefix,
     )
 
 
-def count(batch: Batch, config: ObjectiveConfig) -> Counts:
-    """The denominators; at least 1, so that a batch without a modality has loss 0 there."""
+def in_prefix(prefix: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b k"]:
+    """Which actions of a chunk belong to its clean prefix."""
+    return jnp.arange(horizon) < prefix[..., None]
+
+
+def learned(batch: Batch, draws: Draws) -> Bool[Array, "b #draws k a"]:
+    """Which elements have an action loss: the valid ones behind the clean prefix."""
+    mask = batch.action_mask[:, None]
+    if draws.prefix is None:
+        return mask
+    return mask & ~in_prefix(draws.prefix, mask.shape[2])[..., None]
+
+
+def count(batch: Batch, config: ObjectiveConfig, draws: Draws | None = None) -> Counts:
+    """The denominators; at least 1, so that a batch without a modality has loss 0 there.
+
+    `draws` are needed where `rtc_prefix` makes the number of learned elements depend on them.
+    """
     text = jnp.sum(text_targets(batch)).astype(jnp.float32)
     if batch.actions is None:
         action = jnp.sum(batch.action_token_loss).astype(jnp.float32)
+    elif config.rtc_prefix:
+        action = jnp.sum(learned(batch, draws)).astype(jnp.float32)
     else:
         action = jnp.sum(batch.action_mask).astype(jnp.float32) * config.noise_draws
     return Counts(jnp.maximum(text, 1), jnp.maximum(action, 1))
@@ -106,7 +132,8 @@ def text_targets(batch: Batch) -> Bool[Array, "b l"]:
 
 def reduction(batch: Batch, config: ObjectiveConfig) -> Pair:
     """What turns the means into the configured reductions: 1, or the mean number of elements of the samples
-    that have any. Like the means it does not depend on the batch's size, padding or partition."""
+    that have any (of the whole chunk, clean prefix included). Like the means it does not depend on the batch's
+    size, padding or partition."""
 
     def per_sample(mask: Bool[Array, "b ..."], how: str) -> Float[Array, ""]:
         if how == "mean":
@@ -155,7 +182,7 @@ def transfusion_loss(
     elif config.action_weight > 0:
         error = action_error(model, process, config, params, cache, batch, draws)
         action = jnp.sum(error) / counts.action
-        histogram, by_time, elements = _by_time(draws.t, error, batch.action_mask)
+        histogram, by_time, elements = _by_time(draws.t, error, learned(batch, draws))
 
     total = text + config.action_weight * action
     if weights is not None:
@@ -176,12 +203,13 @@ def timed_losses(
 ) -> TimedLosses:
     """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
     cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
-    counts = count(batch, config)
+    counts = count(batch, config, draws)
     text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens)
     error = action_error(model, process, config, params, cache, batch, draws)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
-    elements = jnp.einsum("bka,brn->n", batch.action_mask.astype(jnp.float32), member)
+    valid = jnp.broadcast_to(learned(batch, draws), error.shape).astype(jnp.float32)
+    elements = jnp.einsum("brka,brn->n", valid, member)
     return TimedLosses(text / counts.text, sums / jnp.maximum(elements, 1), elements / counts.action)
 
 
@@ -245,7 +273,7 @@ def _cross_entropy(
 def action_error(
     model: Model, process, config: ObjectiveConfig, params: PyTree, cache: Cache, batch: Batch, draws: Draws
 ) -> Float[Array, "b draws k a"]:
-    """Elementwise loss of the expert's prediction, zero where the mask is False."""
+    """Elementwise loss of the expert's prediction, zero where nothing is learned. A clean prefix has t = 1."""
     if config.insulation < 1:
         cache = cache.replace(
             keys=scale_gradient(cache.keys, config.insulation),
@@ -256,26 +284,28 @@ def action_error(
     def rows(x: Array) -> Array:
         return x.reshape(b * repeats, *x.shape[2:])
 
-    mask = jnp.repeat(batch.action_mask, repeats, axis=0)
+    t = rows(draws.t)
+    if draws.prefix is not None:
+        t = jnp.where(in_prefix(rows(draws.prefix), draws.x_t.shape[2]), 1.0, t[:, None])
     prediction = model.apply(
         {"params": params},
         cache,
         jnp.repeat(batch.state, repeats, axis=0),
         rows(draws.x_t),
-        rows(draws.t),
-        mask,
+        t,
+        jnp.repeat(batch.action_mask, repeats, axis=0),
         method="denoise",
     )
-    error = process.loss(prediction, rows(draws.target))
-    return jnp.where(mask, error, 0).reshape(draws.x_t.shape)
+    error = process.loss(prediction, rows(draws.target)).reshape(draws.x_t.shape)
+    return jnp.where(learned(batch, draws), error, 0)
 
 
 def _by_time(
-    t: Float[Array, "b draws"], error: Float[Array, "b draws k a"], mask: Bool[Array, "b k a"]
+    t: Float[Array, "b draws"], error: Float[Array, "b draws k a"], mask: Bool[Array, "b #draws k a"]
 ) -> tuple[Float[Array, " bins"], Float[Array, " bins"], Float[Array, " bins"]]:
     """How many draws, how much error and how many elements fall into each bin of t."""
     member = _members(t, TIME_BINS)
-    elements = jnp.broadcast_to(jnp.sum(mask, axis=(1, 2))[:, None], t.shape)
+    elements = jnp.broadcast_to(jnp.sum(mask, axis=(2, 3)), t.shape)
     sums = jax.lax.stop_gradient(jnp.sum(error, axis=(2, 3)))
     return (
         jnp.sum(member, axis=(0, 1)),

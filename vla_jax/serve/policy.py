@@ -25,11 +25,12 @@ from vla_jax.checkpoint import load, read_meta
 from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.guidance import soft_weights
 from vla_jax.flow.processes import make_process
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA
-from vla_jax.serve.executors import take
-from vla_jax.serve.sampling import decode_text, sample_action_tokens, sample_actions
+from vla_jax.serve.executors.base import Running, take
+from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
 from vla_jax.types import Batch, Observation, PyTree
 
 
@@ -103,6 +104,11 @@ class Policy:
         return self.config.objective.plan_visible > 0
 
     @property
+    def guides(self) -> bool:
+        """Whether it was trained with null prompts too, so that the instruction can be given a weight."""
+        return self.config.objective.prompt_dropout > 0 and self.config.kind != "tokens"
+
+    @property
     def action_scale(self) -> Float[np.ndarray, " a"]:
         """Standard deviation of each action dimension in the training data (the mean of the tasks' own)."""
         statistics = self.bundle.normalize.statistics.values()
@@ -142,22 +148,32 @@ class Policy:
         plan: Sequence[str] | None = None,
         see_plan: bool = False,
         samples: int = 1,
+        guidance: float | None = None,
+        running: Running | None = None,
     ) -> Float[np.ndarray, "b *S k a"]:
         """Chunks of actions in the robots' units, [b k a], or [b S k a] with `samples` = S above 1.
 
         With `see_plan` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
-        one. Raises ValueError where the policy was not trained for what is asked.
+        one. `guidance` is the instruction's weight: 0 ignores it, 1 is the plain policy, more exaggerates; other
+        values than None compile one further program for all of them. With `running` the chunks continue those that
+        the robots run now. Raises ValueError where the policy was not trained for what is asked.
         """
         self._check_request(observation, plan, see_plan, samples)
+        self._check_steering(guidance, running)
         for_plan, for_noise = jax.random.split(key)
         if see_plan and plan is None:
             plan = self.plan(observation, for_plan)
-        sample = self._sample_tokens if self.config.kind == "tokens" else self._sample_chunks
+        tokens = self.config.kind == "tokens"
+        sample = self._sample_tokens if tokens else functools.partial(self._sample_chunks, guidance=guidance)
         pieces = []
         for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
+            steering = {}
+            if running is not None:
+                steering["overlap"] = self._overlap(observation, rows, size, running)
             chunks = sample(
                 self._batch(observation, rows, size, plan),
                 jax.random.fold_in(for_noise, number),
+                **steering,
                 solver=solver,
                 samples=samples,
                 see_target=see_plan,
@@ -208,12 +224,22 @@ class Policy:
                 )
 
     def _sample_chunks(
-        self, batch: Batch, key: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
+        self,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        solver: SolverConfig,
+        samples: int,
+        see_target: bool,
+        guidance: float | None = None,
+        overlap: Overlap | None = None,
     ) -> Float[np.ndarray, "b S k a"]:
         return sample_actions(
             self.params,
             batch,
             key,
+            guidance=None if guidance is None else np.float32(guidance),
+            overlap=overlap,
             model=self.model,
             process=make_process(self.config.process),
             solver=solver,
@@ -267,6 +293,38 @@ class Policy:
         if samples < 1:
             raise ValueError(f"samples={samples}: must be at least 1")
 
+    def _check_steering(self, guidance: float | None, running: Running | None) -> None:
+        if guidance is not None:
+            if not np.isfinite(guidance):
+                raise ValueError(f"guidance={guidance}: a finite weight is expected")
+            if guidance != 1 and self.config.kind == "tokens":
+                raise ValueError(f"guidance={guidance}: a policy that writes its actions as tokens takes none")
+            if guidance != 1 and not self.guides:
+                raise ValueError(
+                    f"guidance={guidance}: this policy was trained with objective.prompt_dropout=0, so it does not "
+                    "know the null prompt; leave guidance out, or train with 0.1"
+                )
+        if running is None:
+            return
+        if self.config.kind != "flow" or self.config.process.path != "cond_ot":
+            raise ValueError(
+                "continuing a running chunk (rtc) needs a policy trained with process.kind=flow, process.path=cond_ot"
+            )
+        trained = self.config.objective.rtc_prefix
+        if running.how == "prefix" and running.delay > trained:
+            raise ValueError(
+                f"rtc_prefix with a delay of {running.delay} steps: the policy was trained with "
+                f"objective.rtc_prefix={trained}; use rtc, or train with {running.delay} or more"
+            )
+
+    def _overlap(self, observation: Observation, rows: range, size: int, running: Running) -> Overlap:
+        """The running chunks of some robots in the model's units, and how much of them is to be kept."""
+        known = self._batch(observation, rows, size, None, running.actions).actions
+        end = running.delay if running.how == "prefix" else running.end
+        weight = soft_weights(self.horizon, running.delay, end)
+        weight = jnp.broadcast_to(weight, known.shape[:2])
+        return Overlap(known=known, weight=weight, bound=np.float32(running.bound), how=running.how)
+
     def _readable(self, observation: Observation, row: int, tokens: Int[np.ndarray, " g"]) -> str:
         """The decoded text, without as many tokens at its end as it takes to read it within the limits."""
         tokenizer, limits = self.bundle.tokenizer, self.config.data
@@ -284,11 +342,19 @@ class Policy:
             rows = range(start, min(start + self.batch_size, robots))
             yield rows, next(size for size in sizes if size >= len(rows))
 
-    def _batch(self, observation: Observation, rows: range, size: int, plan: Sequence[str] | None) -> Batch:
+    def _batch(
+        self,
+        observation: Observation,
+        rows: range,
+        size: int,
+        plan: Sequence[str] | None,
+        actions: Float[np.ndarray, "b k a"] | None = None,
+    ) -> Batch:
         """Some robots as the network's batch, the last one repeated up to `size`."""
         rows = [*rows] + [rows[-1]] * (size - len(rows))
         targets = None if plan is None else [plan[row] for row in rows]
-        batch = self.bundle.observation_batch(take(observation, rows), targets)
+        chunks = None if actions is None else actions[rows]
+        batch = self.bundle.observation_batch(take(observation, rows), targets, chunks)
         expert = self.config.model.expert
         real = np.arange(expert.action_dim) < len(self.bundle.schema.action_names)
         if real.all():

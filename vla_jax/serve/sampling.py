@@ -1,21 +1,46 @@
 """The jitted programs of a policy: images and normalised state to normalised actions, to action tokens, and to text.
 
-All read the prefix once. `model`, `process` and everything after the star are static: another value compiles
-another program.
+All read the prefix once. `model`, `process` and everything after the star are static (another value compiles
+another program), except `guidance` and `overlap`, whose values are traced.
 """
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from vla_jax.data.prompts import null_prompt
 from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint
 from vla_jax.flow.processes import Process
+from vla_jax.flow.solvers import Field
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_actions
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch, PyTree
+
+Continuation = Literal["vjp", "jacobian_free", "prefix"]
+"""How a new chunk is made to continue the one that runs; see `flow.guidance`: the first two are `soft_inpaint`,
+prefix is `clean_prefix`, for policies that were trained with `objective.rtc_prefix`."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("known", "weight", "bound"), meta_fields=("how",)
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """The rest of the chunk that runs, from the new chunk's first step on, in the model's units."""
+
+    known: Float[Array, "b k a"]
+    """What it plans for each step; anything where `weight` is 0."""
+    weight: Float[Array, "b k"]
+    """How much of it is to be kept: 1 held, 0 free."""
+    bound: Float[Array, ""] | float = 5.0
+    """Largest strength of soft inpainting (β of 2506.07339)."""
+    how: Continuation = "vjp"
 
 
 @functools.partial(jax.jit, static_argnames=("model", "process", "solver", "samples", "see_target"))
@@ -29,16 +54,84 @@ def sample_actions(
     solver: SolverConfig,
     samples: int,
     see_target: bool,
+    guidance: Float[Array, ""] | float | None = None,
+    overlap: Overlap | None = None,
 ) -> Float[Array, "b S k a"]:
     """`samples` chunks per observation: one prefill, then the solver over [b·S] noisy chunks and one cache.
 
     With `see_target` the expert sees the batch's text target (the plan). `batch.action_mask` says which action
     dimensions exist; the others hold zeros to the network and are to be cut off by the caller.
+
+    `guidance`: the weight w of the instruction (`sample_guided`). 1 and 0 run the very computation of the
+    unguided program, with the instruction and without it, at its cost; None has no such branch at all.
     """
+    sample = functools.partial(
+        sample_plain, params, key=key, model=model, process=process, solver=solver, samples=samples,
+        see_target=see_target, overlap=overlap,
+    )  # fmt: skip
+    if guidance is None:
+        return sample(batch)
+    guided = functools.partial(
+        sample_guided, params, key=key, model=model, process=process, solver=solver, samples=samples,
+        see_target=see_target, overlap=overlap, guidance=guidance,
+    )  # fmt: skip
+    one_sided = (guidance == 0) | (guidance == 1)
+
+    def alone(batch: Batch) -> Array:
+        null = null_prompt(batch)
+        return sample(jax.tree.map(lambda c, n: jnp.where(guidance == 0, n, c), batch, null))
+
+    return jax.lax.cond(one_sided, alone, guided, batch)
+
+
+def sample_plain(
+    params: PyTree,
+    batch: Batch,
+    *,
+    key: PRNGKeyArray,
+    model: VLA,
+    process: Process,
+    solver: SolverConfig,
+    samples: int,
+    see_target: bool,
+    overlap: Overlap | None = None,
+) -> Float[Array, "b S k a"]:
+    """Without guidance."""
+    field = _field(params, batch, model, samples, see_target)
+    return _solve(field, batch, key, model, process, solver, samples, overlap)
+
+
+def sample_guided(
+    params: PyTree,
+    batch: Batch,
+    *,
+    guidance: Float[Array, ""] | float,
+    key: PRNGKeyArray,
+    model: VLA,
+    process: Process,
+    solver: SolverConfig,
+    samples: int,
+    see_target: bool,
+    overlap: Overlap | None = None,
+) -> Float[Array, "b S k a"]:
+    """Classifier-free guidance on language: ``f_null + w (f_prompt - f_null)``, both as one batch of 2b rows.
+
+    The null prompt has no plan either: a plan tells what was asked.
+    """
+    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), batch, null_prompt(batch))
+    field = _field(params, both, model, samples, see_target)
+
+    def guided(x: Array, t: Array) -> Array:
+        f_c, f_u = jnp.split(field(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2)
+        return mix(f_c, f_u, guidance)
+
+    return _solve(guided, batch, key, model, process, solver, samples, overlap)
+
+
+def _field(params: PyTree, batch: Batch, model: VLA, samples: int, see_target: bool) -> Field:
+    """One prefill, and the expert's prediction over its cache."""
     variables = {"params": params}
-    expert = model.config.expert
-    rows = batch.tokens.shape[0]
-    visible = jnp.full((rows,), see_target)
+    visible = jnp.full((batch.tokens.shape[0],), see_target)
     cache, _ = model.apply(variables, batch, visible, method="prefill")
     state = jnp.repeat(batch.state, samples, axis=0)
     mask = None if batch.action_mask is None else jnp.repeat(batch.action_mask, samples, axis=0)
@@ -46,8 +139,37 @@ def sample_actions(
     def field(x_t, t):
         return model.apply(variables, cache, state, x_t, t, mask, method="denoise")
 
+    return field
+
+
+def _solve(
+    field: Field,
+    batch: Batch,
+    key: PRNGKeyArray,
+    model: VLA,
+    process: Process,
+    solver: SolverConfig,
+    samples: int,
+    overlap: Overlap | None,
+) -> Float[Array, "b S k a"]:
+    """From noise to chunks, continuing the one that runs where there is one."""
+    expert, rows = model.config.expert, batch.tokens.shape[0]
     shape = (rows * samples, expert.horizon, expert.action_dim)
-    chunks = process.sample(field, key, shape, solver).x
+    if overlap is None:
+        chunks = process.sample(field, key, shape, solver).x
+    else:
+        known = jnp.repeat(overlap.known, samples, axis=0)
+        weight = jnp.repeat(overlap.weight, samples, axis=0)[..., None]
+        if overlap.how == "prefix":
+            held = weight > 0
+            noise = jnp.where(held, known, jax.random.normal(key, shape))
+            chunks = process.sample(clean_prefix(field, known, held), key, shape, solver, noise=noise).x
+        else:
+            if batch.action_mask is not None:
+                weight = weight * jnp.repeat(batch.action_mask, samples, axis=0)
+            jacobian = overlap.how == "vjp"
+            field = soft_inpaint(field, known, weight, bound=overlap.bound, jacobian=jacobian)
+            chunks = process.sample(field, key, shape, solver).x
     return chunks.reshape(rows, samples, expert.horizon, expert.action_dim)
 
 

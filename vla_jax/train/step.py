@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import augment
+from vla_jax.data.prompts import drop_prompts
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
 from vla_jax.objectives.diagnostics import as_metrics, diagnose
 from vla_jax.objectives.transfusion import (
@@ -79,6 +80,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key_augment, key_draw = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         batch = augment(key_augment, batch, config.augment)
+        if objective.prompt_dropout:
+            key_prompt = jax.random.fold_in(key_draw, 3)  # `draw` uses the children 0 to 2
+            batch = drop_prompts(key_prompt, batch, objective.prompt_dropout)
         draws = draw(key_draw, batch, process, config.objective)
         if weighting is None:
             weights = Pair(1.0, objective.action_weight)
@@ -142,7 +146,7 @@ def make_eval_step(
         draws = draw(key, batch, process, config.objective)
         one = Counts(jnp.ones(()), jnp.ones(()))
         sums = _loss(model, process, config, params, batch, draws, one)
-        return EvalSums(sums, count(batch, config.objective))
+        return EvalSums(sums, count(batch, config.objective, draws))
 
     return eval_step
 
@@ -268,7 +272,7 @@ def _gradients(
     Each microbatch's loss is its share of the batch's (the denominators are those of the batch), so shares and
     gradients add up, whatever the masks. Microbatches are strided: every device keeps a part of each.
     """
-    counts = count(batch, config.objective)
+    counts = count(batch, config.objective, draws)
 
     def loss(params: PyTree, batch: Batch, draws: Draws) -> tuple[Array, Losses]:
         losses = _loss(model, process, config, params, batch, draws, counts, weights)

@@ -1,0 +1,227 @@
+"""What all executors share, and the plainest: look, predict a chunk, run the first of it, look again."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from vla_jax.flow.config import SolverConfig
+from vla_jax.types import Observation
+
+ExecutorKind = Literal["receding", "async", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix"]
+CONTINUATIONS = {"rtc": "vjp", "rtc_jacobian_free": "jacobian_free", "rtc_prefix": "prefix"}
+"""Kinds whose new chunk continues the one that runs, and how (`serve.sampling.Continuation`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Running:
+    """The chunk that robots run while the next one is computed, from the new chunk's first step on."""
+
+    actions: Float[np.ndarray, "b k a"]
+    """In the robot's units; from step `end` on anything finite."""
+    delay: int
+    """Steps that will have run before the new chunk is there: these are to be kept."""
+    end: int
+    """Steps that are planned at all."""
+    how: str = "vjp"
+    """`serve.sampling.Continuation`."""
+    bound: float = 5.0
+    """β, the largest strength of soft inpainting."""
+
+
+class ChunkPolicy(Protocol):
+    """What an executor asks of a policy; `vla_jax.serve.policy.Policy` is one, a scripted expert another.
+
+    `act` gets `guidance` and `running` only where the executor's configuration asks for them.
+    """
+
+    @property
+    def horizon(self) -> int:
+        """k, the number of actions in a chunk."""
+
+    def plan(self, observation: Observation, key: PRNGKeyArray) -> list[str]:
+        """One text per robot."""
+
+    def act(
+        self,
+        observation: Observation,
+        key: PRNGKeyArray,
+        *,
+        solver: SolverConfig,
+        plan: Sequence[str] | None = None,
+        see_plan: bool = False,
+    ) -> Float[np.ndarray, "b k a"]:
+        """One chunk of actions per robot, in the robot's units."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutorConfig:
+    """How a policy's chunks are executed."""
+
+    kind: ExecutorKind = "receding"
+    """receding: predict, run, look again; the robot stands still while a prediction takes its time. async: it goes on
+    with the old chunk meanwhile, then switches. ensemble: it runs the average of all chunks that cover a step. rtc,
+    rtc_jacobian_free, rtc_prefix: async, and the new chunk is made to continue the old one (real-time chunking)."""
+    execute: int = 8
+    """Steps from one prediction to the next."""
+    delay: int = 0
+    """Steps that a prediction takes."""
+    see_plan: bool = False
+    """Decode a plan at the episode's start, hold it, and show it to the actions."""
+    guidance: float | None = None
+    """Weight of the instruction (classifier-free guidance); None and 1: none."""
+    decay: float = 0.01
+    """ensemble: the weight of the i-th oldest chunk is exp(-decay · i)."""
+    bound: float = 5.0
+    """rtc, rtc_jacobian_free: largest strength of the pull towards the old chunk."""
+
+    def __post_init__(self):
+        if self.kind not in get_args(ExecutorKind):
+            raise ValueError(
+                f"executor {self.kind!r} is unknown; use one of {', '.join(get_args(ExecutorKind))}"
+            )
+        if self.execute < 1:
+            raise ValueError(f"execute={self.execute}: run at least 1 action of each chunk")
+        if self.delay < 0:
+            raise ValueError(f"delay={self.delay}: must not be negative")
+        if self.kind != "receding" and self.delay > self.execute:
+            raise ValueError(
+                f"delay={self.delay} is more than execute={self.execute}: a prediction would begin before the last "
+                f"one is there; use --execute {self.delay} or more"
+            )
+
+    def check(self, horizon: int) -> None:
+        """ValueError unless chunks of that length are long enough."""
+        if self.execute > horizon:
+            raise ValueError(
+                f"execute={self.execute} is more than the {horizon} actions of a predicted chunk; "
+                f"use --execute {horizon} or less"
+            )
+        if self.kind != "receding" and self.execute + self.delay > horizon:
+            raise ValueError(
+                f"execute={self.execute} and delay={self.delay} are together more than the {horizon} actions of a "
+                f"predicted chunk, which would end before the next one is there; use --execute {horizon - self.delay} "
+                "or less"
+            )
+
+
+class ChunkExecutor:
+    """The plan that episodes began with, noise of its own for each prediction, and the count of steps.
+
+    `keeps` says which action dimensions keep their last value while a robot waits (a gripper, positions); the others
+    (rates) are then zero. Default: none keeps it.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        config: ExecutorConfig,
+        *,
+        solver: SolverConfig,
+        key: PRNGKeyArray,
+        keeps: Bool[np.ndarray, " a"] | Sequence[bool] | None = None,
+    ):
+        config.check(policy.horizon)
+        self._policy, self._config, self._solver, self._key = policy, config, solver, key
+        self._keeps = None if keeps is None else np.asarray(keeps, bool)
+        self._calls = self._steps = 0
+        self.held_plan: tuple[str, ...] | None = None
+        self.switches: list[int] = []
+        """Steps of the episode at which a new chunk took over."""
+
+    def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
+        """Begins an episode; a given `plan` (one text per robot) is held in place of a decoded one."""
+        self._calls = self._steps = 0
+        self.switches = []
+        if plan is None and self._config.see_plan:
+            plan = self._policy.plan(observation, self._next_key())
+        if plan is not None and len(plan) != len(observation.instruction):
+            raise ValueError(
+                f"{len(plan)} plans for {len(observation.instruction)} robots: give one for each"
+            )
+        self.held_plan = None if plan is None else tuple(plan)
+
+    def __call__(
+        self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
+    ) -> Float[np.ndarray, "b steps a"]:
+        """The actions to run now, in the robot's units; anything for robots that are not `active`.
+
+        Nothing is computed for inactive robots (episodes that have ended).
+        """
+        raise NotImplementedError
+
+    def _predict(
+        self,
+        observation: Observation,
+        active: Bool[np.ndarray, " b"] | None,
+        running: Running | None = None,
+    ) -> Float[np.ndarray, "b k a"]:
+        """A chunk per robot, zeros for those that are not active."""
+        robots = len(observation.instruction)
+        rows = np.arange(robots) if active is None else np.flatnonzero(active)
+        options: dict[str, Any] = {}
+        if self._config.guidance is not None:
+            options["guidance"] = self._config.guidance
+        if running is not None:
+            options["running"] = dataclasses.replace(running, actions=running.actions[rows])
+        chunk = self._policy.act(
+            take(observation, rows),
+            self._next_key(),
+            solver=self._solver,
+            plan=None if self.held_plan is None else [self.held_plan[row] for row in rows],
+            see_plan=self.held_plan is not None,
+            **options,
+        )
+        chunk = np.asarray(chunk)
+        chunks = np.zeros((robots, *chunk.shape[1:]), chunk.dtype)
+        chunks[rows] = chunk
+        return chunks
+
+    def _wait(self, last: Float[np.ndarray, "b a"], steps: int) -> Float[np.ndarray, "b steps a"]:
+        """What robots do while they have nothing to do, after the action `last`."""
+        still = np.zeros_like(last) if self._keeps is None else np.where(self._keeps, last, 0)
+        return np.repeat(still[:, None], steps, axis=1)
+
+    def _count(self, actions: Float[np.ndarray, "b steps a"], switch: int) -> Float[np.ndarray, "b steps a"]:
+        """Hands actions on; a new chunk begins at their step `switch`."""
+        if self._steps:
+            self.switches.append(self._steps + switch)
+        self._steps += actions.shape[1]
+        return actions
+
+    def _next_key(self) -> Array:
+        key = jax.random.fold_in(self._key, self._calls)
+        self._calls += 1
+        return key
+
+
+class RecedingHorizon(ChunkExecutor):
+    """Runs the first `execute` actions of each chunk, then stands still for `delay` steps while it predicts anew."""
+
+    def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
+        """Begins an episode."""
+        super().reset(observation, plan)
+        self._last: Float[np.ndarray, "b a"] | None = None
+
+    def __call__(
+        self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
+    ) -> Float[np.ndarray, "b steps a"]:
+        """The wait (not before the first chunk), and the first actions of a new chunk."""
+        actions = self._predict(observation, active)[:, : self._config.execute]
+        waits = 0 if self._last is None else self._config.delay
+        if waits:
+            actions = np.concatenate([self._wait(self._last, waits), actions], axis=1)
+        self._last = actions[:, -1]
+        return self._count(actions, waits)
+
+
+def take(observation: Observation, rows: Sequence[int] | Int[np.ndarray, " r"]) -> Observation:
+    """The observations of some robots."""
+    return Observation(
+        images={name: image[np.asarray(rows)] for name, image in observation.images.items()},
+        state=observation.state[np.asarray(rows)],
+        instruction=tuple(observation.instruction[row] for row in rows),
+    )
