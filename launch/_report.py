@@ -40,6 +40,9 @@ def evaluate(args: "EvaluateArgs") -> None:
         seed=args.seed,
         execute=max(1, policy.horizon // 2) if args.execute is None else args.execute,
         see_plan=args.see_plan,
+        executor=args.executor,
+        delay=args.delay,
+        guidance=args.guidance,
     )
     with progress_bars() as progress:
         if kind == "tabletop":

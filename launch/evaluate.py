@@ -4,6 +4,8 @@ python -m launch.evaluate --checkpoint runs/tabletop --episodes 512
 
 python -m launch.evaluate --checkpoint runs/tabletop --solver midpoint --num-steps 5 --execute 4 --see-plan
 
+python -m launch.evaluate --checkpoint runs/tabletop --executor rtc --execute 4 --delay 2      # see docs/execution.md
+
 python -m launch.evaluate --checkpoint runs/mt3 --env metaworld:reach-v3,drawer-open-v3 --episodes 20 --json mt3.json
 
 The checkpoint is a run's directory (its newest whole checkpoint) or one step, RUN_DIR/checkpoints/STEP. Scenes are
@@ -37,6 +39,14 @@ class EvaluateArgs:
     """For policies that write tokens: 0 takes the likeliest, 1 samples; default: the training configuration's."""
     execute: int | None = None
     """Actions run of each chunk before the next prediction; default: half of the chunk."""
+    executor: Literal["receding", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix", "async"] = "receding"
+    """How chunks become motion. receding: stand still while predicting. async: run the old chunk meanwhile. ensemble:
+    run the average of all predictions of a step. rtc…: async, and the new chunk continues the old one."""
+    delay: int = 0
+    """Control steps that a prediction takes (simulated)."""
+    guidance: float | None = None
+    """The instruction's weight (classifier-free guidance), for policies trained with objective.prompt_dropout above 0;
+    0 ignores it, 1 is the plain policy, more exaggerates."""
     see_plan: bool = False
     """Decode a plan at each episode's start and let the actions see it."""
     weights: Literal["ema", "params"] | None = None

@@ -12,9 +12,12 @@ from vla_jax.flow.guidance import (
     autoguidance,
     classifier,
     classifier_free,
+    clean_prefix,
     drop_condition,
     inpaint,
+    mix,
     soft_inpaint,
+    soft_weights,
 )
 from vla_jax.flow.oracle import GaussianMixture
 from vla_jax.flow.predictions import convert
@@ -211,3 +214,59 @@ def test_soft_inpainting_on_a_linear_field():
         pulled = jacobian.T @ (weight[i] * (known[i] - jacobian @ x[i]))
         np.testing.assert_allclose(made[i], m @ x[i] + strength * pulled, rtol=1e-9)
     np.testing.assert_allclose(soft_inpaint(field, known, 0 * weight)(x, t), x @ m.T, rtol=1e-12)
+
+
+def test_mixing_is_exact_at_both_ends():
+    """D8 with a traced w: not to rounding but bit for bit, in float32 too."""
+    f_c, f_u = (u.astype(jnp.float32) for u in normals(5, 2, (1000, 3)))
+    mixed = jax.jit(mix)
+    np.testing.assert_array_equal(mixed(f_c, f_u, 1.0), f_c)
+    np.testing.assert_array_equal(mixed(f_c, f_u, 0.0), f_u)
+    np.testing.assert_allclose(mixed(f_c, f_u, 3.0), f_u + 3 * (f_c - f_u), rtol=1e-4, atol=1e-5)
+
+
+def test_soft_inpainting_without_the_jacobian_is_another_rule():
+    """The Jacobian-free form pulls by the error itself; the true form is different wherever the field is not flat."""
+    x, known, weight = normals(2, 3, (4, 3))
+    weight, t = jnp.abs(weight), jnp.array([0.1, 0.3, 0.6, 0.9])
+    field = lambda x, t: jnp.tanh(x) * (1 + t[:, None])  # noqa: E731
+    made = soft_inpaint(field, known, weight, jacobian=False)(x, t)
+    s = np.asarray(t)[:, None]
+    v = np.asarray(field(x, t))
+    strength = np.minimum(5.0, (1 - s) / s * (s**2 + (1 - s) ** 2) / (1 - s) ** 2)
+    expected = v + strength * np.asarray(weight) * (np.asarray(known) - (np.asarray(x) + (1 - s) * v))
+    np.testing.assert_allclose(made, expected, rtol=1e-9)
+    assert np.abs(made - soft_inpaint(field, known, weight)(x, t)).max() > 0.1
+
+
+@pytest.mark.parametrize(("horizon", "delay", "execute"), [(16, 4, 4), (8, 0, 2), (8, 3, 5), (50, 7, 25)])
+def test_soft_weights_are_the_papers(horizon, delay, execute):
+    """Written out step by step as in the paper's equation 5, and traced: delays compile once."""
+    end, expected = horizon - execute, []
+    for i in range(horizon):
+        c = min(max((delay - 1 - i) / (end - delay + 1) + 1, 0), 1)
+        expected.append(0 if i >= end else c * np.expm1(c) / np.expm1(1))
+    np.testing.assert_allclose(
+        jax.jit(soft_weights, static_argnums=0)(horizon, delay, end), expected, atol=1e-6
+    )
+
+
+def test_a_clean_prefix_is_kept_and_shown_as_data():
+    x, known = normals(3, 2, (2, 5, 3))
+    held = jnp.arange(5)[None, :, None] < jnp.array([2, 0])[:, None, None]
+    seen = []
+
+    def field(x, t):
+        seen.append((x, t))
+        return jnp.ones_like(x)
+
+    v = clean_prefix(field, known, held)(x, jnp.array([0.25, 0.5]))
+    shown, times = seen[0]
+    np.testing.assert_array_equal(v[0, :2], 0)
+    assert (v[0, 2:] == 1).all() and (v[1] == 1).all()
+    np.testing.assert_array_equal(shown[0, :2], known[0, :2])
+    np.testing.assert_array_equal(shown[0, 2:], x[0, 2:])
+    np.testing.assert_array_equal(times, [[1, 1, 0.25, 0.25, 0.25], [0.5] * 5])
+    end = solve(clean_prefix(field, known, held), jnp.where(held, known, x), SolverConfig(num_steps=3)).x
+    np.testing.assert_array_equal(end[0, :2], known[0, :2])
+    np.testing.assert_allclose(end[1], x[1] + 1, rtol=1e-12)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vla_jax.serve.executors import ExecutorConfig, RecedingHorizon
+from vla_jax.serve.executors import ExecutorConfig, Overlapping, RecedingHorizon, make_executor
 from vla_jax.types import Observation
 
 SOLVER = object()  # the executor only hands it on
@@ -36,7 +36,35 @@ class CountingPolicy:
         return observation.state[:, None, :] + np.arange(1, self.horizon + 1)[None, :, None]
 
 
-def drive(executor: RecedingHorizon, robots: int, rounds: int) -> np.ndarray:
+@dataclasses.dataclass
+class RunningPolicy(CountingPolicy):
+    """The same, told which chunk runs."""
+
+    told: list = dataclasses.field(default_factory=list)
+
+    def act(self, observation, key, *, running=None, **how):
+        self.told.append(running)
+        return super().act(observation, key, **how)
+
+
+@dataclasses.dataclass
+class NumberedPolicy(CountingPolicy):
+    """Each chunk holds the number of its prediction in the first dimension, the step within it in the second."""
+
+    def act(self, observation, key, *, solver, plan=None, see_plan=False):
+        self.calls.append("act")
+        steps = np.arange(self.horizon)
+        chunk = np.stack([np.full(self.horizon, len(self.calls) - 1), steps], axis=-1)
+        return np.repeat(chunk[None].astype(np.float32), len(observation.instruction), axis=0)
+
+
+def executor_of(kind: str, policy, **changes):
+    keeps = changes.pop("keeps", None)
+    config = ExecutorConfig(kind=kind, **changes)
+    return make_executor(policy, config, solver=SOLVER, key=jax.random.key(0), keeps=keeps)
+
+
+def drive(executor, robots: int, rounds: int) -> np.ndarray:
     """Runs position ← action and returns all the executed actions, [b rounds·K a]."""
     position, executed = np.zeros((robots, 1)), []
     executor.reset(observe(position))
@@ -111,3 +139,96 @@ def test_impossible_settings_are_refused():
     )
     with pytest.raises(ValueError, match="1 plans for 2 robots"):
         executor.reset(observe(np.zeros((2, 1))), plan=["a"])
+
+
+@pytest.mark.parametrize("kind", ["receding", "async", "rtc", "rtc_jacobian_free", "rtc_prefix"])
+def test_without_a_delay_every_executor_runs_the_first_actions_of_each_chunk(kind):
+    actions = drive(executor_of(kind, RunningPolicy(), execute=3), robots=2, rounds=4)
+    np.testing.assert_array_equal(actions[0, :, 0], np.arange(1, 13))
+
+
+def test_a_synchronous_robot_stands_still_while_it_predicts():
+    executor = executor_of("receding", NumberedPolicy(horizon=6), execute=2, delay=2, keeps=[False, True])
+    executor.reset(observe(np.zeros((1, 1))))
+    pieces = [executor(observe(np.zeros((1, 1))))[0].tolist() for _ in range(2)]
+    assert pieces[0] == [[0, 0], [0, 1]]
+    # The second dimension keeps its value, the first is a rate.
+    assert pieces[1] == [[0, 1], [0, 1], [1, 0], [1, 1]]
+    assert executor.switches == [4]
+
+
+@pytest.mark.parametrize(("delay", "execute"), [(0, 2), (1, 2), (2, 2), (2, 3)])
+def test_an_asynchronous_robot_runs_the_old_chunk_until_the_new_one_is_there(delay, execute):
+    """Every step is run exactly once, by the newest chunk that is there at its time, without a gap."""
+    executor = executor_of("async", NumberedPolicy(horizon=6), execute=execute, delay=delay)
+    executor.reset(observe(np.zeros((2, 1))))
+    actions = np.concatenate([executor(observe(np.zeros((2, 1)))) for _ in range(4)], axis=1)
+    expected = []
+    for step in range(4 * execute):
+        newest = max(n for n in range(4) if n == 0 or n * execute + delay <= step)
+        expected.append([newest, step - newest * execute])
+    np.testing.assert_array_equal(actions, np.broadcast_to(expected, actions.shape))
+    assert executor.switches == [n * execute + delay for n in (1, 2, 3)]
+
+
+def test_the_policy_is_told_what_runs():
+    policy = RunningPolicy(horizon=6)
+    executor = executor_of("rtc", policy, execute=2, delay=1, bound=7.0)
+    drive(executor, robots=2, rounds=3)
+    assert policy.told[0] is None
+    for told, looked_at in zip(policy.told[1:], (0, 2)):
+        # Looked at `looked_at`, planned the six steps behind it, ran two of them.
+        expected = [looked_at + n for n in (3, 4, 5, 6)] + [0, 0]
+        np.testing.assert_array_equal(told.actions[0, :, 0], expected)
+        assert (told.delay, told.end, told.how, told.bound) == (1, 4, "vjp", 7.0)
+
+
+def test_only_the_active_robots_chunks_are_told():
+    policy = RunningPolicy()
+    executor = executor_of("rtc", policy, execute=2)
+    observation = observe(np.array([[10.0], [20.0], [30.0]]))
+    executor.reset(observation)
+    executor(observation)
+    executor(observation, active=np.array([True, False, True]))
+    np.testing.assert_array_equal(policy.told[-1].actions[:, 0, 0], [13, 33])
+
+
+@pytest.mark.parametrize(("delay", "execute", "decay"), [(0, 1, 0.01), (0, 1, 0.5), (2, 2, 0.1), (1, 3, 0.0)])
+def test_ensembling_averages_the_chunks_that_are_there(delay, execute, decay):
+    """Against a loop over steps and predictions; execute 1 without delay is ACT's algorithm 2."""
+    horizon = 6
+    executor = executor_of(
+        "ensemble", NumberedPolicy(horizon=horizon), execute=execute, delay=delay, decay=decay
+    )
+    executor.reset(observe(np.zeros((1, 1))))
+    actions = np.concatenate([executor(observe(np.zeros((1, 1)))) for _ in range(9)], axis=1)[0]
+    for step, action in enumerate(actions):
+        there = [
+            (n, step - n * execute)
+            for n in range(9)
+            if n * execute + (delay if n else 0) <= step < n * execute + horizon
+        ]
+        weights = np.exp(-decay * np.arange(len(there)))
+        np.testing.assert_allclose(action, weights @ np.asarray(there) / weights.sum(), rtol=1e-5)
+
+
+def test_guidance_reaches_the_policy():
+    class Guided(CountingPolicy):
+        def act(self, observation, key, *, guidance, **how):
+            self.weight = guidance
+            return super().act(observation, key, **how)
+
+    policy = Guided()
+    drive(executor_of("receding", policy, execute=2, guidance=2.5), robots=1, rounds=1)
+    assert policy.weight == 2.5
+
+
+def test_delays_that_cannot_be_bridged_are_refused():
+    with pytest.raises(ValueError, match=r"delay=3 is more than execute=2.*use --execute 3"):
+        ExecutorConfig(kind="async", execute=2, delay=3)
+    with pytest.raises(ValueError, match="use --execute 4 or less"):
+        executor_of("rtc", CountingPolicy(), execute=5, delay=2)
+    with pytest.raises(ValueError, match="'fast' is unknown"):
+        ExecutorConfig(kind="fast")
+    assert isinstance(executor_of("async", CountingPolicy(), execute=3, delay=3), Overlapping)
+    executor_of("receding", CountingPolicy(), execute=6, delay=9)

@@ -26,6 +26,13 @@ class EnvSpec:
     """One name with unit per action dimension, e.g. ``vx_m_per_s``."""
     control_hz: float
     max_steps: int
+    keeps: tuple[str, ...] = ()
+    """Actions that keep their last value while a robot waits for its policy (a gripper); the others, rates, are 0."""
+
+    @property
+    def kept(self) -> Bool[np.ndarray, " a"]:
+        """Which action dimensions are in `keeps`."""
+        return np.asarray([name in self.keeps for name in self.action_names])
 
 
 class VectorEnv(Protocol):

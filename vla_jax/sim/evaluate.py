@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.executors import ChunkPolicy, ExecutorConfig, RecedingHorizon
+from vla_jax.serve.executors import ChunkExecutor, ChunkPolicy, ExecutorConfig, ExecutorKind, make_executor
 from vla_jax.sim import metrics
 from vla_jax.sim.env import VectorEnv
 from vla_jax.sim.rollout import Rollout, rollout
@@ -58,6 +58,12 @@ class EvaluateConfig:
     """Actions run of each chunk before the next prediction."""
     see_plan: bool = False
     """Let the actions see the plan that is decoded at each episode's start."""
+    executor: ExecutorKind = "receding"
+    """How chunks become motion, see `serve.executors.ExecutorConfig.kind`."""
+    delay: int = 0
+    """Control steps that a prediction takes."""
+    guidance: float | None = None
+    """The instruction's weight; None: the plain policy."""
     samples: int = 32
     """Chunks sampled per scene to measure diversity."""
     diversity_scenes: int = 16
@@ -120,19 +126,30 @@ class Runner:
         plan: Sequence[str] | None = None,
         record: int = 0,
     ) -> Rollout:
-        """One rollout of the receding-horizon executor."""
+        """One rollout of the configured executor."""
         return rollout(
             env,
-            self._executor(),
+            self._executor(env),
             seeds,
             plan=plan,
             record=record,
             progress=lambda ended: self.progress(name, len(seeds), ended),
         )
 
-    def _executor(self) -> RecedingHorizon:
-        config = ExecutorConfig(execute=self.config.execute, see_plan=self.config.see_plan)
-        return RecedingHorizon(self.policy, config, solver=self.solver, key=self.key())
+    def _executor(self, env: VectorEnv | None = None) -> ChunkExecutor:
+        config = ExecutorConfig(
+            kind=self.config.executor,
+            execute=self.config.execute,
+            delay=self.config.delay,
+            see_plan=self.config.see_plan,
+            guidance=self.config.guidance,
+        )
+        keeps = None if env is None else env.spec.kept
+        return make_executor(self.policy, config, solver=self.solver, key=self.key(), keeps=keeps)
+
+    @property
+    def _guided(self) -> dict[str, float]:
+        return {} if self.config.guidance is None else {"guidance": self.config.guidance}
 
     def diversity(self, observation: Observation) -> float:
         """Mean pairwise distance of chunks sampled for the first observation of some episodes."""
@@ -142,6 +159,7 @@ class Runner:
             solver=self.solver,
             see_plan=self.config.see_plan,
             samples=self.config.samples,
+            **self._guided,
         )
         return metrics.chunk_diversity(np.asarray(chunks), self.policy.action_scale)
 
@@ -157,7 +175,12 @@ class Runner:
             start = time.perf_counter()
             jax.block_until_ready(
                 self.policy.act(
-                    observation, key, solver=self.solver, plan=plan, see_plan=self.config.see_plan
+                    observation,
+                    key,
+                    solver=self.solver,
+                    plan=plan,
+                    see_plan=self.config.see_plan,
+                    **self._guided,
                 )
             )
             taken.append(1e3 * (time.perf_counter() - start))
@@ -187,6 +210,11 @@ def join(pieces: Sequence[Rollout]) -> Rollout:
         records=[record for piece in pieces for record in piece.records],
         recordings=[recording for piece in pieces for recording in piece.recordings],
     )
+
+
+def motion_of(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over episodes of `metrics.Smoothness`."""
+    return {name: metrics.mean_of(records, name) for name in metrics.Smoothness._fields}
 
 
 def finish(

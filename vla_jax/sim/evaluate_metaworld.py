@@ -14,6 +14,7 @@ from vla_jax.sim.evaluate import (
     Runner,
     finish,
     join,
+    motion_of,
     pieces_of,
     silent,
 )
@@ -59,7 +60,7 @@ def evaluate_metaworld(
                 finally:
                     env.close()
     joined = join(own)
-    details: dict[str, Any] = {"per_group": metrics.per_group(joined.records)}
+    details: dict[str, Any] = motion_of(joined.records) | {"per_group": metrics.per_group(joined.records)}
     if wrong:
         details["wrong_instruction_success"] = metrics.mean_of(wrong, "success")
         details["wrong_instruction_per_task"] = metrics.per_task(wrong)

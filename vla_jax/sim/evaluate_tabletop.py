@@ -20,6 +20,7 @@ from vla_jax.sim.evaluate import (
     Runner,
     finish,
     join,
+    motion_of,
     pieces_of,
     silent,
 )
@@ -55,7 +56,7 @@ def evaluate_tabletop(
     own = join(pieces)
 
     symmetric = [record for record in own.records if record["kind"] == "symmetric"]
-    details: dict[str, Any] = _symmetric_details(symmetric)
+    details: dict[str, Any] = motion_of(own.records) | _symmetric_details(symmetric)
     report = metrics.success_summary(own.records) | report
     report |= {
         "collision": metrics.mean_of(own.records, "collision"),

@@ -79,6 +79,40 @@ def chunk_diversity(chunks: Float[np.ndarray, "b S k a"], scale: Float[np.ndarra
     return float(distance.mean())
 
 
+class Smoothness(NamedTuple):
+    """How evenly a robot was driven in one episode; None where it was too short to say."""
+
+    jerk: float | None
+    """Root mean square of the second difference of the rates over time², per dimension: for velocities, m/s³."""
+    switch_jump: float | None
+    """Mean distance between the actions before and after a new chunk takes over."""
+    step_jump: float | None
+    """The same between all other neighbours."""
+
+
+def smoothness(
+    rates: Float[np.ndarray, "b t a"], steps: Sequence[int], switches: Sequence[int], control_hz: float
+) -> list[Smoothness]:
+    """Of executed actions that are rates (velocities, displacements); episode i has run the first `steps[i]`.
+
+    `switches`: the steps whose action is the first of a new chunk.
+    """
+    found = []
+    for episode, end in zip(np.asarray(rates, np.float64), steps):
+        run = episode[:end]
+        jumps = np.linalg.norm(np.diff(run, axis=0), axis=1)
+        at_switch = np.isin(np.arange(1, end), switches)
+        bends = np.diff(run, n=2, axis=0) * control_hz**2
+        found.append(
+            Smoothness(
+                float(np.sqrt(np.mean(bends**2))) if bends.size else None,
+                float(jumps[at_switch].mean()) if at_switch.any() else None,
+                float(jumps[~at_switch].mean()) if (~at_switch).any() else None,
+            )
+        )
+    return found
+
+
 def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Mean of `key` over the records whose value is not None; None where there is no such record."""
     values = [float(record[key]) for record in records if record.get(key) is not None]

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from vla_jax.sim.env import VectorEnv
+from vla_jax.sim.metrics import smoothness
 from vla_jax.types import Observation
 
 
@@ -16,6 +17,8 @@ class Executor(Protocol):
 
     held_plan: Sequence[str] | None
     """The plans that the episodes began with, if any."""
+    switches: Sequence[int]
+    """Steps at which a new chunk took over."""
 
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
         """Begins episodes, with plans where some are forced."""
@@ -39,7 +42,7 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """The episodes' records, and recordings of the first of them."""
+    """The episodes' records (the environment's, and `metrics.Smoothness`), and recordings of the first of them."""
 
     records: list[dict[str, Any]]
     recordings: list[Recording]
@@ -70,10 +73,11 @@ def rollout(
     frames = [[observation.images[camera][i].copy()] for i in recorded]
     seconds = [[0.0] for _ in recorded]
     instructions, plans = observation.instruction, executor.held_plan or (None,) * len(seeds)
-    done, steps = np.asarray(env.done), 0
+    done, steps, executed = np.asarray(env.done), 0, []
     while not done.all():
         actions = executor(observation, active=~done)
         observation = env.advance(actions)
+        executed.append(actions)
         steps += actions.shape[1]
         for i in recorded:
             if not done[i]:
@@ -83,6 +87,11 @@ def rollout(
         progress(int(ended.sum() - done.sum()))
         done = ended
     records = env.results()
+    if executed:
+        rates = np.concatenate(executed, axis=1)[..., ~env.spec.kept]
+        ends = [record["steps"] for record in records]
+        motion = smoothness(rates, ends, executor.switches, env.spec.control_hz)
+        records = [record | one._asdict() for record, one in zip(records, motion)]
     recordings = [
         Recording(
             frames=frames[i],

@@ -25,6 +25,7 @@ def metaworld_spec(image_size: int) -> EnvSpec:
         action_names=ACTION_NAMES,
         control_hz=CONTROL_HZ,
         max_steps=MAX_STEPS,
+        keeps=("gripper_closing",),
     )
 
 

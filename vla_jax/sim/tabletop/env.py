@@ -37,6 +37,7 @@ def make_spec(config: TabletopConfig) -> EnvSpec:
         action_names=("vx_m_per_s", "vy_m_per_s", "gripper_close"),
         control_hz=1 / config.dt_s,
         max_steps=config.max_steps,
+        keeps=("gripper_close",),
     )
 
 

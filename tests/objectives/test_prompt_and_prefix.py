@@ -1,0 +1,118 @@
+"""Null prompts and clean prefixes in training: what they change, and that they change nothing where they are off."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import small
+from vla_jax.config import TrainConfig
+from vla_jax.data.prompts import drop_prompts, null_prompt
+from vla_jax.flow.config import ProcessConfig
+from vla_jax.flow.processes import make_process
+from vla_jax.models.config import ExpertConfig, VLAConfig
+from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.transfusion import action_error, count, draw, transfusion_loss
+
+PROCESS = make_process(ProcessConfig())
+
+
+@pytest.fixture(scope="module")
+def setup():
+    cfg = small.config()
+    data = small.batch(cfg, b=4)
+    model, params = small.init(cfg, data)
+    return data, model, params
+
+
+def test_a_dropped_prompt_keeps_its_ends_and_loses_its_target(setup):
+    data, _, _ = setup
+    null = null_prompt(data)
+    prompt = np.asarray(data.token_mask & ~data.token_causal)
+    for row in range(4):
+        places = np.flatnonzero(prompt[row])
+        np.testing.assert_array_equal(np.flatnonzero(null.token_mask[row]), [places[0], places[-1]])
+    assert not null.token_loss.any()
+    np.testing.assert_array_equal(null.tokens, data.tokens)
+
+
+def test_prompts_are_dropped_sample_by_sample_at_the_given_rate(setup):
+    data, _, _ = setup
+    many = jax.tree.map(lambda x: jnp.repeat(x, 5000, axis=0), data)
+    some = drop_prompts(jax.random.key(0), many, 0.1)
+    dropped = (some.token_mask != many.token_mask).any(axis=1)
+    assert abs(dropped.mean() - 0.1) < 0.01
+    np.testing.assert_array_equal(some.token_mask[~dropped], many.token_mask[~dropped])
+    np.testing.assert_array_equal(some.token_mask[dropped], null_prompt(many).token_mask[dropped])
+    np.testing.assert_array_equal(drop_prompts(jax.random.key(0), data, 0.0).token_mask, data.token_mask)
+
+
+def test_without_the_options_the_draws_are_what_they_were(setup):
+    """Noise, times and visible plans do not depend on the new draws, so that old runs can be repeated."""
+    data, _, _ = setup
+    plain = draw(jax.random.key(5), data, PROCESS, ObjectiveConfig(noise_draws=2))
+    prefixed = draw(jax.random.key(5), data, PROCESS, ObjectiveConfig(noise_draws=2, rtc_prefix=3))
+    assert plain.prefix is None
+    for name in ("t", "target", "plan_visible"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(prefixed, name))
+    free = np.arange(plain.x_t.shape[2]) >= np.asarray(prefixed.prefix)[..., None]
+    np.testing.assert_array_equal(plain.x_t[free], prefixed.x_t[free])
+    clean = jnp.broadcast_to(jnp.where(data.action_mask, data.actions, 0)[:, None], plain.x_t.shape)
+    np.testing.assert_array_equal(prefixed.x_t[~free], clean[~free])
+
+
+def test_prefixes_are_uniform_up_to_the_limit(setup):
+    data, _, _ = setup
+    many = jax.tree.map(lambda x: jnp.repeat(x, 2000, axis=0), data)
+    prefix = draw(jax.random.key(0), many, PROCESS, ObjectiveConfig(rtc_prefix=3)).prefix
+    np.testing.assert_allclose(np.bincount(prefix.ravel(), minlength=4) / prefix.size, 0.25, atol=0.02)
+
+
+def test_the_loss_is_the_mean_over_what_follows_the_prefix(setup):
+    """Against the expert called with a time per token: t = 1 and the data in the prefix, error behind it only."""
+    data, model, params = setup
+    objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
+    draws = draw(jax.random.key(2), data, PROCESS, objective)
+    counts = count(data, objective, draws)
+    got = transfusion_loss(model, PROCESS, objective, params, data, draws, counts)
+
+    horizon = draws.x_t.shape[2]
+    first = np.asarray(draws.prefix[:, 0])
+    assert len({*first}) > 1
+    inside = np.arange(horizon) < first[:, None]
+    t = jnp.where(inside, 1.0, draws.t)
+    cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
+    prediction = model.apply(
+        {"params": params}, cache, data.state, draws.x_t[:, 0], t, data.action_mask, method="denoise"
+    )
+    mask = np.asarray(data.action_mask) & ~inside[..., None]
+    squared = (np.asarray(prediction) - np.asarray(draws.target[:, 0])) ** 2
+    np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
+    assert counts.action == mask.sum() and got.elements_by_time.sum() == mask.sum()
+
+
+def test_a_prefix_that_is_not_learned_still_is_seen(setup):
+    data, model, params = setup
+    objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
+    draws = draw(jax.random.key(2), data, PROCESS, objective)
+    cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
+    row = int(np.argmax(draws.prefix[:, 0]))
+    error, other = (
+        action_error(model, PROCESS, objective, params, cache, data, draws._replace(x_t=x))
+        for x in (draws.x_t, draws.x_t.at[row, 0, 0].add(1.0))
+    )
+    assert (error[row, 0, : int(draws.prefix[row, 0])] == 0).all()
+    assert np.abs(error[row] - other[row]).max() > 1e-6
+
+
+def test_prefixes_that_cannot_be_are_refused():
+    flow = TrainConfig(objective=ObjectiveConfig(rtc_prefix=4))
+    with pytest.raises(ValueError, match=r"needs process\.kind=flow"):
+        dataclasses.replace(flow, process=ProcessConfig(kind="regression"))
+    with pytest.raises(ValueError, match="leaves nothing of chunks of 4"):
+        dataclasses.replace(flow, model=VLAConfig(expert=ExpertConfig(horizon=4)))
+    for wrong in ({"rtc_prefix": -1}, {"prompt_dropout": 1.0}, {"prompt_dropout": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ObjectiveConfig(**wrong)
