@@ -35,10 +35,19 @@ _SHAPES = {
 }
 
 
-def save(run_dir: Path, shape: Literal["tabletop", "pi0"], *, depth: int = 2, seed: int = 0) -> None:
-    """Writes a checkpoint of random parameters; `depth` blocks make it slower."""
+def save(
+    run_dir: Path,
+    shape: Literal["tabletop", "pi0"],
+    *,
+    depth: int = 2,
+    seed: int = 0,
+    prompt_dropout: float = 0.0,
+) -> None:
+    """Writes a checkpoint of random parameters; `depth` blocks make it slower; with dropout it takes guidance."""
     sizes = _SHAPES[shape]
     bundle, config = _bundle(shape, **sizes), _config(depth=depth, **sizes)
+    objective = dataclasses.replace(config.objective, prompt_dropout=prompt_dropout)
+    config = dataclasses.replace(config, objective=objective)
     config = config.resolve(
         cameras=bundle.cameras,
         state_dim=sizes["dims"],

@@ -41,6 +41,8 @@ class ServeArgs(ServeConfig):
     """How many chunks a request may ask for."""
     actions_only: bool = False
     """Offer no plans: fewer programs to compile at the start."""
+    no_guidance: bool = False
+    """Offer no guidance (policies trained with objective.prompt_dropout do): half of the programs to compile."""
     seed: int = 0
     """The first of the seeds given to requests that bring none."""
     record: Path | None = None
@@ -73,6 +75,7 @@ def main() -> None:
         buckets=args.buckets,
         samples=args.samples,
         plans=not args.actions_only,
+        guidance=not args.no_guidance,
     )
     logs.info("loaded", checkpoint=str(args.checkpoint), step=policy.step, config=policy.config_hash)
     calls = engine.warm_up()

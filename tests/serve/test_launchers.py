@@ -75,6 +75,8 @@ def test_sample_draws_policies_side_by_side(runs, tmp_path, monkeypatch, capsys)
         (("--env", "metaworld:reach-v3"), "was trained for tabletop"),
         (("--episodes", "0"), "episodes=0"),
         (("--execute", "9"), "use --execute 8 or less"),
+        (("--execute", "2", "--delay", "3", "--executor", "async"), "use --execute 3 or more"),
+        (("--guidance", "2"), "prompt_dropout=0"),
         (("--num-steps", "0"), "num_steps 0"),
         (("--solver", "magic"), "magic"),
         (("--episodse", "4"), "did you mean --episodes?"),

@@ -126,3 +126,17 @@ def test_the_last_frame_of_noise_keys_is_never_reused():
     runner = evaluate.Runner(scripted.ExpertPolicy(), CONFIG, SolverConfig(), evaluate.silent)
     keys = [tuple(jax.random.key_data(runner.key()).tolist()) for _ in range(5)]
     assert len(set(keys)) == 5
+
+
+@pytest.mark.parametrize("executor", ["receding", "async", "ensemble"])
+def test_delays_reach_the_executor_and_smoothness_the_report(executor):
+    """The expert bridges a delay with any executor; who stands still for it takes longer and moves by jerks."""
+    reports = [run(scripted.ExpertPolicy(), executor=executor, execute=4, delay=d).report for d in (0, 3)]
+    assert all(report["success"] > 0.9 for report in reports)
+    jerk = [report["details"]["jerk"] for report in reports]
+    if executor == "receding":
+        assert jerk[1] > 2 * jerk[0]
+    else:
+        assert jerk[1] < 1.5 * jerk[0]
+    assert reports[1]["config"]["executor"] == executor and reports[1]["config"]["delay"] == 3
+    assert reports[1]["details"]["switch_jump"] > 0

@@ -97,3 +97,19 @@ def test_mean_of_skips_missing_values():
     records = [{"x": 1.0}, {"x": None}, {"x": 3.0}, {}]
     assert metrics.mean_of(records, "x") == 2.0
     assert metrics.mean_of(records, "y") is None
+
+
+def test_smoothness_of_known_motions():
+    """Constant acceleration has no jerk; a step between chunks is a jump at the switch and nowhere else."""
+    t = np.arange(10.0)
+    ramp = np.stack([0.5 * t, -2 * t], axis=-1)
+    step = np.stack([np.where(t < 4, 1.0, 4.0), np.where(t < 4, 2.0, 6.0)], axis=-1)
+    even, jumpy, short, cut = metrics.smoothness(
+        np.stack([ramp, step, ramp, step]), [10, 10, 1, 4], switches=[4, 7], control_hz=10.0
+    )
+    assert even == pytest.approx((0, np.hypot(0.5, 2), np.hypot(0.5, 2)), abs=1e-9)
+    # The step of (3, 4) bends twice, up and down again: 2 (9 + 16) over 8 bends of 2 dimensions, at 10 Hz squared.
+    assert jumpy.jerk == pytest.approx(np.sqrt(50 / 16) * 100)
+    assert (jumpy.switch_jump, jumpy.step_jump) == (2.5, 0.0)
+    assert short == (None, None, None)
+    assert cut == (0.0, None, 0.0)  # what was commanded after the end does not count

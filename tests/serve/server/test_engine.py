@@ -23,7 +23,7 @@ SOLVER = SolverConfig(num_steps=3)
 def policies(tmp_path_factory) -> dict[str, Policy]:
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for shape in ("tabletop", "pi0"):
-        _serve_policies.save(folder / shape, shape)
+        _serve_policies.save(folder / shape, shape, prompt_dropout=0.1 if shape == "tabletop" else 0.0)
         found[shape] = Policy.load(folder / shape)
     return found
 
@@ -66,6 +66,7 @@ def test_nothing_compiles_after_the_warm_up(engines):
     options = [
         {}, {"samples": 2}, {"write_plan": True}, {"see_plan": True},
         {"plan": _serve_policies.PLANS[1], "samples": 2, "seed": 3},
+        {"guidance": 0}, {"guidance": 1}, {"guidance": 3.0}, {"guidance": 2.5, "see_plan": True},
     ]  # fmt: skip
     with serving(engine, metrics=metrics) as server, server.client() as client:
         for option, count in itertools.product(options, (1, 2, 3, 4)):
@@ -117,6 +118,11 @@ def test_seeds_are_the_rows_own(engines):
         ({"samples": 2}, {"samples": 2}),
         ({"plan": _serve_policies.PLANS[0]}, {"plan": [_serve_policies.PLANS[0]], "see_plan": True}),
         ({"see_plan": True}, {"see_plan": True}),
+        ({"guidance": 0.0}, {"guidance": 0.0}),
+        ({"guidance": 1}, {}),
+        ({"guidance": 2.5}, {"guidance": 2.5}),
+        ({"guidance": 3, "see_plan": True, "samples": 2}, {"guidance": 3.0, "see_plan": True, "samples": 2}),
+        ({"guidance": 0, "see_plan": True}, {"guidance": 0.0, "see_plan": True}),
     ],
 )
 def test_options_are_the_policys_own(policies, engines, options, how):
@@ -128,6 +134,22 @@ def test_options_are_the_policys_own(policies, engines, options, how):
     np.testing.assert_array_equal(answer.actions, direct[0])
     if "see_plan" in options:
         assert [answer.plan] == policy.plan(observed(message), jax.random.key(9)) and answer.plan
+
+
+def test_every_row_has_its_own_guidance(engines):
+    """Rows of different weights share a call, and each gets what it gets alone."""
+    engine = engines["tabletop"]
+    (message,) = messages(engine, 1)
+    weights = (1.5, 4.0, 2.0)
+    prepared = rows(engine, [message | {"options": {"guidance": w, "seed": 5}} for w in weights])
+    assert len({row.program for row in prepared}) == 1
+    together = [answer.actions for answer in engine.run(prepared, bucket=4)]
+    for row, actions in zip(prepared, together):
+        np.testing.assert_array_equal(engine.run([row], bucket=4)[0].actions, actions)
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+    for wrong in (-1.0, 1000.0, True, "2", float("nan")):
+        with pytest.raises(Refused, match=r"options.guidance is .*; a number from 0 to 100"):
+            rows(engine, [message | {"options": {"guidance": wrong}}])
 
 
 def test_a_plan_can_be_written_without_being_followed(policies, engines):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from vla_jax.data.prompts import null_prompt
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.serve.policy import Policy
@@ -35,6 +36,8 @@ class Program(NamedTuple):
     """The actions see a plan."""
     writes: bool
     """A plan is decoded."""
+    guided: bool
+    """The instruction has a weight other than 0 and 1."""
     cameras: tuple[str, ...]
     """Those that have an image; it changes no shape, but images are stacked camera by camera."""
 
@@ -48,6 +51,8 @@ class Row(NamedTuple):
     batch: Batch
     """The same in the model's form, with one row."""
     seed: int
+    guidance: float | None
+    """Weight of the instruction, if it was given one."""
 
 
 class Answer(NamedTuple):
@@ -72,6 +77,7 @@ class Engine:
         buckets: Collection[int] = (1, 4, 16),
         samples: Collection[int] = (1,),
         plans: bool = True,
+        guidance: bool = True,
     ):
         for name, sizes in {"buckets": buckets, "samples": samples}.items():
             if not sizes or min(sizes) < 1:
@@ -82,7 +88,7 @@ class Engine:
         self._policy, self._solver = policy, solver
         self._process = make_process(policy.config.process)
         self._planners = {size: dataclasses.replace(policy, batch_size=size) for size in self.buckets}
-        self.spec = self._spec(tuple(sorted(set(samples))), plans)
+        self.spec = self._spec(tuple(sorted(set(samples))), plans, guidance)
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
@@ -96,13 +102,15 @@ class Engine:
             samples=request.samples,
             sees=sees,
             writes=request.write_plan or request.see_plan,
+            guided=request.guidance not in (None, 0, 1),
             cameras=tuple(request.images),
         )
         try:
-            batch = self._model_batch(observation, request.plan)
+            batch = self._model_batch(observation, request.plan, request.guidance)
         except ValueError as error:  # a text that does not fit, an instruction without statistics
             raise Refused("invalid", " ".join(str(error).split())) from None
-        return Row(program, observation, batch, seed if request.seed is None else request.seed)
+        seed = seed if request.seed is None else request.seed
+        return Row(program, observation, batch, seed, request.guidance)
 
     def run(self, rows: Sequence[Row], bucket: int | None = None) -> list[Answer | Exception]:
         """One call for rows of one program; an exception in place of an answer that a robot must not get."""
@@ -115,11 +123,14 @@ class Engine:
         if program.writes:
             texts = self._planners[bucket].plan(_stack(full), jax.random.key(0))
             if program.sees:
-                batches = [self._model_batch(row.observation, text) for row, text in zip(full, texts)]
+                batches = [
+                    self._model_batch(row.observation, text, row.guidance) for row, text in zip(full, texts)
+                ]
         chunks = self._sample(
             jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches),
             np.asarray([row.seed for row in full], np.int32),
             program,
+            np.asarray([row.guidance for row in full], np.float32) if program.guided else None,
         )
         chunks = np.asarray(chunks[:, 0] if program.samples == 1 else chunks)
         return [self._answer(row, chunk, text, bucket) for row, chunk, text in zip(rows, chunks, texts)]
@@ -130,7 +141,8 @@ class Engine:
         for samples in self.spec.samples:
             for sees in (False, True)[: 1 + self.spec.sees_plans]:
                 for writes in (False, True)[: 1 + self.spec.writes_plans]:
-                    yield Program(samples, sees, writes, cameras)
+                    for guided in (False, True)[: 1 + self.spec.guides]:
+                        yield Program(samples, sees, writes, guided, cameras)
 
     def warm_up(self) -> int:
         """Runs every program at every bucket once; returns how many that were."""
@@ -139,11 +151,17 @@ class Engine:
         row, calls = self.prepare(request, seed=0), 0
         for program in self.programs():
             for bucket in self.buckets:
-                self.run([row._replace(program=program)], bucket)
+                self.run([row._replace(program=program, guidance=2.0 if program.guided else None)], bucket)
                 calls += 1
         return calls
 
-    def _sample(self, batch: Batch, seeds: Int[np.ndarray, " b"], program: Program) -> Float[Any, "b S k a"]:
+    def _sample(
+        self,
+        batch: Batch,
+        seeds: Int[np.ndarray, " b"],
+        program: Program,
+        guidance: Float[np.ndarray, " b"] | None,
+    ) -> Float[Any, "b S k a"]:
         policy = self._policy
         asked = {"model": policy.model, "samples": program.samples, "see_target": program.sees}
         if policy.config.kind == "tokens":
@@ -152,7 +170,8 @@ class Engine:
                 policy.params, batch, seeds, policy.grammar, temperature, max_tokens=limit, **asked
             )
             return policy.read_chunks(written)
-        return act_rows(policy.params, batch, seeds, process=self._process, solver=self._solver, **asked)
+        process, solver = self._process, self._solver
+        return act_rows(policy.params, batch, seeds, process=process, solver=solver, guidance=guidance, **asked)
 
     def _answer(self, row: Row, chunk: np.ndarray, text: str | None, bucket: int) -> Answer | Exception:
         actions = self._policy.bundle.robot_actions(chunk[None], row.observation)[0]
@@ -160,13 +179,15 @@ class Engine:
             return FloatingPointError("the policy's actions are not finite; nothing is sent to the robot")
         return Answer(actions, text, bucket)
 
-    def _model_batch(self, observation: Observation, plan: str | None) -> Batch:
-        return self._policy._batch(observation, range(1), 1, None if plan is None else [plan])
+    def _model_batch(self, observation: Observation, plan: str | None, guidance: float | None) -> Batch:
+        """In the model's form; an instruction of weight 0 is the null prompt."""
+        batch = self._policy._batch(observation, range(1), 1, None if plan is None else [plan])
+        return jax.tree.map(np.asarray, null_prompt(batch)) if guidance == 0 else batch
 
     def _any_prompt(self) -> str:
         return next(iter(self._policy.bundle.normalize.task_of), "go")
 
-    def _spec(self, samples: tuple[int, ...], plans: bool) -> Spec:
+    def _spec(self, samples: tuple[int, ...], plans: bool, guidance: bool) -> Spec:
         policy, schema = self._policy, self._policy.bundle.schema
         regression = policy.config.kind == "regression"
         about: dict[str, Any] = {
@@ -185,6 +206,7 @@ class Engine:
             samples=samples,
             writes_plans=plans and policy.writes_plans,
             sees_plans=plans and policy.sees_plans,
+            guides=guidance and policy.guides,
             max_rows=max(self.buckets),
             about=about,
         )

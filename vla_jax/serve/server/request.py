@@ -21,6 +21,7 @@ from vla_jax.serve.server.spec import BATCH, OPTIONS, PROMPT, STATE, Spec, camer
 MAX_TEXT = 2048
 """Characters of a prompt or plan; the tokenizer's own limit is lower and is checked later."""
 MAX_SEED = 2**31
+MAX_GUIDANCE = 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Request:
     """Decode a plan and let the actions follow it."""
     write_plan: bool = False
     """Decode a plan and return it."""
+    guidance: float | None = None
+    """Weight of the instruction; None: that of the plain policy, 1."""
     deadline_ms: float | None = None
     """How long the answer may take; None: as long as the server allows."""
 
@@ -149,6 +152,10 @@ def _option(key: str, value: Any, spec: Spec) -> Any:
             f"one of {', '.join(map(str, spec.samples))}",
         ),
         "deadline_ms": (type(value) in (int, float) and 0 < value < 1e9, "a number of milliseconds above 0"),
+        "guidance": (
+            type(value) in (int, float) and 0 <= value <= MAX_GUIDANCE,
+            f"a number from 0 to {MAX_GUIDANCE:g}",
+        ),
         "see_plan": (type(value) is bool, "true or false"),
         "write_plan": (type(value) is bool, "true or false"),
     }

@@ -15,7 +15,7 @@ from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Process
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA
-from vla_jax.serve.sampling import sample_action_tokens, sample_actions
+from vla_jax.serve.sampling import sample_action_tokens, sample_guided, sample_plain
 from vla_jax.types import Batch, PyTree
 
 
@@ -30,15 +30,20 @@ def act_rows(
     solver: SolverConfig,
     samples: int,
     see_target: bool,
+    guidance: Float[Array, " b"] | None = None,
 ) -> Float[Array, "b S k a"]:
-    """`samples` chunks per row in the model's units; the noise of a row is `Policy.act`'s for its seed."""
+    """`samples` chunks per row in the model's units; the noise of a row is `Policy.act`'s for its seed.
 
-    def one(row: Batch, seed: Int[Array, ""]) -> Float[Array, "S k a"]:
+    `guidance`: every row's own weight of its instruction, neither 0 nor 1 (those need no guidance). None: all 1.
+    """
+
+    def one(row: Batch, seed: Int[Array, ""], w: Float[Array, ""] | None) -> Float[Array, "S k a"]:
         _, for_noise = jax.random.split(jax.random.key(seed))
-        return sample_actions(
+        sample = sample_plain if w is None else functools.partial(sample_guided, guidance=w)
+        return sample(
             params,
             jax.tree.map(lambda leaf: leaf[None], row),
-            jax.random.fold_in(for_noise, 0),
+            key=jax.random.fold_in(for_noise, 0),
             model=model,
             process=process,
             solver=solver,
@@ -46,7 +51,7 @@ def act_rows(
             see_target=see_target,
         )[0]
 
-    return jax.vmap(one)(batch, seeds)
+    return jax.vmap(one)(batch, seeds, guidance)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "see_target", "max_tokens"))

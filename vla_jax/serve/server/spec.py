@@ -30,6 +30,8 @@ class Spec:
     """How many chunks a request may ask for."""
     writes_plans: bool = False
     sees_plans: bool = False
+    guides: bool = False
+    """Whether the instruction can be given a weight."""
     max_rows: int = 16
     """Observations in one request."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -38,7 +40,7 @@ class Spec:
     @property
     def options(self) -> tuple[str, ...]:
         """The options that this policy offers."""
-        offered = ["seed", "samples", "deadline_ms"]
+        offered = ["seed", "samples", "deadline_ms", *["guidance"] * self.guides]
         offered += ["write_plan"] * self.writes_plans + ["plan"] * self.sees_plans
         return (*offered, *["see_plan"] * (self.sees_plans and self.writes_plans))
 
