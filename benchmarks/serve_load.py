@@ -4,6 +4,8 @@ python -m benchmarks.serve_load --json benchmarks/results/serve_load.json      #
 
 python -m benchmarks.serve_load --requests 500 --messages 2000
 
+python -m benchmarks.serve_load --part attack --json benchmarks/results/serve_load.json      # the load's numbers stay
+
 Three servers, each a process of its own around a random policy of the tabletop's shape. The first takes batches, the
 second one request at a time, from the same clients: every reply must hold, bit for bit, the actions that the policy
 itself gives for that client's observation and seed at that batch size, so that none can be lost or mixed up. The third
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -59,6 +61,8 @@ class LoadArgs:
     """Solver steps: of a network this small, what a batch shares (starting each operation) is most of the time."""
     seed: int = 0
     """Of observations, parameters and malformed messages."""
+    part: Literal["both", "load", "attack"] = "both"
+    """What is run; a file that --json names keeps the other part."""
     json: Path | None = None
     """File for the results."""
 
@@ -77,23 +81,40 @@ def main() -> None:
         solver = dataclasses.replace(policy.config.solver, num_steps=args.num_steps)
         engine = Engine(policy, solver=solver, buckets={1, *args.buckets}, plans=False)
         expected = Expected(engine, args.seed)
-        results = {"args": dataclasses.asdict(args) | {"json": None}}
-        for name, buckets in {"batched": args.buckets, "one_at_a_time": (1,)}.items():
-            with server(run_dir, buckets, args.num_steps) as (port, _):
-                results[name] = asyncio.run(load(port, expected, args.requests, args.clients))
-            print(f"{name}: {results[name]}")
-        results["speedup"] = results["batched"]["per_second"] / results["one_at_a_time"]["per_second"]
-        print(f"speedup: {results['speedup']:.2f}")
-        with server(run_dir, (1,), args.num_steps) as (port, pid):
-            results["attack"] = asyncio.run(attack(port, pid, expected, args.messages, args.seed))
-        print(f"attack: {results['attack']}")
+        results = _earlier(args)
+        if args.part != "attack":
+            results["load"] = loads(args, run_dir, expected)
+            print(f"speedup: {results['load']['speedup']:.2f}")
+        if args.part != "load":
+            with server(run_dir, (1,), args.num_steps) as (port, pid):
+                results["attack"] = asyncio.run(attack(port, pid, expected, args.messages, args.seed))
+            print(f"attack: {results['attack']}")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=2) + "\n")
         print(f"wrote {args.json}")
-    grown = results["attack"]["memory_growth_mb"]
+    grown = results["attack"]["memory_growth_mb"] if args.part != "load" else 0
     if grown > 32:
         sys.exit(f"the server's memory grew by {grown} MB under attack")
+
+
+def _earlier(args: LoadArgs) -> dict[str, Any]:
+    """The part that is not run again."""
+    if args.part == "both" or args.json is None or not args.json.exists():
+        return {}
+    return json.loads(args.json.read_text())
+
+
+def loads(args: LoadArgs, run_dir: Path, expected: "Expected") -> dict[str, Any]:
+    """The same clients against both servers."""
+    sizes = ("requests", "clients", "buckets", "depth", "num_steps", "seed")
+    results: dict[str, Any] = {"args": {name: getattr(args, name) for name in sizes}}
+    for name, buckets in {"batched": args.buckets, "one_at_a_time": (1,)}.items():
+        with server(run_dir, buckets, args.num_steps) as (port, _):
+            results[name] = asyncio.run(load(port, expected, args.requests, args.clients))
+        print(f"{name}: {results[name]}", flush=True)
+    results["speedup"] = results["batched"]["per_second"] / results["one_at_a_time"]["per_second"]
+    return results
 
 
 class Expected:
@@ -212,6 +233,7 @@ async def attack(port: int, pid: int, expected: Expected, messages: int, seed: i
         **outcomes,
         "honest_replies": honest,
         "memory_mb": settled,
+        "memory_mb_over_time": [mb for _, mb in memory[:: max(1, len(memory) // 10)]],
         "memory_growth_mb": round(memory[-1][1] - settled, 1),
     }
 
