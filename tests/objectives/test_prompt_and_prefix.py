@@ -76,17 +76,22 @@ def test_the_loss_is_the_mean_over_what_follows_the_prefix(setup):
     objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
     draws = draw(jax.random.key(2), data, PROCESS, objective)
     counts = count(data, objective, draws)
-    got = transfusion_loss(model, PROCESS, objective, params, data, draws, counts)
+    got = jax.jit(lambda p, *xs: transfusion_loss(model, PROCESS, objective, p, *xs))(
+        params, data, draws, counts
+    )
 
     horizon = draws.x_t.shape[2]
     first = np.asarray(draws.prefix[:, 0])
     assert len({*first}) > 1
     inside = np.arange(horizon) < first[:, None]
     t = jnp.where(inside, 1.0, draws.t)
-    cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
-    prediction = model.apply(
-        {"params": params}, cache, data.state, draws.x_t[:, 0], t, data.action_mask, method="denoise"
-    )
+
+    @jax.jit
+    def predict(x_t, t):
+        cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
+        return model.apply({"params": params}, cache, data.state, x_t, t, data.action_mask, method="denoise")
+
+    prediction = predict(draws.x_t[:, 0], t)
     mask = np.asarray(data.action_mask) & ~inside[..., None]
     squared = (np.asarray(prediction) - np.asarray(draws.target[:, 0])) ** 2
     np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
@@ -97,12 +102,14 @@ def test_a_prefix_that_is_not_learned_still_is_seen(setup):
     data, model, params = setup
     objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
     draws = draw(jax.random.key(2), data, PROCESS, objective)
-    cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
     row = int(np.argmax(draws.prefix[:, 0]))
-    error, other = (
-        action_error(model, PROCESS, objective, params, cache, data, draws._replace(x_t=x))
-        for x in (draws.x_t, draws.x_t.at[row, 0, 0].add(1.0))
-    )
+
+    @jax.jit
+    def error_of(x_t):
+        cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
+        return action_error(model, PROCESS, objective, params, cache, data, draws._replace(x_t=x_t))
+
+    error, other = (error_of(x) for x in (draws.x_t, draws.x_t.at[row, 0, 0].add(1.0)))
     assert (error[row, 0, : int(draws.prefix[row, 0])] == 0).all()
     assert np.abs(error[row] - other[row]).max() > 1e-6
 

@@ -1,6 +1,7 @@
 """Guidance by language and continuing a running chunk, at the level of a policy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,20 +67,21 @@ def test_weight_zero_is_the_null_prompt(policy, observation, swept):
 
 def test_other_weights_follow_the_formula_step_by_step(policy, observation, swept):
     model, variables = VLA(policy.config.model), {"params": policy.params}
-    one = dataclasses.replace(policy, batch_size=3)  # no padding
-    caches = [
-        model.apply(variables, one._batch(o, range(3), 3, None), None, method="prefill")[0]
-        for o in (observation, silenced(observation))
-    ]
-    state = jnp.asarray(one._batch(observation, range(3), 3, None).state)
-    noise = jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3))
-    x = noise[:3]
-    for i in range(3):
-        f_c, f_u = (
-            model.apply(variables, c, state, x, jnp.full(3, i / 3), None, method="denoise") for c in caches
-        )
-        x = x + (f_u + 5 * (f_c - f_u)) / 3
-    want = policy.bundle.robot_actions(np.asarray(x), observation)
+    batches = [policy._batch(o, range(3), 4, None) for o in (observation, silenced(observation))]
+
+    @jax.jit
+    def loop(x, batches):
+        caches = [model.apply(variables, batch, None, method="prefill")[0] for batch in batches]
+        for i in range(3):
+            f_c, f_u = (
+                model.apply(variables, cache, batches[0].state, x, jnp.full(4, i / 3), None, method="denoise")
+                for cache in caches
+            )
+            x = x + (f_u + 5 * (f_c - f_u)) / 3
+        return x
+
+    x = loop(jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3)), batches)
+    want = policy.bundle.robot_actions(np.asarray(x[:3]), observation)
     np.testing.assert_allclose(swept[0][5.0], want, rtol=1e-3, atol=1e-4)
 
 
@@ -122,7 +124,7 @@ def test_without_weight_nothing_is_continued(policy, observation, chunk, how):
 
 
 def test_a_continued_chunk_is_nearer_to_the_running_one_where_it_is_held(policy, observation, chunk):
-    solver = SolverConfig(num_steps=20)
+    solver = SolverConfig(num_steps=10)
 
     def apart(how):
         told = {} if how is None else {"running": running(chunk, how)}
@@ -141,10 +143,11 @@ def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observa
     model, variables = VLA(policy.config.model), {"params": policy.params}
     batch = policy._batch(observation, range(3), 4, None)
     known = jnp.asarray(policy._batch(observation, range(3), 4, None, chunk).actions)
-    cache, _ = model.apply(variables, batch, jnp.zeros(4, bool), method="prefill")
     weight = soft_weights(8, 3, 6)[None, :, None]
-    for how in ("vjp", "jacobian_free"):
-        x = jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def loop(x, batch, jacobian):
+        cache, _ = model.apply(variables, batch, jnp.zeros(4, bool), method="prefill")
         for i in range(3):
             t = i / 3
 
@@ -155,7 +158,12 @@ def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observa
             x1, pull, v = jax.vjp(data, x, has_aux=True)
             error = weight * (known - x1)
             strength = 5.0 if i == 0 else min(5.0, (t**2 + (1 - t) ** 2) / (t * (1 - t)))
-            x = x + (v + strength * (pull(error)[0] if how == "vjp" else error)) / 3
+            x = x + (v + strength * (pull(error)[0] if jacobian else error)) / 3
+        return x
+
+    for how in ("vjp", "jacobian_free"):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3))
+        x = loop(noise, batch, how == "vjp")
         got = policy.act(observation, KEY, solver=SOLVER, running=running(chunk, how))
         want = policy.bundle.robot_actions(np.asarray(x[:3]), observation)
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
