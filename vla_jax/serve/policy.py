@@ -298,7 +298,9 @@ class Policy:
             if not np.isfinite(guidance):
                 raise ValueError(f"guidance={guidance}: a finite weight is expected")
             if guidance != 1 and self.config.kind == "tokens":
-                raise ValueError(f"guidance={guidance}: a policy that writes its actions as tokens takes none")
+                raise ValueError(
+                    f"guidance={guidance}: a policy that writes its actions as tokens takes none"
+                )
             if guidance != 1 and not self.guides:
                 raise ValueError(
                     f"guidance={guidance}: this policy was trained with objective.prompt_dropout=0, so it does not "

@@ -171,7 +171,9 @@ class Engine:
             )
             return policy.read_chunks(written)
         process, solver = self._process, self._solver
-        return act_rows(policy.params, batch, seeds, process=process, solver=solver, guidance=guidance, **asked)
+        return act_rows(
+            policy.params, batch, seeds, process=process, solver=solver, guidance=guidance, **asked
+        )
 
     def _answer(self, row: Row, chunk: np.ndarray, text: str | None, bucket: int) -> Answer | Exception:
         actions = self._policy.bundle.robot_actions(chunk[None], row.observation)[0]
