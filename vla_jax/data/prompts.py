@@ -2,7 +2,8 @@
 
 It is the prompt of an empty instruction, `[bos separator]`: the instruction's tokens are masked where they stand.
 Positions count valid tokens only, so a network sees exactly what it would see of "". A text target names what was
-asked for, so it goes too. Everything here runs on the device.
+asked for, so it goes too. A prompt form that tells the state in words loses the state with the instruction: the null
+prompt then is images alone. Everything here runs on the device.
 """
 
 import jax
