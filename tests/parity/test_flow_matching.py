@@ -256,3 +256,21 @@ def test_schedule_change(trained):
     for t in (0.2, 0.5, 0.8):
         expected = their(torch.from_numpy(x), torch.tensor(t)).detach()
         same(jax.jit(moved)(x, jnp.full(8, t)), expected, rtol=0, atol=1e-4)
+
+
+def test_wrapper_of_the_tutorial_does_not_run():
+    """C11: notes write `forward(self, x, t, extras)`; the solver passes keywords, so it must be `**extras`."""
+
+    class Noted(ModelWrapper):
+        def forward(self, x, t, extras):
+            return self.model(x)
+
+    class Mended(ModelWrapper):
+        def forward(self, x, t, **extras):
+            return self.model(x)
+
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="extras"):
+        ODESolver(Noted(torch.nn.Identity())).sample(x, 0.5, method="euler")
+    made = ODESolver(Mended(torch.nn.Identity())).sample(x, 0.5, method="euler")
+    same(made, 2.25 * x)  # (1 + 1/2)^2
