@@ -25,6 +25,9 @@ PACKAGES = {
     "sim": {"types", "data", "flow", "serve"},
     "toy": {"flow", "models", "sim"},
     "convert": {"types", "models", "sharding", "checkpoint", "config"},
+    "lab": {
+        "types", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "train", "serve", "sim",
+    },
 }  # fmt: skip
 """Who may import whom. config and train know each other: config composes train/config.py, train reads the root."""
 

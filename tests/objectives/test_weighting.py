@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
 from vla_jax.objectives.weighting import (
     MGDA,
+    CAGrad,
     Fixed,
     GradientRatio,
     GradNorm,
@@ -228,6 +229,30 @@ def test_mgda_is_the_shortest_combination(text, action, weight):
     ) >= -1e-3 * np.sqrt(size)
 
 
+@settings(max_examples=60, deadline=None)
+@given(vectors, vectors, weights_, st.sampled_from([0.0, 0.3, 0.5, 0.9]))
+def test_cagrad_is_the_best_for_the_worse_off_within_its_ball(text, action, weight, radius):
+    """No direction of a fine grid over the ball's part of the two gradients' plane makes the smaller descent larger."""
+    weighted = weight * action
+    got = applied(CAGrad(weight, radius), text, action) / 2
+    mean = (text + weighted) / 2
+    length = np.linalg.norm(mean)
+    size = max(text @ text, weighted @ weighted, 1e-6)
+    assert np.linalg.norm(got - mean) <= radius * length + 1e-4 * np.sqrt(size)
+    basis = np.linalg.svd(np.stack([text, weighted]), full_matrices=False)[2]
+    angles = np.linspace(0, 2 * np.pi, 721)[:, None]
+    others = mean + radius * length * (np.cos(angles) * basis[0] + np.sin(angles) * basis[1])
+    best = np.minimum(others @ text, others @ weighted).max()
+    assert min(got @ text, got @ weighted) >= best - 2e-3 * size
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_cagrad_rests_where_the_plain_sum_does(weight):
+    assert_at(descend(CAGrad(weight, 0.5), steps=1500)[0], weight / (1 + weight), atol=1e-3)
+    text, action = np.array([1.0, 2.0]), np.array([-3.0, 0.5])
+    np.testing.assert_allclose(applied(CAGrad(weight, 0.0), text, action), text + weight * action, rtol=1e-6)
+
+
 @pytest.mark.parametrize("policy", [PCGrad(1.0), PCGrad(3.0), MGDA(1.0), MGDA(3.0)])
 def test_surgery_rests_on_the_front_and_only_there(policy):
     x, gradient, _, _ = descend(policy, steps=2000)
@@ -249,7 +274,7 @@ def test_outside_the_trunk_each_loss_has_its_own_gradient():
 
     gradients, _ = per_loss(both, params)
     inside = trunk.inside(params, ("backbone",), "trunk")
-    for policy in (PCGrad(3.0), MGDA(3.0)):
+    for policy in (PCGrad(3.0), MGDA(3.0), CAGrad(3.0, 0.5)):
         weights = policy.weights(0, None, trunk.products(gradients, inside))
         got = combine(weights, gradients, inside)
         np.testing.assert_allclose(got["expert"], 3 * gradients.action["expert"], rtol=1e-6)
@@ -265,7 +290,7 @@ def test_a_loss_that_is_not_in_the_batch_teaches_nothing():
         state = policy.init()
         jax.tree.map(np.testing.assert_array_equal, policy.update(state, absent, none), state)
         assert np.isfinite(policy.weights(0, state, none).trunk).all()
-    for policy in (PCGrad(2.0), MGDA(2.0)):
+    for policy in (PCGrad(2.0), MGDA(2.0), CAGrad(2.0, 0.5)):
         assert np.isfinite(policy.weights(0, None, none).trunk).all()
 
 
@@ -289,6 +314,7 @@ def test_every_policy_is_built_and_its_state_is_scalars():
         ({"policy": "gradnorm", "asymmetry": -1.0}, "asymmetry"),
         ({"policy": "loss_ema", "decay": 1.0}, "decay=1.0"),
         ({"policy": "pcgrad", "trunk": ()}, "names no path"),
+        ({"policy": "cagrad", "radius": 1.0}, "radius=1.0"),
     ],
 )
 def test_impossible_policies(values, message):

@@ -50,6 +50,8 @@ class DataConfig:
     takes the episode's last action as valid, so that what follows can be learned where episodes end with success.
     A mask tells the network when the episode ends, which nobody can tell it when it acts: where the last actions
     matter (a gripper that closes), a policy trained so waits for a sign that never comes."""
+    seed: int | None = None
+    """Seed of the order of the samples; None: the run's own. Models of several seeds can so see the same data."""
     workers: int = 0
     """Processes that build batches; 0: threads of the training process."""
     threads: int = 2

@@ -1,23 +1,22 @@
 """Identity functions that change what flows back."""
 
-from functools import partial
-
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scale_gradient(x: Array, scale: float) -> Array:
-    """x itself, bit for bit; its cotangent is multiplied by `scale`."""
+@jax.custom_vjp
+def scale_gradient(x: Array, scale: float | Float[Array, ""]) -> Array:
+    """x itself, bit for bit; its cotangent is multiplied by `scale`, which may be traced and has no gradient."""
     return x
 
 
-def _forward(x: Array, scale: float) -> tuple[Array, None]:
-    return x, None
+def _forward(x: Array, scale: float | Float[Array, ""]) -> tuple[Array, Array]:
+    return x, jnp.asarray(scale)
 
 
-def _backward(scale: float, _: None, cotangent: Array) -> tuple[Array]:
-    return (cotangent * scale,)
+def _backward(scale: Array, cotangent: Array) -> tuple[Array, Array]:
+    return cotangent * scale.astype(cotangent.dtype), jnp.zeros_like(scale)
 
 
 scale_gradient.defvjp(_forward, _backward)

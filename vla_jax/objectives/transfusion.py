@@ -160,12 +160,14 @@ def transfusion_loss(
     *,
     target_tokens: int | None = None,
     weights: Pair | None = None,
+    insulation: Float[Array, ""] | None = None,
 ) -> Losses:
     """The loss of a batch, or a microbatch's share of it.
 
     `target_tokens` bounds the text targets of one sample, so that logits exist for those positions only
     (default: the length of the text). `weights` multiply the two means (default: 1 and λ). A term whose weight in
-    the configuration is zero is not computed at all.
+    the configuration is zero is not computed at all. `insulation` is κ where it is traced (default: the
+    configuration's).
     """
     variables = {"params": params}
     cache, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
@@ -180,7 +182,7 @@ def transfusion_loss(
     if config.action_weight > 0 and batch.actions is None:
         action = action_token_loss(model, params, cache, batch)[0] / counts.action
     elif config.action_weight > 0:
-        error = action_error(model, process, config, params, cache, batch, draws)
+        error = action_error(model, process, config, params, cache, batch, draws, insulation)
         action = jnp.sum(error) / counts.action
         histogram, by_time, elements = _by_time(draws.t, error, learned(batch, draws))
 
@@ -200,12 +202,13 @@ def timed_losses(
     *,
     bins: int,
     target_tokens: int | None = None,
+    insulation: Float[Array, ""] | None = None,
 ) -> TimedLosses:
     """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
     cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
     counts = count(batch, config, draws)
     text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens)
-    error = action_error(model, process, config, params, cache, batch, draws)
+    error = action_error(model, process, config, params, cache, batch, draws, insulation)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
     valid = jnp.broadcast_to(learned(batch, draws), error.shape).astype(jnp.float32)
@@ -271,14 +274,20 @@ def _cross_entropy(
 
 
 def action_error(
-    model: Model, process, config: ObjectiveConfig, params: PyTree, cache: Cache, batch: Batch, draws: Draws
+    model: Model,
+    process,
+    config: ObjectiveConfig,
+    params: PyTree,
+    cache: Cache,
+    batch: Batch,
+    draws: Draws,
+    insulation: Float[Array, ""] | None = None,
 ) -> Float[Array, "b draws k a"]:
     """Elementwise loss of the expert's prediction, zero where nothing is learned. A clean prefix has t = 1."""
-    if config.insulation < 1:
-        cache = cache.replace(
-            keys=scale_gradient(cache.keys, config.insulation),
-            values=scale_gradient(cache.values, config.insulation),
-        )
+    if insulation is not None or config.insulation < 1:
+        kappa = config.insulation if insulation is None else insulation
+        seen = jax.tree.map(lambda x: scale_gradient(x, kappa), (cache.keys, cache.values, cache.features))
+        cache = cache.replace(**dict(zip(("keys", "values", "features"), seen)))
     b, repeats = draws.t.shape
 
     def rows(x: Array) -> Array:

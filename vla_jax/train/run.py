@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from vla_jax.checkpoint import read_meta
 from vla_jax.config import TrainConfig, config_hash, to_json
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import index_dataset
-from vla_jax.data.loader import make_loader
+from vla_jax.data.loader import Loader, make_loader
 from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
@@ -23,7 +23,8 @@ from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.state import StateBuilder, state_builder
-from vla_jax.train.step import add_up, make_eval_step, make_train_step, policy_of
+from vla_jax.train.step import add_up, make_eval_step, make_train_step
+from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch, PyTree
 
 
@@ -76,9 +77,8 @@ def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
 def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -> Job:
     """Everything the loop needs, from a resolved configuration."""
     loop = config.train
-    sizes = {"horizon": config.model.expert.horizon, "batch_size": loop.batch_size, "seed": config.seed}
-    loader = make_loader(config.data, bundle, **sizes)
-    held_out = make_loader(config.data, bundle, **sizes, split="val") if loop.val_every else None
+    loader = loader_of(config, bundle, "train")
+    held_out = loader_of(config, bundle, "val") if loop.val_every else None
     model, process = VLA(config.model), make_process(config.process)
     tx = make_optimizer(config.optim, loop.steps)
     builder = state_builder(
@@ -108,6 +108,18 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         },
         sample_flops=train_flops(config),
         key=jax.random.key(config.seed),
+    )
+
+
+def loader_of(config: TrainConfig, bundle: DataBundle, split: Literal["train", "val"]) -> Loader:
+    """The batches of a resolved configuration."""
+    return make_loader(
+        config.data,
+        bundle,
+        horizon=config.model.expert.horizon,
+        batch_size=config.train.batch_size,
+        seed=config.seed if config.data.seed is None else config.data.seed,
+        split=split,
     )
 
 

@@ -67,6 +67,29 @@ class StateBuilder:
             return jax.jit(lambda key: nn.unbox(self.create(key)), out_shardings=self.shardings)(key)
 
 
+def creator(
+    init_params: InitParams,
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool,
+    weighting: Callable[[], PyTree | None] = lambda: None,
+) -> Callable[[PRNGKeyArray], TrainState]:
+    """Key → boxed first state; `weighting` makes that of the λ policy."""
+
+    def create(key: PRNGKeyArray) -> TrainState:
+        params = init_params(key)
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=average,
+            opt_state=tx.init(params),
+            weighting=weighting(),
+        )
+
+    return create
+
+
 def state_builder(
     init_params: InitParams,
     tx: optax.GradientTransformation,
@@ -80,17 +103,7 @@ def state_builder(
     `weighting` makes the first state of the λ policy.
     """
 
-    def create(key: PRNGKeyArray) -> TrainState:
-        params = init_params(key)
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema=average,
-            opt_state=tx.init(params),
-            weighting=weighting(),
-        )
-
+    create = creator(init_params, tx, ema=ema, weighting=weighting)
     boxed = jax.eval_shape(create, jax.random.key(0))
     places = shardings(boxed, mesh)
     shapes = jax.tree.map(

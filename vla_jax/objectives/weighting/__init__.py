@@ -2,6 +2,7 @@
 
 from vla_jax.objectives.weighting import trunk
 from vla_jax.objectives.weighting.base import Pair, Products, Weighting, Weights, combine
+from vla_jax.objectives.weighting.cagrad import CAGrad
 from vla_jax.objectives.weighting.config import SCHEDULES, WeightingConfig
 from vla_jax.objectives.weighting.fixed import Fixed
 from vla_jax.objectives.weighting.gradient_ratio import GradientRatio
@@ -15,6 +16,7 @@ from vla_jax.objectives.weighting.uncertainty import Uncertainty
 
 __all__ = [
     "MGDA",
+    "CAGrad",
     "Fixed",
     "GradNorm",
     "GradientRatio",
@@ -47,5 +49,6 @@ def make_weighting(config: WeightingConfig, action_weight: float, steps: int) ->
         "gradient_ratio": lambda: GradientRatio(action_weight),
         "pcgrad": lambda: PCGrad(action_weight),
         "mgda": lambda: MGDA(action_weight),
+        "cagrad": lambda: CAGrad(action_weight, config.radius),
     }
     return make[config.policy]()

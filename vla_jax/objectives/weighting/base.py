@@ -54,7 +54,8 @@ class Weighting(Protocol):
 
     @property
     def can_be_zero(self) -> bool:
-        """Whether the action weight may be exactly 0 for some steps; the expert is then not run in them."""
+        """Whether the action weight may be exactly 0 for some steps; the expert is then not run in them, and
+        `is_zero(step)` says which they are."""
 
     def init(self) -> State:
         """The state before the first step."""

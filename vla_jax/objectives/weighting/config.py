@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 Policy = Literal[
-    "fixed", "step", "linear", "cosine", "uncertainty", "loss_ema", "gradnorm", "gradient_ratio", "pcgrad", "mgda"
+    "fixed", "step", "linear", "cosine", "uncertainty", "loss_ema", "gradnorm", "gradient_ratio", "pcgrad", "mgda",
+    "cagrad",
 ]  # fmt: skip
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -18,6 +19,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "gradient_ratio": ("trunk",),
     "pcgrad": ("trunk",),
     "mgda": ("trunk",),
+    "cagrad": ("radius", "trunk"),
 }
 """The options that each policy reads."""
 SCHEDULES = ("step", "linear", "cosine")
@@ -31,7 +33,8 @@ class WeightingConfig:
     """fixed: λ. step, linear, cosine: from `start` to λ over the run. uncertainty: learned log-variances. loss_ema:
     each loss over its running mean, actions times λ. gradnorm: balanced gradient norms and training rates.
     gradient_ratio: the action gradient's norm is λ times the text's. pcgrad: conflicting parts are projected out.
-    mgda: the shortest combination of both gradients. The last four take a second backward pass."""
+    mgda: the shortest combination of both gradients. cagrad: near their sum, the best for the loss that gains less.
+    The last five take a second backward pass."""
     start: float = 0.0
     """step, linear, cosine: λ at the beginning; while it is 0 the expert is not run."""
     begin: float = 0.5
@@ -44,8 +47,10 @@ class WeightingConfig:
     """gradnorm: α, how strongly the loss that trains more slowly is favoured; 0 balances norms alone."""
     decay: float = 0.99
     """loss_ema: decay of the running mean, per step."""
+    radius: float = 0.5
+    """cagrad: c, how far from the plain sum it may go, as a share of the sum; 0 is the plain sum."""
     trunk: tuple[str, ...] = ("backbone",)
-    """gradnorm, gradient_ratio, pcgrad, mgda: paths of the shared parameters whose gradients are compared."""
+    """gradnorm, gradient_ratio, pcgrad, mgda, cagrad: paths of the shared parameters whose gradients are compared."""
 
     def __post_init__(self):
         if self.policy not in OPTIONS:
@@ -71,6 +76,8 @@ class WeightingConfig:
             raise ValueError(f"objective.weighting.asymmetry={self.asymmetry}: must not be negative")
         if not 0 <= self.decay < 1:
             raise ValueError(f"objective.weighting.decay={self.decay}: must be in [0, 1)")
+        if not 0 <= self.radius < 1:
+            raise ValueError(f"objective.weighting.radius={self.radius}: must be in [0, 1)")
         if not self.trunk:
             raise ValueError(
                 "objective.weighting.trunk names no path; backbone is all that both losses share"

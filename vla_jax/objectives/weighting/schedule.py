@@ -7,7 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.objectives.weighting.base import Stateless, Weights, everywhere
 
@@ -43,8 +43,19 @@ class Scheduled(Stateless):
 
     def at(self, step) -> Float[Array, ""]:
         """λ of a step."""
+        progress = self._progress(step)
+        if self.shape == "step":
+            return jnp.where(progress > 0, self.weight, self.start).astype(jnp.float32)
+        return self.start + (self.weight - self.start) * progress
+
+    def is_zero(self, step) -> Bool[Array, ""]:
+        """Whether λ of a step is 0. It does not depend on `weight`: where models of several weights are trained in
+        one program they agree on it."""
+        return (self._progress(step) == 0) & (self.start == 0)
+
+    def _progress(self, step) -> Float[Array, ""]:
+        """f(u), from 0 at `start` to 1 at λ."""
         since = jnp.asarray(step, jnp.float32) - self.begin
         if self.shape == "step":
-            return jnp.where(since >= 0, self.weight, self.start).astype(jnp.float32)
-        u = jnp.clip(since / max(self.end - self.begin, 1), 0, 1)
-        return self.start + (self.weight - self.start) * SHAPES[self.shape](u)
+            return (since >= 0).astype(jnp.float32)
+        return SHAPES[self.shape](jnp.clip(since / max(self.end - self.begin, 1), 0, 1))

@@ -1,0 +1,365 @@
+"""The pictures of a sweep's report. Each takes settings or rows and returns a figure, or None where it has no data."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from vla_jax.lab.front import Verdicts
+from vla_jax.lab.table import Mean, Row, Setting
+from vla_jax.sim.figures import style
+from vla_jax.sim.figures.curves import curve, smooth
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+TITLES = {
+    "ce": "text loss (CE per token)",
+    "action_loss": "action loss",
+    "text_accuracy": "text accuracy",
+    "success": "success",
+    "swapped_success": "follows a swapped instruction",
+    "plan_accuracy": "plan names the right object",
+    "diversity": "diversity of chunks",
+}
+GREY = "#8a8a8a"
+
+
+def draw_front(settings: Sequence[Setting]) -> Figure | None:
+    """CE against action loss, and text accuracy against success: a line through the fixed λ of each κ, policies as
+    marks. Bars are 95 % intervals over seeds."""
+    pairs = [("ce", "action_loss", True), ("text_accuracy", "success", False)]
+    pairs = [pair for pair in pairs if any(s.mean(pair[0]) and s.mean(pair[1]) for s in settings)]
+    if not pairs:
+        return None
+    figure = style.new_figure(6.2 * len(pairs), 5.4, "What is given up for what")
+    grid = np.atleast_1d(figure.subplots(1, len(pairs)))
+    for axes, (x, y, log) in zip(grid, pairs):
+        _front_panel(axes, settings, x, y, log)
+    handles, labels = _unique_legend(grid)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9.5)
+    return figure
+
+
+def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: bool) -> None:
+    for number, (kappa, line) in enumerate(_fixed_lines(settings, x, y)):
+        colour = style.PALETTE[number % len(style.PALETTE)]
+        means = [(s.mean(x), s.mean(y)) for s in line]
+        _cross(axes, means, colour)
+        axes.plot(
+            [m[0].mean for m in means],
+            [m[1].mean for m in means],
+            color=colour,
+            marker="o",
+            ms=4,
+            linewidth=1.4,
+            label=f"fixed λ, κ = {kappa:g}",
+        )
+        for s, (a, b) in zip(line, means):
+            text = f"{s.weight:g}"
+            axes.annotate(
+                text, (a.mean, b.mean), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour
+            )
+    for number, setting in enumerate(s for s in settings if s.policy != "fixed"):
+        a, b = setting.mean(x), setting.mean(y)
+        if a is None or b is None:
+            continue
+        _cross(axes, [(a, b)], style.INK)
+        axes.plot(
+            [a.mean],
+            [b.mean],
+            linestyle="none",
+            marker=MARKERS[number % len(MARKERS)],
+            ms=7.5,
+            mfc="white",
+            mec=style.INK,
+            mew=1.3,
+            label=_policy_name(setting),
+        )
+    text_only = [s for s in settings if s.weight == 0 and s.mean(x)]
+    if text_only:
+        axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label="λ = 0: text alone")
+    if log:
+        axes.set_xscale("log"), axes.set_yscale("log")
+        _plain_ticks(axes)
+    title = "small is good" if log else "large is good"
+    style.tidy(axes, xlabel=TITLES[x], ylabel=TITLES[y], title=title)
+
+
+def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
+    """Every metric as a function of λ, one line per κ, bands over seeds."""
+    names = [n for n in TITLES if any(len(line) > 1 for _, line in _fixed_lines(settings, n, n))]
+    if not names:
+        return None
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = style.new_figure(3.5 * columns, 2.9 * rows + 0.7, "Fixed λ: mean and 95 % interval over seeds")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid, names):
+        for number, (kappa, line) in enumerate(_fixed_lines(settings, name, name)):
+            colour = style.PALETTE[number % len(style.PALETTE)]
+            means = [s.mean(name) for s in line]
+            weights = [s.weight for s in line]
+            axes.fill_between(
+                weights,
+                [m.low for m in means],
+                [m.high for m in means],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+            axes.plot(
+                weights,
+                [m.mean for m in means],
+                color=colour,
+                marker="o",
+                ms=3,
+                linewidth=1.4,
+                label=f"κ = {kappa:g}",
+            )
+        _keep_to_means(axes, [s.mean(name) for _, line in _fixed_lines(settings, name, name) for s in line])
+        axes.set_xscale("log")
+        if name in ("ce", "action_loss"):
+            axes.set_yscale("log")
+            _plain_ticks(axes, x=False)
+        style.tidy(axes, xlabel="λ", title=TITLES[name])
+    handles, labels = _unique_legend(grid)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def draw_policies(verdicts: Verdicts | None) -> Figure | None:
+    """Hypervolume and regret of every policy and every fixed λ, with intervals."""
+    if verdicts is None or not verdicts.policies:
+        return None
+    lines = [*sorted(verdicts.policies, key=lambda v: v.regret.mean), *verdicts.fixed]
+    labels = [
+        _policy_name(v.setting) if v.setting.policy != "fixed" else f"fixed λ = {v.setting.weight:g}"
+        for v in lines
+    ]
+    panels: list[tuple[str, Callable]] = [
+        ("hypervolume of its point\n(large is good)", lambda v: v.hypervolume),
+        (f"regret against λ = {verdicts.best.weight:g}\n(small is good)", lambda v: v.regret),
+    ]
+    if verdicts.most_successful:
+        best = verdicts.most_successful.weight
+        panels.append((f"success lost against λ = {best:g}\n(small is good)", lambda v: v.success_regret))
+    figure = style.new_figure(
+        4.1 * len(panels) + 0.8, 0.27 * len(lines) + 1.8, "Policies beside the fixed λ (log losses)"
+    )
+    for number, (axes, (title, take)) in enumerate(zip(figure.subplots(1, len(panels), sharey=True), panels)):
+        for row, verdict in enumerate(lines):
+            found = take(verdict)
+            if found is None:
+                continue
+            colour = style.PALETTE[1] if verdict.setting.policy != "fixed" else style.PALETTE[0]
+            axes.plot([found.low, found.high], [row, row], color=colour, linewidth=1.4)
+            axes.plot(list(found.values), [row] * len(found.values), ".", color=colour, alpha=0.35, ms=5)
+            axes.plot([found.mean], [row], "o", color=colour, ms=5)
+        if number:
+            axes.axvline(0, color=GREY, linewidth=1)
+        else:
+            axes.axvline(verdicts.front.mean, color=GREY, linestyle=":", linewidth=1.4)
+            axes.set_yticks(range(len(lines)), labels)
+            axes.invert_yaxis()
+        _limit_x(axes, [take(v) for v in lines])
+        style.tidy(axes, title=title)
+    return figure
+
+
+def draw_gradients(rows: Sequence[Row]) -> Figure | None:
+    """λ_eff and cosine over training, by layer and by flow time, for one seed of some fixed λ and of the policies."""
+    chosen = [row for row in _some_rows(rows) if _diagnosed(row)]
+    if not chosen:
+        return None
+    figure = style.new_figure(13.5, 7.2, f"The two gradients on the trunk (seed {chosen[0].config.seed})")
+    grid = figure.subplots(2, 3)
+    for number, row in enumerate(chosen):
+        lines = _diagnosed(row)
+        look = _look(number, row)
+        for axes, name in zip(grid[:, 0], ("ratio", "cosine")):
+            steps, values = curve(lines, f"diagnostics/{name}")
+            axes.plot(steps, smooth(values, max(1, len(values) // 12)), **look)
+        late = lines[len(lines) // 2 :]
+        layers = _by_layer(late)
+        for axes, name in zip(grid[:, 1], ("ratio", "cosine")):
+            axes.plot(range(len(layers)), [v[name] for v in layers.values()], ms=4, **look)
+            axes.set_xticks(range(len(layers)), list(layers), rotation=35, ha="right", fontsize=8)
+        for axes, name in zip(grid[:, 2], ("ratio", "cosine")):
+            by_time = np.array([line[f"diagnostics/{name}_by_time"] for line in late], float)
+            bins = by_time.shape[1]
+            axes.plot((np.arange(bins) + 0.5) / bins, np.nanmean(by_time, axis=0), **look)
+    for column, label in enumerate(("step", "", "flow time t (0 noise, 1 data)")):
+        where = ("over training", "by layer, second half", "by flow time, second half")[column]
+        style.tidy(grid[0, column], xlabel=label, title=f"λ_eff = ‖λ g_act‖ / ‖g_txt‖ {where}")
+        style.tidy(grid[1, column], xlabel=label, title=f"cosine {where}")
+        grid[0, column].set_yscale("log")
+        grid[1, column].axhline(0, color=GREY, linewidth=1)
+        for axes in grid[:, 1]:
+            axes.tick_params(axis="x", labelsize=8)
+    handles, labels = _unique_legend(grid.ravel())
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9.5)
+    return figure
+
+
+def draw_by_time(settings: Sequence[Setting]) -> Figure | None:
+    """The validation action loss by bin of flow time, one line per fixed λ; one panel per κ."""
+    lines = [(k, [s for s in line if s.rows[0].by_time()]) for k, line in _fixed_lines(settings, "ce", "ce")]
+    lines = [(kappa, line) for kappa, line in lines if line]
+    if not lines:
+        return None
+    figure = style.new_figure(4.3 * len(lines), 4.2, "Held-out action loss by flow time, mean over seeds")
+    grid = np.atleast_1d(figure.subplots(1, len(lines), sharey=True))
+    for axes, (kappa, line) in zip(grid, lines):
+        for number, setting in enumerate(line):
+            by_time = np.mean([row.by_time() for row in setting.rows], axis=0)
+            shade = number / max(len(line) - 1, 1)
+            x = (np.arange(len(by_time)) + 0.5) / len(by_time)
+            axes.plot(x, by_time, color=_shade(shade), label=f"λ = {setting.weight:g}", linewidth=1.5)
+        style.tidy(axes, xlabel="flow time t (0 noise, 1 data)", title=f"κ = {kappa:g}")
+    handles, labels = _unique_legend(grid)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def draw_curves(rows: Sequence[Row]) -> Figure | None:
+    """Training and validation losses of some rows."""
+    chosen = _some_rows(rows)
+    figure = style.new_figure(
+        11, 4.6, f"Training (lines) and held-out (marks) losses, seed {chosen[0].config.seed}"
+    )
+    grid = figure.subplots(1, 2)
+    for number, row in enumerate(chosen):
+        lines = _metrics(row.folder)
+        look = _look(number, row)
+        for axes, key in zip(grid, ("text_loss", "action_loss")):
+            steps, values = curve(lines, key)
+            axes.plot(steps, smooth(values, max(1, len(values) // 20)), **look)
+            axes.plot(
+                *curve(lines, f"val/{key}"),
+                linestyle="none",
+                marker="o",
+                ms=4,
+                mfc="white",
+                color=look["color"],
+            )
+    for axes, title in zip(grid, ("text loss (CE per token)", "action loss")):
+        axes.set_yscale("log")
+        _plain_ticks(axes, x=False)
+        style.tidy(axes, xlabel="step", title=title)
+    handles, labels = _unique_legend(grid)
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9.5)
+    return figure
+
+
+def _fixed_lines(settings: Sequence[Setting], x: str, y: str) -> list[tuple[float, list[Setting]]]:
+    """κ → its fixed λ > 0 in order, where both metrics exist."""
+    found = [s for s in settings if s.policy == "fixed" and s.weight > 0 and s.mean(x) and s.mean(y)]
+    kappas = sorted({s.kappa for s in found}, reverse=True)
+    return [(k, sorted((s for s in found if s.kappa == k), key=lambda s: s.weight)) for k in kappas]
+
+
+def _some_rows(rows: Sequence[Row], fixed: int = 4) -> list[Row]:
+    """The first seed of a few fixed λ > 0, evenly spread, and of every other policy, at the largest κ."""
+    seed, kappa = min(r.config.seed for r in rows), max(r.kappa for r in rows)
+    own = [r for r in rows if r.config.seed == seed and r.kappa == kappa and r.weight > 0]
+    constant = sorted((r for r in own if r.policy == "fixed"), key=lambda r: r.weight)
+    places = np.unique(np.linspace(0, len(constant) - 1, min(fixed, len(constant))).round().astype(int))
+    return [constant[i] for i in places] + [r for r in own if r.policy != "fixed"] or list(rows[:1])
+
+
+def _look(number: int, row: Row) -> dict[str, Any]:
+    """A line's colour and style: fixed λ are shades of one colour, policies have their own, dashed."""
+    if row.policy == "fixed":
+        shade = (np.log10(row.weight) + 2) / 4
+        return {
+            "color": _shade(float(np.clip(shade, 0, 1))),
+            "linewidth": 1.7,
+            "label": f"λ = {row.weight:g}",
+        }
+    colour = style.PALETTE[(number + 1) % len(style.PALETTE)]
+    dashes = ("--", "-.", ":")[number // len(style.PALETTE) % 3]
+    name = row.policy if row.weight == 1 else f"{row.policy} × {row.weight:g}"
+    return {"color": colour, "linestyle": dashes, "linewidth": 1.2, "label": name}
+
+
+def _shade(share: float) -> tuple[float, float, float]:
+    """From light to dark blue."""
+    light, dark = np.array([0.68, 0.83, 0.93]), np.array([0.02, 0.15, 0.35])
+    return tuple(light + share * (dark - light))
+
+
+def _policy_name(setting: Setting) -> str:
+    return setting.policy if setting.weight == 1 else f"{setting.policy} × {setting.weight:g}"
+
+
+def _cross(axes: Axes, means: Sequence[tuple[Mean, Mean]], colour: str) -> None:
+    """Intervals in both directions."""
+    for a, b in means:
+        axes.plot([a.low, a.high], [b.mean, b.mean], color=colour, alpha=0.35, linewidth=1)
+        axes.plot([a.mean, a.mean], [b.low, b.high], color=colour, alpha=0.35, linewidth=1)
+
+
+def _keep_to_means(axes: Axes, means: Sequence[Mean]) -> None:
+    """Limits that show all seeds; wide intervals of few seeds are cut off."""
+    values = [v for m in means for v in m.values]
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.1
+    axes.set_ylim(low - margin if low - margin > 0 or low <= 0 else low * 0.95, high + margin)
+
+
+def _limit_x(axes: Axes, means: Sequence[Mean | None]) -> None:
+    values = [v for m in means if m for v in m.values]
+    margin = 0.1 * (max(values) - min(values)) or 0.1
+    axes.set_xlim(min(values) - margin, max(values) + margin)
+
+
+def _plain_ticks(axes: Axes, x: bool = True) -> None:
+    """Numbers as people write them on logarithmic axes."""
+    for axis in (axes.xaxis, axes.yaxis) if x else (axes.yaxis,):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+        axis.set_tick_params(which="minor", labelsize=8, labelcolor=style.FAINT)
+
+
+def _unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
+    found: dict[str, Line2D] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _diagnosed(row: Row) -> list[dict[str, Any]]:
+    """The lines of a row's log that compare gradients."""
+    return [line for line in _metrics(row.folder) if line.get("diagnostics/cosine") is not None]
+
+
+def _by_layer(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Layer → mean ratio and cosine; stacked groups are taken apart."""
+    found: dict[str, dict[str, float]] = {}
+    for name in ("ratio", "cosine"):
+        ending = f"/{name}"
+        for key in lines[0]:
+            path = key.removeprefix("diagnostics/")
+            if path == key or not key.endswith(ending) or path.split("/")[0][1:].isdigit():
+                continue
+            values = np.array([np.atleast_1d(np.array(line[key], float)) for line in lines])
+            group = (
+                path.removesuffix(ending)
+                .removeprefix("backbone/")
+                .replace("Transformer/encoderblock", "block")
+            )
+            for i, value in enumerate(np.nanmean(values, axis=0)):
+                label = f"{group} {i}" if values.shape[1] > 1 else group
+                found.setdefault(label, {})[name] = float(value)
+    return dict(sorted(found.items()))

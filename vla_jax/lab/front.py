@@ -1,0 +1,116 @@
+"""How two losses trade off: the Pareto front, what it dominates, and what a policy loses against the best fixed λ.
+
+All of it is done on log(loss), because the losses have different units and range over decades. With lo and hi the
+smallest and the largest seed mean among the fixed λ > 0 (at κ = 1, where there are any), a loss L counts as
+
+    u(L) = clip((log L - log lo) / (log hi - log lo), 0, 1)        0: as good, 1: as bad as any fixed λ
+
+- **hypervolume** of points (u_text, u_action): the area they dominate in the unit square (Zitzler & Thiele 1999).
+- **cost** of a point: (u_text + u_action) / 2. **Regret** of a policy: its cost minus that of the best fixed λ, the one
+  of the lowest mean cost, paired by seed. That λ is chosen with the results at hand, which no user has before the
+  sweep: a regret of 0 is a success of the policy.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vla_jax.lab.table import LOSSES, Mean, Setting, mean_of
+
+
+def pareto(points: Float[np.ndarray, "n 2"]) -> list[int]:
+    """Indices of the points that no other one is at least as good as in both and better in one; lower is better."""
+    points = np.asarray(points, float)
+
+    def dominated(i: int) -> bool:
+        no_worse = (points <= points[i]).all(axis=1)
+        better = (points < points[i]).any(axis=1)
+        return bool((no_worse & better).any())
+
+    return [i for i in range(len(points)) if not dominated(i)]
+
+
+def hypervolume(points: Float[np.ndarray, "n 2"]) -> float:
+    """The area in the unit square that is at least as bad as some point in both; lower is better."""
+    points = np.clip(np.asarray(points, float).reshape(-1, 2), 0, 1)
+    area, height = 0.0, 1.0
+    for x, y in sorted(map(tuple, points)):
+        if y < height:
+            area += (1 - x) * (height - y)
+            height = y
+    return float(area)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """u of both losses."""
+
+    low: Float[np.ndarray, "2"]
+    high: Float[np.ndarray, "2"]
+
+    def __call__(self, setting: Setting) -> Float[np.ndarray, "seeds 2"]:
+        """(u_text, u_action) of each seed."""
+        losses = np.array([[row.metric(name) for name in LOSSES] for row in setting.rows], float)
+        return np.clip((np.log(losses) - self.low) / (self.high - self.low), 0, 1)
+
+
+class Verdict(NamedTuple):
+    """A policy beside the fixed λ."""
+
+    setting: Setting
+    hypervolume: Mean
+    """Of its one point."""
+    regret: Mean
+    success_regret: Mean | None
+    """Success of the fixed λ with the highest mean success, minus its own; None without a simulator."""
+
+
+class Verdicts(NamedTuple):
+    """All policies beside the fixed λ."""
+
+    scale: Scale
+    best: Setting
+    """The fixed λ of the lowest cost."""
+    most_successful: Setting | None
+    front: Mean
+    """Hypervolume of all fixed λ together."""
+    fixed: list[Verdict]
+    policies: list[Verdict]
+
+
+def fixed_settings(settings: Sequence[Setting]) -> list[Setting]:
+    """Fixed λ > 0 with both losses, at the largest κ there is."""
+    found = [s for s in settings if s.policy == "fixed" and all(s.mean(name) for name in LOSSES)]
+    kappa = max((s.kappa for s in found), default=1.0)
+    return sorted((s for s in found if s.kappa == kappa), key=lambda s: s.weight)
+
+
+def judge(settings: Sequence[Setting]) -> Verdicts | None:
+    """Compares all policies with the fixed λ of the same κ; None where fewer than two fixed λ differ."""
+    fixed = fixed_settings(settings)
+    means = np.log([[s.mean(name).mean for name in LOSSES] for s in fixed]) if fixed else np.zeros((0, 2))
+    if len(fixed) < 2 or (means.min(axis=0) == means.max(axis=0)).any():
+        return None
+    scale = Scale(means.min(axis=0), means.max(axis=0))
+    others = [s for s in settings if s.policy != "fixed" and s.kappa == fixed[0].kappa]
+    others = [s for s in others if all(s.mean(name) for name in LOSSES)]
+    best = min(fixed, key=lambda s: scale(s).mean())
+    able = [s for s in fixed if s.mean("success")]
+    winner = max(able, key=lambda s: s.mean("success").mean) if able else None
+
+    def verdict(setting: Setting) -> Verdict:
+        points = scale(setting)
+        seeds = min(len(points), len(best.rows))
+        paired = points[:seeds].mean(axis=1) - scale(best)[:seeds].mean(axis=1)
+        success = setting.mean("success") if winner else None
+        lost = None
+        if success:
+            lost = mean_of(a - b for a, b in zip(winner.mean("success").values, success.values))
+        return Verdict(setting, mean_of(hypervolume(p) for p in points), mean_of(paired), lost)
+
+    seeds = min(len(s.rows) for s in fixed)
+    together = mean_of(hypervolume(np.stack([scale(s)[i] for s in fixed])) for i in range(seeds))
+    return Verdicts(scale, best, winner, together, [verdict(s) for s in fixed], [verdict(s) for s in others])

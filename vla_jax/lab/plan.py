@@ -1,0 +1,67 @@
+"""Which cells are trained by one program: those that differ in nothing but numbers that a step can take as arrays."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from vla_jax.config import TrainConfig, config_hash
+from vla_jax.lab.grid import Cell, replaced
+from vla_jax.train.knobs import Knobs
+
+TRACED = ("seed", "objective.action_weight", "objective.insulation", "optim.learning_rate")
+"""The fields of `train.knobs.Knobs`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cells of one program."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration that the program is made from: the first cell's."""
+        return self.cells[0].config
+
+    @cached_property
+    def id(self) -> str:
+        """A short fingerprint of all its cells' configurations."""
+        hashes = " ".join(config_hash(cell.config) for cell in self.cells)
+        return hashlib.sha256(hashes.encode()).hexdigest()[:12]
+
+    def knobs(self, copies: int = 0) -> Knobs:
+        """The cells' own numbers, [cells]; the last one is repeated `copies` times."""
+        configs = [cell.config for cell in self.cells] + [self.cells[-1].config] * copies
+        rate = self.config.optim.learning_rate
+        return Knobs(
+            seed=np.array([c.seed for c in configs], np.uint32),
+            action_weight=np.array([c.objective.action_weight for c in configs], np.float32),
+            insulation=np.array([c.objective.insulation for c in configs], np.float32),
+            learning_rate=np.array([c.optim.learning_rate / rate for c in configs], np.float32),
+        )
+
+
+def plan(cells: Sequence[Cell]) -> list[Group]:
+    """Groups as large as they can be, in the order of their first cells.
+
+    λ = 0 leaves the action loss out of the program, because 0 · loss would still propagate its NaN: cells with λ = 0
+    are groups of their own.
+    """
+    programs: dict[TrainConfig, list[Cell]] = {}
+    for cell in cells:
+        has_actions = float(cell.config.objective.action_weight > 0)
+        canonical = {"seed": 0, "objective.action_weight": has_actions}
+        canonical |= {"objective.insulation": 1.0, "optim.learning_rate": 1.0}
+        programs.setdefault(replaced(cell.config, canonical), []).append(cell)
+    return [Group(tuple(members)) for members in programs.values()]
+
+
+def split(group: Group, most: int) -> list[Group]:
+    """The group in as few parts of at most `most` cells as possible, nearly equal ones."""
+    if most < 1:
+        raise ValueError(f"--group {most}: at least 1 cell")
+    parts = np.array_split(np.arange(len(group.cells)), -(-len(group.cells) // most))
+    return [Group(tuple(group.cells[i] for i in part)) for part in parts]

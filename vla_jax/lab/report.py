@@ -1,0 +1,188 @@
+"""Everything a sweep has to say: report.html, the pictures by themselves, and the numbers as CSV and JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vla_jax.lab import figures, html
+from vla_jax.lab.front import Verdicts, judge
+from vla_jax.lab.store import Store
+from vla_jax.lab.table import (
+    METRICS,
+    Mean,
+    Row,
+    Setting,
+    read_rows,
+    records,
+    settings_of,
+    to_csv,
+    unfinished,
+)
+from vla_jax.sim.evaluate import write_json
+from vla_jax.sim.figures import style
+
+PERCENT = (
+    "text_accuracy", "success", "swapped_success", "plan_accuracy", "forced_plan_followed", "collision",
+)  # fmt: skip
+SHOWN = ("ce", "action_loss", "text_accuracy", "success", "swapped_success", "plan_accuracy", "diversity")
+
+CAPTIONS = {
+    "front": "Left, towards the lower left is better; right, towards the upper right. Numbers beside marks are λ.",
+    "lambda": "Axes keep to the seeds' own values; intervals of few seeds may reach beyond.",
+    "policies": "Orange: policies, blue: fixed λ; small dots are seeds. Dotted: the hypervolume of all fixed λ "
+    "together. u = log loss between the best (0) and the worst (1) fixed λ; cost = mean of both u; regret = cost minus "
+    "that of the best fixed λ, paired by seed. The best λ is known only after the sweep.",
+    "gradients": "Unclipped gradients on objective.diagnostics.trunk. λ_eff contains the policy's weight, and κ.",
+    "by_time": "Ten bins of t.",
+    "curves": "",
+}
+HEADINGS = {
+    "front": "Pareto front",
+    "lambda": "By λ",
+    "policies": "Policies against the best fixed λ",
+    "gradients": "Gradients",
+    "by_time": "Action loss by flow time",
+    "curves": "Loss curves",
+}
+
+
+def write_report(folders: Sequence[Path], out: Path, *, prefix: str = "") -> list[Path]:
+    """Writes everything to `out`; returns the files. Raises ValueError where there is no finished cell."""
+    rows = read_rows(folders)
+    settings = settings_of(rows)
+    verdicts = judge(settings)
+    drawn = {name: figure for name, figure in draw_all(rows, settings, verdicts).items() if figure}
+    paths = {name: style.save(figure, out / f"{prefix}{name}.png") for name, figure in drawn.items()}
+    numbers = summary(rows, settings, verdicts)
+    write_json(numbers, out / f"{prefix}results.json")
+    (out / f"{prefix}results.csv").write_text(to_csv(records(rows)))
+    missing = unfinished(folders)
+    page = out / f"{prefix}report.html"
+    page.write_text(_page(folders, rows, settings, verdicts, paths, missing), encoding="utf-8")
+    return [page, *paths.values(), out / f"{prefix}results.json", out / f"{prefix}results.csv"]
+
+
+def draw_all(
+    rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts | None
+) -> dict[str, Figure | None]:
+    """All pictures; None where there is nothing to show."""
+    return {
+        "front": figures.draw_front(settings),
+        "lambda": figures.draw_lambda(settings),
+        "policies": figures.draw_policies(verdicts),
+        "gradients": figures.draw_gradients(rows),
+        "by_time": figures.draw_by_time(settings),
+        "curves": figures.draw_curves(rows),
+    }
+
+
+def summary(rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts | None) -> dict[str, Any]:
+    """All numbers as JSON: cells, settings with intervals, and the policies' verdicts."""
+
+    def mean(found: Mean | None) -> dict[str, Any] | None:
+        return found and {"mean": found.mean, "low": found.low, "high": found.high}
+
+    found = {
+        "cells": records(rows),
+        "settings": [
+            {
+                "policy": s.policy,
+                "action_weight": s.weight,
+                "insulation": s.kappa,
+                "label": s.label,
+                "seeds": len(s.rows),
+                **{name: mean(s.mean(name)) for name in METRICS},
+            }
+            for s in settings
+        ],
+        "versions": rows[0].result["versions"],
+    }
+    if verdicts:
+        found["best_fixed"] = {"cost": verdicts.best.weight}
+        if verdicts.most_successful:
+            found["best_fixed"]["success"] = verdicts.most_successful.weight
+        found["hypervolume_of_all_fixed"] = mean(verdicts.front)
+        found["verdicts"] = [
+            {
+                "policy": v.setting.policy,
+                "action_weight": v.setting.weight,
+                "hypervolume": mean(v.hypervolume),
+                "regret": mean(v.regret),
+                "success_regret": mean(v.success_regret),
+            }
+            for v in [*verdicts.policies, *verdicts.fixed]
+        ]
+    return found
+
+
+def settings_table(settings: Sequence[Setting]) -> list[Mapping[str, str]]:
+    """Settings with mean ± half width of the interval, for people."""
+    names = [name for name in SHOWN if any(s.mean(name) for s in settings)]
+    return [
+        {"setting": s.label, "seeds": str(len(s.rows))} | {n: text(n, s.mean(n)) for n in names}
+        for s in settings
+    ]
+
+
+def text(name: str, mean: Mean | None) -> str:
+    """``12.3 ± 0.4``; a dash where it does not apply."""
+    if mean is None:
+        return "–"
+    half = mean.high - mean.mean
+    if name in PERCENT:
+        return f"{100 * mean.mean:.1f} ± {100 * half:.1f} %"
+    return f"{mean.mean:.4f} ± {half:.4f}"
+
+
+def _page(
+    folders: Sequence[Path],
+    rows: Sequence[Row],
+    settings: Sequence[Setting],
+    verdicts: Verdicts | None,
+    paths: Mapping[str, Path],
+    missing: Sequence[str],
+) -> str:
+    asked = [entry for folder in folders for entry in Store(folder).asked()]
+    diverged = [row.name for row in rows if row.result["diverged"]]
+    versions = ", ".join(f"{k} {v}" for k, v in rows[0].result["versions"].items())
+    facts = [
+        f"{len(rows)} cells finished, {len(missing)} not yet; {len(diverged)} diverged"
+        + (f" ({', '.join(diverged)})." if diverged else "."),
+        f"Versions: {versions}.",
+        "All cells saw the same data in the same order; losses are on held-out episodes, with the averaged parameters "
+        "where the run keeps them. ± is half of Student's 95 % interval over seeds.",
+    ]
+    sections = [
+        html.section(
+            "What was run", html.code("\n".join(e["command"] for e in asked)), *map(html.paragraph, facts)
+        )
+    ]
+    sections += [
+        html.section(HEADINGS[name], html.picture(path, HEADINGS[name]), html.paragraph(CAPTIONS[name]))
+        for name, path in paths.items()
+    ]
+    if verdicts:
+        sections.append(html.section("Verdicts", html.table(verdict_table(verdicts))))
+    sections.append(html.section("All settings", html.table(settings_table(settings))))
+    hashes = "\n".join(f"{row.result['config_hash']}  {row.name}" for row in rows)
+    config = json.dumps(json.loads((rows[0].folder / "config.json").read_text()), indent=1)
+    sections.append(html.section("Configurations", html.code(hashes)))
+    sections.append(html.section(f"The first one in full: {rows[0].name}", html.code(config)))
+    return html.page("Weighing language against action", sections)
+
+
+def verdict_table(verdicts: Verdicts) -> list[Mapping[str, str]]:
+    """Hypervolume and regrets, for people."""
+    lines = [*sorted(verdicts.policies, key=lambda v: v.regret.mean), *verdicts.fixed]
+    return [
+        {
+            "policy": f"{v.setting.policy}, λ={v.setting.weight:g}",
+            "hypervolume": text("", v.hypervolume),
+            f"regret against λ={verdicts.best.weight:g}": text("", v.regret),
+            "success lost against the most successful λ": text("success", v.success_regret),
+        }
+        for v in lines
+    ]

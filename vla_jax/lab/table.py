@@ -1,0 +1,201 @@
+"""A sweep's results as a table: one row per cell, and per setting the mean over seeds with its interval."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from vla_jax.config import TrainConfig, config_hash, from_json
+from vla_jax.lab.grid import value_of
+from vla_jax.lab.store import Store
+
+METRICS: dict[str, tuple[str, str]] = {
+    "ce": ("val", "text_loss"),
+    "action_loss": ("val", "action_loss"),
+    "text_accuracy": ("val", "text_accuracy"),
+    "success": ("closed_loop", "success"),
+    "swapped_success": ("closed_loop", "swapped_success"),
+    "plan_accuracy": ("closed_loop", "plan_accuracy"),
+    "forced_plan_followed": ("closed_loop", "forced_plan_followed"),
+    "collision": ("closed_loop", "collision"),
+    "diversity": ("closed_loop", "chunk_diversity"),
+}
+"""Column → where it stands in a cell's result."""
+
+LOSSES = ("ce", "action_loss")
+
+
+class Mean(NamedTuple):
+    """A mean over seeds with its 95 % interval (Student's t; equal to the mean where there is one seed)."""
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One finished cell."""
+
+    name: str
+    config: TrainConfig
+    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def policy(self) -> str:
+        """The λ policy's name."""
+        return self.config.objective.weighting.policy
+
+    @property
+    def weight(self) -> float:
+        """λ, or the policy's scale of it."""
+        return self.config.objective.action_weight
+
+    @property
+    def kappa(self) -> float:
+        """κ."""
+        return self.config.objective.insulation
+
+    def metric(self, name: str) -> float | None:
+        """A column of METRICS; None where it does not apply."""
+        where, key = METRICS[name]
+        return (self.result[where] or {}).get(key)
+
+    def by_time(self) -> list[float] | None:
+        """The validation action loss by bin of t."""
+        return self.result["val"].get("action_loss_by_time")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Cells that differ in nothing but the seed."""
+
+    label: str
+    rows: tuple[Row, ...]
+    """In the order of their seeds."""
+
+    @property
+    def policy(self) -> str:
+        """The λ policy's name."""
+        return self.rows[0].policy
+
+    @property
+    def weight(self) -> float:
+        """λ, or the policy's scale of it."""
+        return self.rows[0].weight
+
+    @property
+    def kappa(self) -> float:
+        """κ."""
+        return self.rows[0].kappa
+
+    def mean(self, name: str) -> Mean | None:
+        """A column's mean over seeds; None where some cell lacks it."""
+        values = [row.metric(name) for row in self.rows]
+        return None if any(v is None for v in values) else mean_of(values)
+
+
+def mean_of(values: Iterable[float]) -> Mean:
+    """Mean and 95 % interval of independent values."""
+    values = tuple(float(v) for v in values)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Mean(mean, mean, mean, values)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return Mean(mean, mean - half, mean + half, values)
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """All finished cells of some sweeps' directories, in the order in which they were asked for.
+
+    Raises ValueError where there is none, or where a cell is in two of them with different configurations.
+    """
+    rows: dict[str, Row] = {}
+    for folder in folders:
+        store = Store(folder)
+        names = [name for asked in store.asked() for name in asked["cells"]]
+        for name in dict.fromkeys(names):
+            result = store.result(name)
+            if result is None:
+                continue
+            config = from_json((store.cell(name) / "config.json").read_text())
+            row = Row(name=name, config=config, result=result, folder=store.cell(name))
+            if name in rows and config_hash(rows[name].config) != config_hash(config):
+                raise ValueError(f"{folder} and {rows[name].folder.parents[1]} have different cells {name}")
+            rows.setdefault(name, row)
+    if not rows:
+        places = ", ".join(str(folder) for folder in folders)
+        raise ValueError(f"{places}: no finished cell of a sweep; run launch.sweep --out there first")
+    return list(rows.values())
+
+
+def unfinished(folders: Sequence[Path]) -> list[str]:
+    """Cells that were asked for and have no result."""
+    return [
+        name
+        for folder in folders
+        for asked in Store(folder).asked()
+        for name in asked["cells"]
+        if Store(folder).result(name) is None
+    ]
+
+
+def settings_of(rows: Sequence[Row]) -> list[Setting]:
+    """The rows by everything but the seed, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        values = {k: v for k, v in row.result["values"].items() if k != "seed"}
+        groups.setdefault(json.dumps(values), []).append(row)
+    return [
+        Setting(
+            label=", ".join(row_label(group[0])),
+            rows=tuple(sorted(group, key=lambda r: r.result["values"]["seed"])),
+        )
+        for group in groups.values()
+    ]
+
+
+def row_label(row: Row) -> list[str]:
+    """What distinguishes a setting, for people: policy, λ, κ, and whatever else was varied."""
+    short = {"objective.weighting.policy", "objective.action_weight", "objective.insulation", "seed"}
+    label = [row.policy, f"λ={row.weight:g}", f"κ={row.kappa:g}"]
+    rest = {k: v for k, v in row.result["values"].items() if k not in short}
+    return label + [f"{k.split('.')[-1]}={v}" for k, v in rest.items()]
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One flat record per cell."""
+    return [
+        {
+            "cell": row.name,
+            "policy": row.policy,
+            "action_weight": row.weight,
+            "insulation": row.kappa,
+            "seed": row.config.seed,
+            **{k: v for k, v in row.result["values"].items() if value_of(row.config, k) == v},
+            **{name: row.metric(name) for name in METRICS},
+            **{f"action_loss_t{i}": v for i, v in enumerate(row.by_time() or [])},
+            "skipped": row.result["skipped"],
+            "diverged": row.result["diverged"],
+            "config_hash": row.result["config_hash"],
+        }
+        for row in rows
+    ]
+
+
+def to_csv(records: Sequence[dict[str, Any]]) -> str:
+    """Records as CSV; what a record lacks stays empty."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()

@@ -1,0 +1,22 @@
+"""The numbers of a configuration that a training step can take as arrays instead of constants.
+
+A step built from a configuration compiles them in. One program that trains many models at once (`vla_jax.lab`) maps
+over them, so there they are arguments of the step.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+
+class Knobs(NamedTuple):
+    """What may differ between models that are trained by one program; scalars."""
+
+    seed: Int[Array, ""]
+    """TrainConfig.seed: of augmentation, times and noise. The order of the data is not the step's business."""
+    action_weight: Float[Array, ""]
+    """objective.action_weight; above 0 exactly where that of the step's own configuration is."""
+    insulation: Float[Array, ""]
+    """objective.insulation."""
+    learning_rate: Float[Array, ""]
+    """optim.learning_rate over that of the step's own configuration."""
