@@ -19,7 +19,6 @@ def get_config() -> TrainConfig:
             vision=VisionConfig(image_size=32, patch=8, width=32, depth=1, mlp=64, heads=2),
             text=TextConfig(width=32, depth=2, mlp=64, heads=2, kv_heads=2, head_dim=16),
             expert=ExpertConfig(width=32, mlp=64, horizon=8),
-            unroll=2,
         ),
         objective=ObjectiveConfig(
             noise_draws=2, plan_visible=0.35, diagnostics=DiagnosticsConfig(every=50, stride=2)

@@ -17,14 +17,27 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.models import small
+from tests.objectives import toy
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
 from vla_jax.objectives.diagnostics import TimedLosses, as_metrics, diagnose, group_of
 from vla_jax.objectives.transfusion import count, draw, timed_losses, transfusion_loss
-from vla_jax.objectives.weighting import GradientRatio, Pair, PCGrad, combine, per_loss, trunk
-from vla_jax.sharding import MeshConfig, activate, batch_sharding, make_mesh
+from vla_jax.objectives.weighting import (
+    GradientRatio,
+    Pair,
+    PCGrad,
+    WeightingConfig,
+    combine,
+    per_loss,
+    trunk,
+)
+from vla_jax.sharding import MeshConfig, activate, batch_sharding, make_mesh, replicated
+from vla_jax.train.optim import make_optimizer
 from vla_jax.train.prefetch import to_device
+from vla_jax.train.state import TrainState
+from vla_jax.train.step import make_train_step
+from vla_jax.train.weigh import policy_of
 
 BINS = 3
 PROCESS = make_process(ProcessConfig())
@@ -184,6 +197,7 @@ def test_eight_devices_find_the_same():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
+    assert found.pop("λ on eight devices") < 1e-4
     assert found.keys() == MESHES.keys()
     for mesh, values in found.items():
         assert values["difference"] < 1e-6, mesh
@@ -223,8 +237,42 @@ def network():
     return params, data, losses
 
 
+POLICIES = [
+    ObjectiveConfig(action_weight=3.0, text_reduction="sum", action_reduction="sum", insulation=0.5),
+    ObjectiveConfig(action_weight=0.3, weighting=WeightingConfig(policy="uncertainty")),
+    ObjectiveConfig(action_weight=0.3, weighting=WeightingConfig(policy="gradnorm"), action_reduction="sum"),
+]
+
+
+def trained(mesh, accumulate, data):
+    """What two steps of each policy leave: losses, weights, λ's own state."""
+    found = []
+    for objective in POLICIES:
+        cfg = toy.config(objective, accumulate=accumulate)
+        tx = make_optimizer(cfg.optim, cfg.train.steps)
+        step = jax.jit(
+            make_train_step(toy.Toy(), toy.Process(), cfg, tx),
+            in_shardings=(replicated(mesh), batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
+        params = toy.params_of()
+        state = TrainState(
+            step=jnp.int32(0),
+            params=params,
+            ema=None,
+            opt_state=tx.init(params),
+            weighting=policy_of(cfg).init(),
+        )
+        for _ in range(2):
+            state, metrics = step(state, to_device(data, batch_sharding(mesh)))
+        names = ("loss", "text_loss", "action_loss", "grad_norm", "text_weight", "action_weight")
+        found.append(([metrics[name] for name in names], state.weighting))
+    return jax.tree.map(np.asarray, found)
+
+
 def main() -> None:
-    """On each mesh: the report against numpy, λ of the gradient ratio, and the gradient that it makes."""
+    """On each mesh: the report against numpy, λ of the gradient ratio, and the gradient that it makes. And training
+    with 12 samples on one device, with 4 empty ones on eight, there in two microbatches."""
     params, data, losses = network()
     inside = trunk.inside(params, ("backbone",), "trunk")
     policies = GradientRatio(2.0), PCGrad(2.0)
@@ -269,6 +317,12 @@ def main() -> None:
             "weighed": max(jax.tree.leaves(gaps)),
             "shard": shards,
         }
+    samples = jax.tree.map(np.asarray, toy.batch_of(12))
+    padded = jax.tree.map(lambda x: np.pad(x, [(0, 4)] + [(0, 0)] * (x.ndim - 1)), samples)
+    one = trained(make_mesh(MeshConfig(), jax.devices()[:1]), 1, samples)
+    eight = trained(make_mesh(MeshConfig(), jax.devices()), 2, padded)
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b) / (np.abs(a) + 1e-3)), one, eight)
+    out["λ on eight devices"] = max(jax.tree.leaves(gaps))
     json.dump(out, sys.stdout)
 
 

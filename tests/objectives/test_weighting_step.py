@@ -189,3 +189,18 @@ def test_diagnostics_every_second_step():
     off = dataclasses.replace(config(watched), train=LoopConfig(log_every=10))
     with pytest.raises(ValueError, match=r"every=2 is not a multiple of train\.log_every=10"):
         step_of(off)
+
+
+def test_diagnostics_that_are_off_are_not_in_the_program():
+    """The very same program as without them, whatever else they are set to; on, it is another one."""
+    cfg, data = config(ObjectiveConfig()), batch_of()
+
+    def text(diagnostics):
+        objective = dataclasses.replace(cfg.objective, diagnostics=diagnostics)
+        one = dataclasses.replace(cfg, objective=objective)
+        step = make_train_step(Toy(), Process(), one, make_optimizer(cfg.optim, cfg.train.steps))
+        return jax.jit(step).lower(start(cfg), data).as_text()
+
+    plain = text(DiagnosticsConfig())
+    assert text(DiagnosticsConfig(every=0, time_bins=9, stride=1, trunk=("nowhere",))) == plain
+    assert text(DiagnosticsConfig(every=2)) != plain
