@@ -146,6 +146,8 @@ def run_alone(cell: Cell, store: Store, config: SweepConfig) -> None:
     """One cell as launch.train trains it, on all devices and with its own mesh."""
     folder = store.cell(cell.name)
     train(cell.config, folder)
+    if jax.process_index():
+        return
     policy = Policy.load(folder)
     if policy.step < cell.config.train.steps:
         raise Interrupted(f"stopped and saved at step {policy.step} of {cell.config.train.steps}")

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vla_jax.checkpoint.manager import flatten
 from vla_jax.config import config_hash, to_json
 from vla_jax.lab.grid import Cell
@@ -70,6 +72,8 @@ class Store:
 
     def begin(self, cells: Sequence[Cell]) -> None:
         """Makes the cells' directories, each with its configuration."""
+        if jax.process_index():
+            return
         for cell in cells:
             write_json(json.loads(to_json(cell.config)), self.cell(cell.name) / "config.json")
 
@@ -109,7 +113,10 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, name: str = "sweep") -> Iterator[None]:
-        """Only one process at a time; the lock ends with its process, however that ends."""
+        """Only one process (or group of hosts) at a time; the lock ends with its process, however that ends."""
+        if jax.process_index():
+            yield
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / f".{name}.lock", "w") as file:
             try:
