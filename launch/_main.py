@@ -41,7 +41,9 @@ def run(main: Callable[[], None]) -> None:
     """
     trace = "--traceback" in sys.argv or os.environ.get("VLA_TRACEBACK", "") not in ("", "0")
     sys.argv[:] = [arg for arg in sys.argv if arg != "--traceback"]
-    if not trace:  # Orbax logs through absl every trace of every thread of an error that we report
+    if trace:  # what the worker processes of a run look at
+        os.environ["VLA_TRACEBACK"] = "1"
+    else:  # Orbax logs through absl every trace of every thread of an error that we report
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         main()

@@ -6,32 +6,55 @@ python -m launch.train --config configs/tabletop.py --run-dir runs/x --train.bat
 
 python -m launch.train --config configs/tabletop.py --run-dir runs/x --dry-run
 
+launch/local.sh 2 --config configs/tabletop.py --run-dir runs/x
+
 The run directory gets checkpoints, config.json, metrics.jsonl (losses; the same bytes however often the run was
-interrupted), perf.jsonl (timings) and TensorBoard events. Ctrl-C or SIGTERM saves and stops.
+interrupted), perf.jsonl (timings), goodput.json (where the time went) and TensorBoard events. Ctrl-C or SIGTERM
+saves and stops.
+
+On several hosts the same command runs on each of them; Cloud TPU, GKE, SLURM and Open MPI are recognised, elsewhere
+--coordinator, --num-processes and --process-id say who is who (docs/pods.md). Exit codes: 0 finished, or stopped
+and saved; 2 an error that can be mended; 3 another process is gone, start all of them again.
 """
 
 import dataclasses
-from pathlib import Path
+import time
 
 from launch._main import cli_with_config, run
+
+_BEGUN = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
     """What is not part of the experiment."""
 
-    run_dir: Path
-    """Directory of the run: created, or continued."""
+    run_dir: str
+    """Directory of the run: created, or continued. A local path or gs://…; all hosts share it."""
     dry_run: bool = False
     """Only print the configuration, and where every array would lie on the devices."""
+    profile: str | None = None
+    """START:STOP: trace these steps into RUN_DIR/profile, for TensorBoard or XProf."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where no cluster is recognised."""
+    num_processes: int | None = None
+    """How many processes the run has, where no cluster is recognised."""
+    process_id: int | None = None
+    """This process's number, from 0 on, where no cluster is recognised."""
 
 
 def main() -> None:
     """Parses the command line and trains."""
     args, config = cli_with_config(TrainArgs, description=__doc__)
-    from vla_jax.train.run import train  # after parsing: --help need not wait for JAX
+    from vla_jax.sharding import distributed  # after parsing: --help need not wait for JAX
+    from vla_jax.train import profile
 
-    train(config, args.run_dir, dry_run=args.dry_run)
+    steps = None if args.profile is None else profile.parse(args.profile)
+    distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    from vla_jax.train.run import train
+
+    train(config, args.run_dir, dry_run=args.dry_run, profile=steps, begun=_BEGUN)
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train.toy import host_batch, make_job, small_loop
+from vla_jax.checkpoint import read_meta
 from vla_jax.sharding import MeshConfig
 from vla_jax.train.loop import TrainingDiverged, fit
 from vla_jax.train.metrics import JsonLines, TensorBoard, truncate
@@ -17,8 +18,9 @@ def test_non_finite_steps_are_skipped_and_many_in_a_row_stop(tmp_path):
     with pytest.raises(TrainingDiverged, match="step 9: loss or gradient was not finite 3 times in a row"):
         fit(make_job(loop, MeshConfig(), poison_from=6), loop, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines if "loss" in line] == [0] * 6 + [1, 1]
+    assert [line["skipped"] for line in lines if "loss" in line] == [0] * 6 + [1, 1, 1]
     assert lines[-1]["loss"] is None  # JSON has no NaN
+    assert read_meta(tmp_path)["step"] == 9  # what is there is saved, to go on from with another learning rate
 
 
 def test_without_ema_there_is_no_such_item(tmp_path):

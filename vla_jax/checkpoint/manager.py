@@ -8,25 +8,29 @@ newest whole one is used, with a warning.
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint.paths import is_remote, run_path
 from vla_jax.checkpoint.read import (
     FOLDER,
     CorruptCheckpointError,
+    agreed,
     first_line,
     read_step_meta,
     restore_items,
     whole_steps,
 )
+from vla_jax.sharding import distributed
 from vla_jax.sharding.report import human
 
 #: The folder, beside the checkpoints, where unreadable ones are moved.
@@ -43,10 +47,13 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them. Only one process (or one group) may hold a run."""
+    """The checkpoints of one run, newest `keep` of them. Only one process (or one group) may hold a run.
 
-    def __init__(self, run_dir: str | Path, *, keep: int):
-        self.directory = Path(run_dir).absolute() / FOLDER
+    Every method is called by all processes of the group; each writes and reads its own shards.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, *, keep: int):
+        self.directory = run_path(run_dir) / FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saving: int | None = None
@@ -85,7 +92,12 @@ class Checkpoints:
         self._saving = None
 
     def restore_latest(
-        self, abstract: Mapping[str, Any], *, same: Mapping[str, Any], free: tuple[str, ...] = ()
+        self,
+        abstract: Mapping[str, Any],
+        *,
+        same: Mapping[str, Any],
+        free: tuple[str, ...] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> Restored | None:
         """The newest whole checkpoint, or None where there is none at all.
 
@@ -95,19 +107,21 @@ class Checkpoints:
           need not be those it was saved from.
         - `same`: entries of the metadata that must be what they were, above all `config`. Raises ValueError where
           the checkpoint's differ in any field but those whose dotted names start with one of `free`.
+        - `defaults`: the config's default values, which fields have that the checkpoint is older than.
         """
         warnings: list[str] = []
-        steps = whole_steps(self.directory)
+        steps = self._shared_steps()
         for step in reversed(steps):
             step_dir = self.directory / str(step)
             try:
-                meta = read_step_meta(step_dir)
-                _check_same(step_dir, {key: meta.get(key) for key in same}, same, free)
-                items = restore_items(step_dir, abstract, meta)
+                meta = agreed(lambda: read_step_meta(step_dir), together=True)
+                saved = {key: meta.get(key) for key in same}
+                _check_same(step_dir, saved, same, free, flatten(defaults or {}))
+                items = restore_items(step_dir, abstract, meta, together=True)
             except CorruptCheckpointError as error:
                 warnings.append(f"checkpoint {step_dir} is unreadable ({error})")
                 continue
-            for warning in warnings:
+            for warning in warnings if not jax.process_index() else ():
                 print(f"warning: {warning}; continuing from step {step}", file=sys.stderr)
             self._move_aside([newer for newer in steps if newer > step])
             return Restored(step, items, meta)
@@ -120,19 +134,35 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def _shared_steps(self) -> list[int]:
+        """The whole steps, oldest first; raises ValueError where the processes do not see the same ones."""
+        mine = json.dumps(whole_steps(self.directory))
+        everyones = distributed.gather("checkpoints", mine)
+        for i, seen in enumerate(everyones):
+            if seen != everyones[0]:
+                raise ValueError(
+                    f"process {i} sees the checkpoints {seen} in {self.directory}, process 0 {everyones[0]}; "
+                    "--run-dir must be a directory that all processes share"
+                )
+        return json.loads(mine)
+
     def _move_aside(self, steps: list[int]) -> None:
         """Unreadable steps would block the saves to come; they are kept for whoever wants to look at them."""
-        if not steps or jax.process_index():
+        if not steps:
             return
-        target = self.directory.with_name(UNREADABLE)
-        target.mkdir(exist_ok=True)
-        for step in steps:
-            earlier = sum(1 for old in target.iterdir() if old.name.startswith(f"{step}-"))
-            (self.directory / str(step)).rename(target / f"{step}-{earlier}")
+        if not jax.process_index():
+            target = self.directory.with_name(UNREADABLE)
+            target.mkdir(exist_ok=True)
+            for step in steps:
+                earlier = sum(1 for old in target.iterdir() if old.name.startswith(f"{step}-"))
+                (self.directory / str(step)).rename(target / f"{step}-{earlier}")
+        distributed.barrier("unreadable checkpoints are moved")
         self._manager.reload()
 
     def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
         """A full disk is better met before than in the middle of writing."""
+        if is_remote(self.directory):
+            return
         shards = [s for x in jax.tree.leaves(dict(items)) for s in x.addressable_shards if s.replica_id == 0]
         needed, free = sum(s.data.nbytes for s in shards), shutil.disk_usage(self.directory).free
         if needed > free:
@@ -166,10 +196,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same(where: Path, saved: Mapping, given: Mapping, free: tuple[str, ...]) -> None:
+def _check_same(
+    where: os.PathLike, saved: Mapping, given: Mapping, free: tuple[str, ...], defaults: Mapping
+) -> None:
     old, new = (
         {key.removeprefix("config."): value for key, value in flatten(x).items()} for x in (saved, given)
     )
+    old = {key: value for key, value in defaults.items() if key in new} | old
     differing = [
         f"{key}={new.get(key, 'absent')!r} (saved: {old.get(key, 'absent')!r})"
         for key in sorted(old.keys() | new.keys())

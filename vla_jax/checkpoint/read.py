@@ -6,16 +6,18 @@ RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that
 
 import functools
 import gc
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint.paths import Path, run_path
+from vla_jax.sharding import distributed
 
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint that is there but cannot be read."""
 
 
-def load(path: str | Path, item: str, abstract: Any = None) -> Any:
+def load(path: str | os.PathLike, item: str, abstract: Any = None) -> Any:
     """One item (``params``, ``ema``, ``opt_state``) of a checkpoint, without reading the others.
 
     **Arguments:**
@@ -48,7 +50,7 @@ def load(path: str | Path, item: str, abstract: Any = None) -> Any:
     return _newest(path, read)
 
 
-def read_meta(path: str | Path) -> dict[str, Any]:
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON of a checkpoint: step, config, items, assets, versions. `path` as for `load`."""
     return _newest(path, read_step_meta)
 
@@ -72,18 +74,53 @@ def read_step_meta(step_dir: Path) -> dict[str, Any]:
     return _attempt(read)
 
 
-def restore_items(step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Some items of one step, checked against their checksums; raises CorruptCheckpointError."""
+def restore_items(
+    step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str, Any], *, together: bool = False
+) -> dict[str, Any]:
+    """Some items of one step, checked against their checksums; raises CorruptCheckpointError.
+
+    With `together` all processes call it, each reads its own shards, and all raise where one cannot read.
+    """
 
     def read(name: str) -> Any:
         target = _saved_shapes(step_dir / name) if abstract[name] is None else abstract[name]
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(step_dir / name, target)
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(step_dir / name, target)
+
+    def check(name: str, tree: Any) -> Any:
         if fingerprint(tree) != meta["fingerprints"][name]:
             raise ValueError(f"the checksum of '{name}' is wrong")
         return tree
 
-    return {name: _attempt(functools.partial(read, name)) for name in abstract}
+    items = {}
+    for name in abstract:
+        # The checksum is computed by all processes, so all of them must have got that far.
+        tree = agreed(functools.partial(read, name), together)
+        items[name] = _attempt(functools.partial(check, name, tree))
+    return items
+
+
+def agreed(read: Callable[[], T], together: bool) -> T:
+    """`read()`, whose CorruptCheckpointError is raised by all processes where it happens to one."""
+    result, error = None, None
+    try:
+        result = _attempt(read)
+    except CorruptCheckpointError as failure:
+        error = failure
+    if together and not distributed.all_agree("read", error is None) and error is None:
+        error = CorruptCheckpointError("another process cannot read it")
+    if error is not None:
+        raise error
+    return result
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """One that reads this process's shards and waits for nobody, so that a failure is not a deadlock."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def first_line(error: BaseException) -> str:
@@ -96,8 +133,8 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def _newest(path: str | Path, read: Callable[[Path], Any]) -> Any:
-    candidates = _locate(Path(path).absolute())
+def _newest(path: str | os.PathLike, read: Callable[[Path], Any]) -> Any:
+    candidates = _locate(run_path(path))
     for i, step_dir in enumerate(candidates):
         try:
             return read(step_dir)

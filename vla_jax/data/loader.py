@@ -9,7 +9,7 @@ such order per task, and grain interleaves them in fixed proportions.
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import grain
@@ -39,13 +39,13 @@ class Loader:
     horizon: int
     batch_size: int
     """Of the global batch."""
-    rows: tuple[int, int]
-    """First and behind-last row of the global batch that this loader builds."""
+    rows: tuple[int, ...]
+    """The rows of the global batch that this loader builds."""
 
     def batch(self, step: int) -> Batch:
         """This host's rows of global batch `step`; leaves are numpy arrays."""
         first = step * self.batch_size
-        return self.bundle.batch([self.sample(first + row) for row in range(*self.rows)])
+        return self.bundle.batch([self.sample(first + row) for row in self.rows])
 
     def sample(self, position: int) -> Sample:
         """One sample of the endless order, in the robot's units."""
@@ -96,15 +96,16 @@ def make_loader(
     batch_size: int,
     seed: int,
     split: Literal["train", "val"] = "train",
-    rows: tuple[int, int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Loader:
     """A loader of one split.
 
-    `rows` is the part of each global batch to be built here (default: all). The order of "val" does not
+    `rows` are the rows of each global batch to be built here (default: all), in the order in which the batch is
+    to hold them; see `vla_jax.sharding.local_rows`. The order of "val" does not
     depend on `seed`, so that runs of different seeds are compared on the same frames.
     """
-    rows = (0, batch_size) if rows is None else rows
-    if horizon < 1 or not 0 <= rows[0] < rows[1] <= batch_size:
+    rows = tuple(range(batch_size) if rows is None else rows)
+    if horizon < 1 or not rows or not 0 <= min(rows) <= max(rows) < batch_size:
         raise ValueError(f"horizon {horizon}, rows {rows} of batch {batch_size}: impossible")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be in [0, 2**32)")

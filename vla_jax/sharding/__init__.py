@@ -1,7 +1,7 @@
 """Device mesh, the table of sharding rules, the placement report."""
 
 from vla_jax.sharding.config import MeshConfig
-from vla_jax.sharding.mesh import batch_sharding, check_batch, make_mesh, replicated
+from vla_jax.sharding.mesh import batch_sharding, check_batch, local_rows, make_mesh, replicated
 from vla_jax.sharding.report import placement
 from vla_jax.sharding.rules import RULES, activate, shardings
 
@@ -11,6 +11,7 @@ __all__ = [
     "activate",
     "batch_sharding",
     "check_batch",
+    "local_rows",
     "make_mesh",
     "placement",
     "replicated",

@@ -68,5 +68,15 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """The rows of a global batch that lie on this process's devices, ascending.
+
+    They need not be neighbours (a TPU's mesh follows its wires, not its hosts), and two processes have the same
+    rows where an axis other than the batch's runs across them.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return tuple(sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]}))
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -82,6 +82,16 @@ class LoopConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints to keep; the others are deleted."""
+    spike_sigma: float = 0.0
+    """Skip a step whose loss or gradient norm is so many standard deviations above the mean of the last
+    `spike_window` steps (6 is usual); 0: never."""
+    spike_window: int = 128
+    """Steps whose loss and gradient norm are remembered to recognise a spike; none is found before half are there."""
+    host_timeout: float = 30.0
+    """Seconds without a sign of life after which a process counts as dead and the run ends, naming it."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which the run prints where every thread is, names who is behind and ends;
+    longer than the slowest compilation, validation or save. 0: never."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events to RUN_DIR/tensorboard."""
     wandb: bool = False
@@ -91,7 +101,7 @@ class LoopConfig:
         for name in ("batch_size", "steps", "accumulate", "max_skipped", "log_every", "save_every", "keep"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value}: must be at least 1")
-        for name in ("val_every", "val_batches"):
+        for name in ("val_every", "val_batches", "spike_sigma", "hang_timeout"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}={value}: must not be negative")
         _check(
@@ -101,6 +111,11 @@ class LoopConfig:
         _check(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"train.ema_decay={self.ema_decay}: must be between 0 and 1, or None",
+        )
+        _check(
+            self.spike_window >= 2 and self.host_timeout > 0,
+            f"train.spike_window={self.spike_window}, train.host_timeout={self.host_timeout}: "
+            "must be at least 2 steps and above 0 seconds",
         )
         _check(
             self.batch_size % self.accumulate == 0,

@@ -1,8 +1,21 @@
-"""Stopping politely: the first SIGTERM or Ctrl-C asks, the second one insists."""
+"""Stopping politely: the first SIGTERM or Ctrl-C asks, the second one insists.
+
+With several processes a signal may reach one of them only, at any moment, yet all must stop after the same step. So
+every step they vote: a maximum over all devices of 0 or 1, which all read at the same place of the loop.
+"""
 
 import signal
 import threading
+import time
 from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from vla_jax.sharding import replicated
 
 
 class StopSignal:
@@ -13,6 +26,8 @@ class StopSignal:
 
     def __init__(self):
         self.requested = False
+        self.since: float | None = None
+        """When it was, by `time.monotonic`."""
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
@@ -28,4 +43,21 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.since = True, time.monotonic()
+
+
+class Vote:
+    """Whether any process of the mesh wants to stop. All must cast a vote at the same step."""
+
+    def __init__(self, mesh: Mesh):
+        self._everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._devices = len(self._everywhere.addressable_devices)
+        self._alone = self._devices == mesh.size
+        self._any = jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+    def cast(self, stop: bool) -> Int[Array, ""] | bool:
+        """The result, true if any process said true; reading it waits for all of them."""
+        if self._alone:
+            return stop
+        mine = np.full(self._devices, stop, np.int32)
+        return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))

@@ -1,9 +1,10 @@
 """The training loop: restore or initialise, step, log, validate, save.
 
-It knows nothing of robots or of models: a `Job` brings the functions. Two rules shape it. Nothing waits for the
-device: results are read two steps late, while the next steps already run. And whatever a run writes to
+It knows nothing of robots or of models: a `Job` brings the functions. Three rules shape it. Nothing waits for the
+device: results are read two steps late, while the next steps already run. Whatever a run writes to
 ``metrics.jsonl`` or into a checkpoint is a function of (config, data, step), so that a run that was killed and
-started again ends with the same bytes.
+started again ends with the same bytes. And all processes take the same turns: whatever decides between two ways is
+either the same everywhere or agreed upon (`interrupt.Vote`).
 """
 
 import collections
@@ -11,9 +12,9 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,14 +22,18 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
+from vla_jax.checkpoint.paths import Path, is_remote, run_path
 from vla_jax.sharding import activate, batch_sharding, check_batch, replicated
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
-from vla_jax.train.interrupt import StopSignal
+from vla_jax.train.interrupt import StopSignal, Vote
+from vla_jax.train.ledger import Ledger
 from vla_jax.train.metrics import MetricsLog
 from vla_jax.train.prefetch import Prefetch
-from vla_jax.train.progress import Progress, StepClock
+from vla_jax.train.profile import Profiler, Steps
+from vla_jax.train.progress import Progress, StepClock, memory_in_use
 from vla_jax.train.state import StateBuilder, TrainState
+from vla_jax.train.watchdog import STEP, Watchdog
 from vla_jax.types import Batch, PyTree
 
 IN_FLIGHT = 2
@@ -44,6 +49,8 @@ FREE_TO_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.max_skipped",
+    "train.host_timeout",
+    "train.hang_timeout",
     "train.tensorboard",
     "train.wandb",
     "objective.diagnostics.",
@@ -75,9 +82,9 @@ class Job:
     validate: Callable[[PyTree, Iterator[Batch]], dict[str, Any]] | None
     """(parameters, device batches) → metrics; None: no validation."""
     batches: Callable[[int], Iterator[Batch]]
-    """Host batches from a step on."""
+    """Host batches from a step on; of each the rows that lie on this process's devices (`sharding.local_rows`)."""
     val_batches: Callable[[], Iterator[Batch]]
-    """Host batches of one validation."""
+    """Host batches of one validation, the same rows."""
     meta: Mapping[str, Any]
     """JSON values that are saved with the parameters: `config` (resolved), `data_fingerprint`, and whatever a
     policy needs. The two named ones are compared on continuing."""
@@ -85,21 +92,40 @@ class Job:
     """Analytic FLOPs of one training sample."""
     key: PRNGKeyArray
     """Initialises the parameters."""
+    sample_tokens: int = 0
+    """Tokens of one training sample, padding included; 0: not known."""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The config's defaults, as JSON: what a checkpoint means that is older than a field."""
 
 
-def fit(job: Job, loop: LoopConfig, run_dir: Path) -> TrainState:
+def fit(
+    job: Job,
+    loop: LoopConfig,
+    run_dir: str | os.PathLike,
+    *,
+    watchdog: Watchdog | None = None,
+    profile: Steps | None = None,
+    begun: float | None = None,
+) -> TrainState:
     """Trains until `loop.steps`, or until told to stop, and returns the last state.
 
-    Everything goes to `run_dir`; where it holds a checkpoint, training continues from it. Raises ValueError
-    where that checkpoint belongs to another config, and TrainingDiverged.
+    Everything goes to `run_dir`, a directory that all processes share; where it holds a checkpoint, training
+    continues from it. `begun` is when the command began (`time.monotonic`). Raises ValueError where that
+    checkpoint belongs to another config, and TrainingDiverged.
     """
-    mesh = job.builder.mesh
+    begun = time.monotonic() if begun is None else begun
+    run_dir, mesh = run_path(run_dir), job.builder.mesh
     check_batch(loop.batch_size, loop.accumulate, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        if watchdog is None:
+            watchdog = stack.enter_context(_watchdog(loop))
+        stop = stack.enter_context(StopSignal())
         stack.enter_context(_only_one(run_dir))
         checkpoints = Checkpoints(run_dir, keep=loop.keep)
         stack.callback(checkpoints.close)
+        stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
+        watchdog.at(0, "restoring or initialising")
         state, start = _restore_or_init(job, checkpoints)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
@@ -113,32 +139,59 @@ def fit(job: Job, loop: LoopConfig, run_dir: Path) -> TrainState:
             (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         log = MetricsLog(run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=config)
         stack.callback(log.close)
+        ledger = Ledger(None if jax.process_index() else run_dir / "goodput.json", step=start, begun=begun)
         batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
-        stop = stack.enter_context(StopSignal())
-        trainer = _Trainer(job, loop, checkpoints, log, progress)
+        profiler = Profiler(profile, run_dir / "profile")
+        stack.callback(profiler.close)
+        trainer = _Trainer(job, loop, checkpoints, log, progress, watchdog, ledger, profiler)
         state, step = trainer.run(state, start, batches, stop)
-        checkpoints.wait()
+        with ledger.spent("checkpoint"):
+            watchdog.at(step, "finishing the checkpoint")
+            checkpoints.wait()
+        log.perf(step, ledger.perf())
+        ledger.write()
+        progress.say(ledger.table())
+        if trainer.diverged is not None:
+            raise TrainingDiverged(f"{trainer.diverged}; checkpoint {step} is saved")
         if step < loop.steps:
+            asked = f" {time.monotonic() - stop.since:.1f} s after being told to" if stop.requested else ""
             progress.say(
-                f"stopped and saved at step {step} of {loop.steps}; run the same command to continue"
+                f"stopped and saved at step {step} of {loop.steps}{asked}; run the same command to continue"
             )
         else:
             progress.say(f"finished: {run_dir}, step {step}")
         return state
 
 
+def _watchdog(loop: LoopConfig) -> Watchdog:
+    return Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout)
+
+
 class _Trainer:
     """The loop's own bookkeeping."""
 
     def __init__(
-        self, job: Job, loop: LoopConfig, checkpoints: Checkpoints, log: MetricsLog, progress: Progress
+        self,
+        job: Job,
+        loop: LoopConfig,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        progress: Progress,
+        watchdog: Watchdog,
+        ledger: Ledger,
+        profiler: Profiler,
     ):
         self.job, self.loop = job, loop
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
-        self.pending: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
-        self.skipped = 0
+        self.watchdog, self.ledger, self.profiler = watchdog, ledger, profiler
+        self.pending: collections.deque[tuple[int, dict[str, Any], Any]] = collections.deque()
+        self.skipped = self.skipped_in_all = 0
+        self.stop = False
+        """Whether the processes have agreed to stop."""
+        self.diverged: str | None = None
+        """Why training makes no sense any more."""
         devices = job.builder.mesh.devices.flatten().tolist()
-        self.peak = total_peak(devices)
+        self.chips, self.peak = len(devices), total_peak(devices)
         self.in_flight = 0 if devices[0].platform == "cpu" else IN_FLIGHT
         self.clock = StepClock()
 
@@ -146,27 +199,36 @@ class _Trainer:
         self, state: TrainState, step: int, batches: Iterator[Batch], stop: StopSignal
     ) -> tuple[TrainState, int]:
         """Steps until the end or the signal; the last step is saved."""
-        loop = self.loop
+        loop, vote = self.loop, Vote(self.job.builder.mesh)
+        self.watchdog.at(step + 1, "waiting for data")
         batch = next(batches)
-        train_step = self._compile(state, batch)
+        train_step = self._compile(state, batch, step + 1)
+        self.ledger.begin()
         while True:
+            self.profiler.before(step + 1)
+            self.watchdog.at(step + 1, STEP)
             state, metrics = train_step(state, batch)
             step += 1
-            self.pending.append((step, metrics))
+            self.pending.append((step, metrics, vote.cast(stop.requested)))
             self._read(self.in_flight)
-            last = step == loop.steps or stop.requested
+            if self.profiler.last(step):
+                self._read(0)
+                self.profiler.close()
+            last = step == loop.steps or self.stop or self.diverged is not None
             if loop.val_every and (step % loop.val_every == 0 or step == loop.steps):
                 self._validate(state, step)
             if step % loop.save_every == 0 or last:
                 self._save(state, step)
             if last:
                 return state, step
-            with self.clock.waiting():
+            self.watchdog.at(step + 1, "waiting for data")
+            with self.clock.waiting(), self.ledger.spent("data"):
                 batch = next(batches)
 
-    def _compile(self, state: TrainState, batch: Batch):
+    def _compile(self, state: TrainState, batch: Batch, step: int):
         builder = self.job.builder
-        with self.clock.paused(), activate(builder.mesh):
+        self.watchdog.at(step, "compiling")
+        with self.clock.paused(), self.ledger.spent("compile"), activate(builder.mesh):
             self.progress.say("compiling the training step …")
             start = time.perf_counter()
             step = jax.jit(
@@ -182,12 +244,15 @@ class _Trainer:
     def _read(self, leave: int) -> None:
         """Takes in the results of all but the newest `leave` steps; waits for those that still run."""
         while len(self.pending) > leave:
-            step, metrics = self.pending.popleft()
-            self.skipped = self.skipped + 1 if float(metrics["skipped"]) else 0
+            step, metrics, stop = self.pending.popleft()
+            skipped = bool(metrics["skipped"])
+            self.stop = self.stop or bool(stop)
+            self.skipped = self.skipped + 1 if skipped else 0
+            self.skipped_in_all += skipped
             self.clock.arrived()
             self.progress.advance()
             if self.skipped >= self.loop.max_skipped:
-                raise TrainingDiverged(
+                self.diverged = self.diverged or (
                     f"step {step}: loss or gradient was not finite {self.skipped} times in a row; lower "
                     "optim.learning_rate, look at the data, or raise train.max_skipped"
                 )
@@ -197,8 +262,14 @@ class _Trainer:
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         self.log.metrics(step, metrics | {"learning_rate": self.job.schedule(step - 1)})
         perf = self.clock.read(
-            batch_size=self.loop.batch_size, sample_flops=self.job.sample_flops, peak=self.peak
+            batch_size=self.loop.batch_size,
+            sample_flops=self.job.sample_flops,
+            sample_tokens=self.job.sample_tokens,
+            chips=self.chips,
+            peak=self.peak,
         )
+        perf |= memory_in_use(self.job.builder.mesh.local_devices)
+        perf |= self.ledger.perf() | {"skipped_steps": self.skipped_in_all}
         self.log.perf(step, perf)
         self.progress.show(step, metrics, perf)
 
@@ -206,9 +277,13 @@ class _Trainer:
         if self.job.validate is None:
             return
         self._read(0)
+        self.watchdog.at(step, "validating")
         mesh = self.job.builder.mesh
         params = state.params if state.ema is None else state.ema
-        with self.clock.paused(), Prefetch(self.job.val_batches(), batch_sharding(mesh)) as batches:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.clock.paused())
+            stack.enter_context(self.ledger.spent("evaluation"))
+            batches = stack.enter_context(Prefetch(self.job.val_batches(), batch_sharding(mesh)))
             with activate(mesh):
                 metrics = jax.device_get(self.job.validate(params, batches))
             self.log.metrics(step, {f"val/{name}": value for name, value in metrics.items()})
@@ -217,15 +292,19 @@ class _Trainer:
 
     def _save(self, state: TrainState, step: int) -> None:
         self._read(0)
-        self.log.sync()
-        with self.clock.paused():
+        self.watchdog.at(step, "saving")
+        with self.clock.paused(), self.ledger.spent("checkpoint"):
+            self.log.sync()
             self.checkpoints.save(step, state.items(), self.job.meta)
+        self.ledger.saved(step)
 
 
 def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     shapes = job.builder.shapes
     same = {key: job.meta[key] for key in ("config", "data_fingerprint")}
-    restored = checkpoints.restore_latest(shapes.items(), same=same, free=FREE_TO_CHANGE)
+    restored = checkpoints.restore_latest(
+        shapes.items(), same=same, free=FREE_TO_CHANGE, defaults=job.defaults
+    )
     if restored is None:
         return job.builder.init(job.key), 0
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
@@ -235,7 +314,7 @@ def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, in
 @contextlib.contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Two processes that train into one directory would ruin it; the lock ends with its process, however that ends."""
-    if jax.process_index():
+    if jax.process_index() or is_remote(run_dir):
         yield
         return
     with open(run_dir / ".lock", "w") as file:

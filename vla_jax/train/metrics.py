@@ -9,11 +9,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from vla_jax.checkpoint.paths import Path, is_remote, write_atomically
 
 Values = Mapping[str, Any]
 
@@ -48,6 +49,26 @@ class JsonLines:
         """Syncs and closes."""
         self.sync()
         self._file.close()
+
+
+class RemoteJsonLines:
+    """The same on an object store, where nothing can be appended: the whole is written anew with every `sync`."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lines = [path.read_text()] if path.exists() else []
+
+    def write(self, step: int, values: Values) -> None:
+        """Remembers a line."""
+        self._lines.append(json.dumps({"step": step} | {k: _plain(v) for k, v in values.items()}) + "\n")
+
+    def sync(self) -> None:
+        """Uploads all lines."""
+        self._path.write_text("".join(self._lines))
+
+    def close(self) -> None:
+        """Syncs."""
+        self.sync()
 
 
 class TensorBoard:
@@ -102,7 +123,8 @@ class MetricsLog:
     def __init__(
         self, run_dir: Path, *, start: int, tensorboard: bool, wandb: bool, config: Mapping[str, Any]
     ):
-        self._metrics = self._perf = None
+        self._metrics: JsonLines | RemoteJsonLines | None = None
+        self._perf: JsonLines | RemoteJsonLines | None = None
         self._others: list[Writer] = []
         if jax.process_index():
             return
@@ -110,9 +132,10 @@ class MetricsLog:
             self._others.append(Wandb(run_dir, config))
         if tensorboard:
             self._others.append(TensorBoard(run_dir / "tensorboard", start))
+        lines = RemoteJsonLines if is_remote(run_dir) else JsonLines
         truncate(run_dir / "metrics.jsonl", start)
-        self._metrics = JsonLines(run_dir / "metrics.jsonl")
-        self._perf = JsonLines(run_dir / "perf.jsonl")
+        self._metrics = lines(run_dir / "metrics.jsonl")
+        self._perf = lines(run_dir / "perf.jsonl")
 
     def metrics(self, step: int, values: Values) -> None:
         """Values that are determined by config and data."""
@@ -124,8 +147,9 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Call it before a checkpoint is saved: a checkpoint's metrics must outlive a crash."""
-        if self._metrics is not None:
-            self._metrics.sync()
+        for lines in (self._metrics, self._perf):
+            if lines is not None:
+                lines.sync()
 
     def close(self) -> None:
         """Closes every writer."""
@@ -133,7 +157,7 @@ class MetricsLog:
             if writer is not None:
                 writer.close()
 
-    def _write(self, lines: JsonLines | None, step: int, values: Values) -> None:
+    def _write(self, lines: JsonLines | RemoteJsonLines | None, step: int, values: Values) -> None:
         if lines is not None:
             lines.write(step, values)
             for writer in self._others:
@@ -145,16 +169,14 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text().splitlines(keepends=True):
         try:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
         except ValueError:
             break
         kept.append(line)
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, "".join(kept))
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from vla_jax.types import Batch, PyTree
 
 
 def to_device(batch: Batch, sharding: NamedSharding) -> Batch:
-    """Makes global arrays of the rows that this process has."""
+    """Makes global arrays of the rows that this process has, in the order of `sharding.local_rows`."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

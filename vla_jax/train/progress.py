@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -39,10 +39,13 @@ class StepClock:
         """One step's results are here."""
         self._steps += 1
 
-    def read(self, *, batch_size: int, sample_flops: float, peak: float | None) -> dict[str, float]:
-        """Seconds per step, data wait, samples per second and MFU since the last call; starts anew.
+    def read(
+        self, *, batch_size: int, sample_flops: float, sample_tokens: int, chips: int, peak: float | None
+    ) -> dict[str, float]:
+        """Seconds per step, data wait, samples (per chip) and tokens per second and MFU since the last call.
 
-        `sample_flops` per training sample (see `flops.py`), `peak` FLOP/s of all devices, None where unknown.
+        Starts anew. `sample_flops` per training sample (see `flops.py` for the convention of MFU), `sample_tokens`
+        with padding, 0 where unknown, `peak` FLOP/s of all `chips`, None where unknown.
         """
         seconds = time.perf_counter() - self._start - self._pause
         steps = max(self._steps, 1)
@@ -51,11 +54,21 @@ class StepClock:
             "step_seconds": seconds / steps,
             "data_wait_seconds": self._wait / steps,
             "samples_per_second": samples,
+            "samples_per_second_per_chip": samples / chips,
         }
+        if sample_tokens:
+            perf["tokens_per_second"] = samples * sample_tokens
         if peak is not None:
             perf["mfu"] = samples * sample_flops / peak
         self.__init__()
         return perf
+
+
+def memory_in_use(devices: Sequence[jax.Device]) -> dict[str, float]:
+    """GiB of device memory now and at most so far, of the fullest device; empty where the platform does not say."""
+    found = [stats for stats in (device.memory_stats() for device in devices) if stats]
+    names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+    return {name: max(s.get(key, 0) for s in found) / 2**30 for name, key in names.items()} if found else {}
 
 
 class Progress:
@@ -85,6 +98,8 @@ class Progress:
         parts["step"] = f"{perf['step_seconds'] * 1e3:.0f}ms"
         parts["wait"] = f"{perf['data_wait_seconds'] * 1e3:.0f}ms"
         parts["samples/s"] = f"{perf['samples_per_second']:.0f}"
+        if "tokens_per_second" in perf:
+            parts["tokens/s"] = f"{perf['tokens_per_second']:.0f}"
         if "mfu" in perf:
             parts["mfu"] = f"{perf['mfu']:.1%}"
         if self._bar is not None:

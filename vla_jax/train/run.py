@@ -1,8 +1,10 @@
 """From a configuration to a trained policy: puts data, model, objective and optimiser together for the loop."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import read_meta
+from vla_jax.checkpoint.manager import flatten
 from vla_jax.config import TrainConfig, config_hash, to_json
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import index_dataset
@@ -18,34 +21,82 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.weighting import trunk
-from vla_jax.sharding import batch_sharding, check_batch, make_mesh, placement, replicated
+from vla_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    distributed,
+    local_rows,
+    make_mesh,
+    placement,
+    replicated,
+)
 from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.loop import Job, fit
+from vla_jax.train.hosts import code_hash
 from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.profile import Steps
 from vla_jax.train.state import StateBuilder, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
+from vla_jax.train.watchdog import Watchdog
 from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch, PyTree
 
 
-def train(config: TrainConfig, run_dir: str | Path, *, dry_run: bool = False) -> None:
+def train(
+    config: TrainConfig,
+    run_dir: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    profile: Steps | None = None,
+    begun: float | None = None,
+) -> None:
     """Trains, or continues to train, into `run_dir`; with `dry_run` only prints what would happen.
+
+    With several processes all call it, after `sharding.distributed.initialize`. `begun` is when the command began
+    (`time.monotonic`), for the ledger.
 
     Raises ValueError, FileNotFoundError and OSError with one clear line each; see `loop.fit`.
     """
-    run_dir = Path(run_dir)
-    mesh = make_mesh(config.mesh)
-    check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    bundle = prepare_data(config)
-    config = resolve(config, bundle)
-    job = make_job(config, bundle, mesh)
-    check_weighting_state(run_dir, config)
-    table = placement(job.builder.shapes, job.builder.shardings, mesh)
-    if not jax.process_index():
-        print(describe(json.loads(to_json(config))))
-        print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
-    if not dry_run:
-        fit(job, config.train, run_dir)
+    begun = time.monotonic() if begun is None else begun
+    loop = config.train
+    with Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout) as watchdog:
+        check_hosts(config)
+        mesh = make_mesh(config.mesh)
+        check_batch(loop.batch_size, loop.accumulate, mesh)
+        bundle = prepare_together(config)
+        config = resolve(config, bundle)
+        job = make_job(config, bundle, mesh)
+        distributed.check_same({"data": job.meta["data_fingerprint"]})
+        check_weighting_state(run_dir, config)
+        table = placement(job.builder.shapes, job.builder.shardings, mesh)
+        if not jax.process_index():
+            print(describe(json.loads(to_json(config))))
+            print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
+        if not dry_run:
+            fit(job, loop, run_dir, watchdog=watchdog, profile=profile, begun=begun)
+
+
+def check_hosts(config: TrainConfig) -> None:
+    """Raises ValueError, on every process, where one of them was started differently; see `distributed`."""
+    fields = {name: value for name, value in flatten(json.loads(to_json(config))).items()}
+    local = [field for field in fields if field in ("data.path",)]  # hosts may keep the same data elsewhere
+    fields = {name: value for name, value in fields.items() if name not in local}
+    code = code_hash()
+    distributed.check_same(
+        {
+            "config": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12],
+            "code": code.short,
+            "number of devices": f"{jax.local_device_count()} × {jax.local_devices()[0].device_kind}",
+        },
+        details={"config": fields, "code": code.parts},
+    )
+
+
+def prepare_together(config: TrainConfig) -> DataBundle:
+    """`prepare_data`, first in process 0: what it computes is kept beside the data for the others."""
+    bundle = None if distributed.process_index() else prepare_data(config)
+    distributed.barrier("data are prepared")
+    return prepare_data(config) if bundle is None else bundle
 
 
 def prepare_data(config: TrainConfig) -> DataBundle:
@@ -77,12 +128,13 @@ def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
 def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -> Job:
     """Everything the loop needs, from a resolved configuration."""
     loop = config.train
-    loader = loader_of(config, bundle, "train")
-    held_out = loader_of(config, bundle, "val") if loop.val_every else None
+    rows = local_rows(mesh, loop.batch_size)
+    loader = loader_of(config, bundle, "train", rows)
+    held_out = loader_of(config, bundle, "val", rows) if loop.val_every else None
     model, process = VLA(config.model), make_process(config.process)
     tx = make_optimizer(config.optim, loop.steps)
     builder = state_builder(
-        init_params(model, loader.example_batch()),
+        init_params(model, loader.example_batch(), loop.batch_size),
         tx,
         ema=loop.ema_decay is not None,
         mesh=mesh,
@@ -107,12 +159,19 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
             "data_fingerprint": index_dataset(loader.source).fingerprint,
         },
         sample_flops=train_flops(config),
+        sample_tokens=sample_tokens(config),
         key=jax.random.key(config.seed),
+        defaults=json.loads(to_json(TrainConfig())),
     )
 
 
-def loader_of(config: TrainConfig, bundle: DataBundle, split: Literal["train", "val"]) -> Loader:
-    """The batches of a resolved configuration."""
+def loader_of(
+    config: TrainConfig,
+    bundle: DataBundle,
+    split: Literal["train", "val"],
+    rows: Sequence[int] | None = None,
+) -> Loader:
+    """The batches of a resolved configuration; of each the given rows, or all."""
     return make_loader(
         config.data,
         bundle,
@@ -120,6 +179,7 @@ def loader_of(config: TrainConfig, bundle: DataBundle, split: Literal["train", "
         batch_size=config.train.batch_size,
         seed=config.seed if config.data.seed is None else config.data.seed,
         split=split,
+        rows=rows,
     )
 
 
@@ -132,7 +192,7 @@ def check_trunks(objective: ObjectiveConfig, params: PyTree) -> None:
         trunk.inside(params, paths, f"objective.{name}.trunk")
 
 
-def check_weighting_state(run_dir: Path, config: TrainConfig) -> None:
+def check_weighting_state(run_dir: str | os.PathLike, config: TrainConfig) -> None:
     """Raises ValueError where the run's checkpoint lacks what the λ policy remembers."""
     policy = config.objective.weighting.policy
     if policy_of(config).init() is None:
@@ -148,9 +208,11 @@ def check_weighting_state(run_dir: Path, config: TrainConfig) -> None:
         )
 
 
-def init_params(model: VLA, example: Batch):
-    """Key → boxed parameters. Only the shapes of `example` matter."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), example)
+def init_params(model: VLA, example: Batch, batch_size: int | None = None):
+    """Key → boxed parameters. Only the shapes of `example` matter, a part of a batch of `batch_size` (or all)."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size or x.shape[0], *x.shape[1:]), x.dtype), example
+    )
 
     def init(key: PRNGKeyArray) -> PyTree:
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -181,6 +243,14 @@ def train_flops(config: TrainConfig) -> int:
     """Analytic FLOPs of one training sample; terms of weight zero are not computed and not counted."""
     objective = config.objective
     return count_flops(config).train_sample(objective.noise_draws if objective.action_weight else 0)
+
+
+def sample_tokens(config: TrainConfig) -> int:
+    """Tokens of one training sample: images, padded text, and the suffix of every noise draw."""
+    model, objective = config.model, config.objective
+    draws = objective.noise_draws if objective.action_weight else 0
+    prefix = len(model.cameras) * model.vision.tokens + config.data.max_text_tokens
+    return prefix + draws * (model.expert.horizon + model.expert.state_token)
 
 
 def count_flops(config: TrainConfig) -> Flops:

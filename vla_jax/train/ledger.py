@@ -1,0 +1,104 @@
+"""Where a run's wall time went, over all its starts: goodput.
+
+Every second between a start and its end is in exactly one bucket:
+
+| bucket     | meaning                                                                                     |
+|------------|---------------------------------------------------------------------------------------------|
+| training   | steps that count: none of the others                                                        |
+| lost       | steps that a crash undid: they ran after the last checkpoint                                |
+| start      | from the command to the first step (imports, data, initialising or restoring), not compiling |
+| compile    | compiling the training step                                                                 |
+| data       | waiting for the next batch                                                                  |
+| checkpoint | the loop was held up by saving (the rest of a save runs beside the training)                |
+| evaluation | validation                                                                                  |
+
+Goodput is training / all. The time between two starts is nobody's: it is not counted.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+from vla_jax.checkpoint.paths import Path, write_atomically
+
+BUCKETS = ("training", "lost", "start", "compile", "data", "checkpoint", "evaluation")
+
+
+class Ledger:
+    """The account of one run; process 0 keeps the file, the others only measure.
+
+    **Arguments:**
+
+    - `path`: the JSON file that carries it over restarts; None: none.
+    - `step`: the step at which this start begins: what was trained beyond it is lost.
+    - `begun`: `time.monotonic()` at the command's beginning.
+    """
+
+    def __init__(self, path: Path | None, *, step: int, begun: float):
+        self._path, self._mark = path, begun
+        self.seconds = dict.fromkeys(BUCKETS, 0.0)
+        self.starts = 1
+        self._at = {"0": 0.0}
+        """Step of a checkpoint → training seconds until then."""
+        self._bucket = "start"
+        if path is not None and path.exists():
+            self._continue(json.loads(path.read_text()), step)
+
+    def _continue(self, saved: dict, step: int) -> None:
+        self.seconds |= saved["seconds"]
+        self.starts = saved["starts"] + 1
+        self._at = {s: t for s, t in saved["training_at"].items() if int(s) <= step}
+        kept = self._at.get(str(step), 0.0)
+        self.seconds["lost"] += self.seconds["training"] - kept
+        self.seconds["training"] = kept
+
+    def begin(self) -> None:
+        """The first step begins."""
+        self._switch("training")
+
+    @contextlib.contextmanager
+    def spent(self, bucket: str) -> Iterator[None]:
+        """The body's time belongs to `bucket`, whatever it belonged to before."""
+        outer = self._switch(bucket)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step was begun: until here nothing can be lost once it is whole."""
+        self._switch(self._bucket)
+        self._at[str(step)] = self.seconds["training"]
+        self.write()
+
+    def write(self) -> None:
+        """Brings the file up to date."""
+        self._switch(self._bucket)
+        if self._path is not None:
+            account = {"seconds": self.seconds, "starts": self.starts, "training_at": self._at}
+            write_atomically(self._path, json.dumps(account, indent=2) + "\n")
+
+    def goodput(self) -> float:
+        """Share of the time that went into steps that count."""
+        self._switch(self._bucket)
+        return self.seconds["training"] / max(sum(self.seconds.values()), 1e-9)
+
+    def perf(self) -> dict[str, float]:
+        """For the log: the share, and the seconds of every bucket."""
+        return {"goodput": self.goodput()} | {f"ledger/{name}": self.seconds[name] for name in BUCKETS}
+
+    def table(self) -> str:
+        """For people: one line per bucket."""
+        share, total = self.goodput(), sum(self.seconds.values())
+        plural = "" if self.starts == 1 else "s"
+        lines = [f"goodput {share:.1%} of {total:.1f} s in {self.starts} start{plural}"]
+        lines += [f"  {name:<10} {s:>10.1f} s {s / max(total, 1e-9):>6.1%}" for name, s in self.seconds.items()]
+        return "\n".join(lines)
+
+    def _switch(self, bucket: str) -> str:
+        """Books the time until now and returns the bucket that it belonged to."""
+        now = time.monotonic()
+        self.seconds[self._bucket] += now - self._mark
+        previous, self._bucket, self._mark = self._bucket, bucket, now
+        return previous
