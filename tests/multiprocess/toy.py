@@ -23,6 +23,7 @@ from vla_jax.data.config import DataConfig
 from vla_jax.data.loader import make_loader
 from vla_jax.sharding import MeshConfig, distributed, local_rows, make_mesh
 from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.train.interrupt import Vote
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.state import TrainState, state_builder
@@ -55,7 +56,9 @@ def make_step(tx):
     return train_step
 
 
-def make_job(loop: LoopConfig, mesh_config: MeshConfig, data: str, record: Path | None, fault: "Fault") -> Job:
+def make_job(
+    loop: LoopConfig, mesh_config: MeshConfig, data: str, record: Path | None, fault: "Fault"
+) -> Job:
     mesh = make_mesh(mesh_config)
     config = DataConfig(path=data, **DATA)
     bundle = prepare(config)
@@ -101,7 +104,7 @@ def make_job(loop: LoopConfig, mesh_config: MeshConfig, data: str, record: Path 
 
 
 class Fault:
-    """``kind:process:step``: what goes wrong, where, when its batch has been made."""
+    """``kind:process:step``: what goes wrong, where and when."""
 
     def __init__(self, text: str | None):
         self.kind, process, step = (text or "none:0:0").split(":")
@@ -111,14 +114,29 @@ class Fault:
         return self.process == distributed.process_index()
 
     def at_batch(self, step: int) -> None:
-        if step != self.step or not self.here():
-            return
-        if self.kind == "sleep":
-            time.sleep(3600)
-        if self.kind == "error":
-            raise OSError("the disk went away")
-        if self.kind in ("SIGKILL", "SIGTERM", "SIGSTOP"):
-            os.kill(os.getpid(), getattr(signal, self.kind))
+        """In the loader, which is some steps ahead."""
+        if step == self.step and self.here():
+            if self.kind == "sleep":
+                time.sleep(3600)
+            if self.kind == "error":
+                raise OSError("the disk went away")
+
+    def at_step(self) -> None:
+        """A signal, when the step has been given to the devices."""
+        at, cast = Watchdog.at, Vote.cast
+        now = 0
+
+        def remember(watchdog, step, phase):
+            nonlocal now
+            now = step
+            at(watchdog, step, phase)
+
+        def signal_and_cast(vote, stop):
+            if now == self.step and self.here() and self.kind.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, self.kind))
+            return cast(vote, stop)
+
+        Watchdog.at, Vote.cast = remember, signal_and_cast
 
     def at_save(self) -> None:
         """``save:process:step``: killed when the background write has hardly begun; ``full``: the disk is full."""
@@ -155,6 +173,7 @@ def main() -> None:
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     fault = Fault(args.fault)
     fault.at_save()
+    fault.at_step()
     loop = LoopConfig(
         batch_size=args.batch_size,
         steps=args.steps,

@@ -20,7 +20,9 @@ def test_non_finite_steps_are_skipped_and_many_in_a_row_stop(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "loss" in line] == [0] * 6 + [1, 1, 1]
     assert lines[-1]["loss"] is None  # JSON has no NaN
-    assert read_meta(tmp_path)["step"] == 9  # what is there is saved, to go on from with another learning rate
+    assert (
+        read_meta(tmp_path)["step"] == 9
+    )  # what is there is saved, to go on from with another learning rate
 
 
 def test_without_ema_there_is_no_such_item(tmp_path):

@@ -37,7 +37,9 @@ def leave(name: str, coordinator: str) -> None:
     """From now on a sudden end of this process is reported under `name`."""
     global _helper
     command = [sys.executable, "-I", "-S", "-c", _HELPER, name, coordinator]
-    _helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    _helper = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def take_back() -> None:

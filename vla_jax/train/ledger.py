@@ -93,7 +93,9 @@ class Ledger:
         share, total = self.goodput(), sum(self.seconds.values())
         plural = "" if self.starts == 1 else "s"
         lines = [f"goodput {share:.1%} of {total:.1f} s in {self.starts} start{plural}"]
-        lines += [f"  {name:<10} {s:>10.1f} s {s / max(total, 1e-9):>6.1%}" for name, s in self.seconds.items()]
+        lines += [
+            f"  {name:<10} {s:>10.1f} s {s / max(total, 1e-9):>6.1%}" for name, s in self.seconds.items()
+        ]
         return "\n".join(lines)
 
     def _switch(self, bucket: str) -> str:

@@ -33,7 +33,7 @@ from vla_jax.train.prefetch import Prefetch
 from vla_jax.train.profile import Profiler, Steps
 from vla_jax.train.progress import Progress, StepClock, memory_in_use
 from vla_jax.train.state import StateBuilder, TrainState
-from vla_jax.train.watchdog import STEP, Watchdog
+from vla_jax.train.watchdog import COMPILING, RESTORING, STEP, Watchdog
 from vla_jax.types import Batch, PyTree
 
 IN_FLIGHT = 2
@@ -125,7 +125,7 @@ def fit(
         checkpoints = Checkpoints(run_dir, keep=loop.keep)
         stack.callback(checkpoints.close)
         stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
-        watchdog.at(0, "restoring or initialising")
+        watchdog.at(0, RESTORING)
         state, start = _restore_or_init(job, checkpoints)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
@@ -227,7 +227,7 @@ class _Trainer:
 
     def _compile(self, state: TrainState, batch: Batch, step: int):
         builder = self.job.builder
-        self.watchdog.at(step, "compiling")
+        self.watchdog.at(step, COMPILING)
         with self.clock.paused(), self.ledger.spent("compile"), activate(builder.mesh):
             self.progress.say("compiling the training step …")
             start = time.perf_counter()
@@ -248,7 +248,7 @@ class _Trainer:
             skipped = bool(metrics["skipped"])
             self.stop = self.stop or bool(stop)
             self.skipped = self.skipped + 1 if skipped else 0
-            self.skipped_in_all += skipped
+            self.skipped_in_all += skipped or bool(metrics.get("spiked", False))
             self.clock.arrived()
             self.progress.advance()
             if self.skipped >= self.loop.max_skipped:

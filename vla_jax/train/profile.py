@@ -21,7 +21,9 @@ def parse(text: str) -> Steps:
     found = re.fullmatch(r"(\d+):(\d+)", text)
     steps = Steps(*map(int, found.groups())) if found else None
     if steps is None or not 1 <= steps.start <= steps.stop:
-        raise ValueError(f"--profile {text}: give START:STOP, the first and the last step to trace, from 1 on")
+        raise ValueError(
+            f"--profile {text}: give START:STOP, the first and the last step to trace, from 1 on"
+        )
     return steps
 
 

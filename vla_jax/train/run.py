@@ -30,9 +30,10 @@ from vla_jax.sharding import (
     placement,
     replicated,
 )
+from vla_jax.train import spikes
 from vla_jax.train.flops import Flops, model_flops
-from vla_jax.train.loop import Job, fit
 from vla_jax.train.hosts import code_hash
+from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.profile import Steps
 from vla_jax.train.state import StateBuilder, state_builder
@@ -139,6 +140,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         ema=loop.ema_decay is not None,
         mesh=mesh,
         weighting=policy_of(config).init,
+        spikes=lambda: spikes.empty(loop.spike_window) if loop.spike_sigma else None,
     )
     check_trunks(config.objective, builder.shapes.params)
 

@@ -27,12 +27,15 @@ class TrainState:
     opt_state: optax.OptState
     weighting: PyTree | None = None
     """What the λ policy remembers, scalars; None where it remembers nothing."""
+    spikes: PyTree | None = None
+    """The last losses and gradient norms (`spikes.py`); None where spikes are not looked for."""
 
     def items(self) -> dict[str, PyTree]:
         """What a checkpoint holds as arrays: each can be restored by itself. The step is metadata."""
         averaged = {} if self.ema is None else {"ema": self.ema}
         remembered = {} if self.weighting is None else {"weighting": self.weighting}
-        return {"params": self.params, "opt_state": self.opt_state} | averaged | remembered
+        recent = {} if self.spikes is None else {"spikes": self.spikes}
+        return {"params": self.params, "opt_state": self.opt_state} | averaged | remembered | recent
 
     @classmethod
     def from_items(cls, step: Int[Array, ""], items: dict[str, PyTree]) -> "TrainState":
@@ -43,6 +46,7 @@ class TrainState:
             ema=items.get("ema"),
             opt_state=items["opt_state"],
             weighting=items.get("weighting"),
+            spikes=items.get("spikes"),
         )
 
 
@@ -73,8 +77,9 @@ def creator(
     *,
     ema: bool,
     weighting: Callable[[], PyTree | None] = lambda: None,
+    spikes: Callable[[], PyTree | None] = lambda: None,
 ) -> Callable[[PRNGKeyArray], TrainState]:
-    """Key → boxed first state; `weighting` makes that of the λ policy."""
+    """Key → boxed first state; `weighting` makes that of the λ policy, `spikes` that of the search for spikes."""
 
     def create(key: PRNGKeyArray) -> TrainState:
         params = init_params(key)
@@ -85,6 +90,7 @@ def creator(
             ema=average,
             opt_state=tx.init(params),
             weighting=weighting(),
+            spikes=spikes(),
         )
 
     return create
@@ -97,13 +103,14 @@ def state_builder(
     ema: bool,
     mesh: Mesh,
     weighting: Callable[[], PyTree | None] = lambda: None,
+    spikes: Callable[[], PyTree | None] = lambda: None,
 ) -> StateBuilder:
     """Plans a state without computing anything. Raises ValueError where a parameter cannot lie on the mesh.
 
-    `weighting` makes the first state of the λ policy.
+    `weighting` makes the first state of the λ policy, `spikes` that of the search for spikes.
     """
 
-    create = creator(init_params, tx, ema=ema, weighting=weighting)
+    create = creator(init_params, tx, ema=ema, weighting=weighting, spikes=spikes)
     boxed = jax.eval_shape(create, jax.random.key(0))
     places = shardings(boxed, mesh)
     shapes = jax.tree.map(

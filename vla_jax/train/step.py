@@ -18,6 +18,7 @@ from vla_jax.data.augment import augment
 from vla_jax.data.prompts import drop_prompts
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Counts, Losses, Model, count, draw
+from vla_jax.train import spikes
 from vla_jax.train.knobs import Knobs
 from vla_jax.train.state import TrainState
 from vla_jax.train.weigh import Metrics, Problem, is_plain
@@ -36,8 +37,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the step. Metrics are those of the whole batch, before the update.
 
-    A step whose loss or gradient is not finite changes nothing but the step count, and says `skipped` 1. A third
-    argument, `Knobs`, takes the place of some constants of the configuration.
+    A step whose loss or gradient is not finite changes nothing but the step count, and says `skipped` 1; so does
+    a spike (`train.spike_sigma`), which says `spiked` 1. A third argument, `Knobs`, takes the place of some
+    constants of the configuration.
     """
     objective = config.objective
     every, log_every = objective.diagnostics.every, config.train.log_every
@@ -68,9 +70,14 @@ def make_train_step(
             else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
         )
 
-        finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+        finite = keep = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+        recent, spiked = state.spikes, {}
+        if config.train.spike_sigma:
+            is_spike = spikes.is_spike(recent, losses.total, norm, config.train.spike_sigma)
+            keep, spiked = finite & ~is_spike, {"spiked": (finite & is_spike).astype(jnp.float32)}
+            recent = spikes.remember(recent, losses.total, norm)
         params, opt_state, ema, remembered = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(keep, new, old),
             (params, opt_state, ema, remembered),
             (state.params, state.opt_state, state.ema, state.weighting),
         )
@@ -80,12 +87,19 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "skipped": (~finite).astype(jnp.float32),
         }
+        metrics |= spiked
         if not is_plain(objective):
             metrics |= {"text_weight": weights.text, "action_weight": weights.action}
         if every:
             metrics |= problem.diagnostics(state, batch, draws, weights)
         state = dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema, weighting=remembered
+            state,
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            weighting=remembered,
+            spikes=recent,
         )
         return state, metrics
 

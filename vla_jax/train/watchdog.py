@@ -35,6 +35,10 @@ POLL = 2.0
 STEP = "in the training step"
 """The phase in which a process waits for the others."""
 
+STARTING, RESTORING, COMPILING = "starting", "restoring or initialising", "compiling"
+SLOW = {STARTING, RESTORING, COMPILING}
+"""Phases that may take four times as long as the others before they count as stuck."""
+
 _BEAT, _ERROR, _VERDICT, _SEEN = "vla/beat", "vla/error", "vla/verdict", "vla/seen"
 
 
@@ -53,6 +57,10 @@ class Beat:
     def __str__(self) -> str:
         return f"at step {self.step}, {self.phase}"
 
+    def is_stuck(self, after: float) -> bool:
+        """Whether this has lasted too long."""
+        return 0 < after < self.seconds / (4 if self.phase in SLOW else 1)
+
 
 class Watchdog:
     """Watches over `with` its body; every process of a run has one.
@@ -66,7 +74,7 @@ class Watchdog:
     def __init__(self, *, silent_after: float, stuck_after: float, poll: float = POLL):
         self._silent_after, self._stuck_after, self._poll = silent_after, stuck_after, poll
         self._client = distributed.client()
-        self._state = (0, "starting", time.monotonic())
+        self._state = (0, STARTING, time.monotonic())
         self._beats = 0
         self._heard: dict[int, tuple[str, float]] = {}
         self._stop, self._failing = threading.Event(), threading.Event()
@@ -75,7 +83,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         now = time.monotonic()
         self._heard = {i: ("", now) for i in range(distributed.process_count())}
-        self._state = (0, "starting", now)
+        self._state = (0, STARTING, now)
         self._thread.start()
         return self
 
@@ -108,7 +116,9 @@ class Watchdog:
         if self._client is None or isinstance(error, SystemExit):
             return
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(self._silent_after + 5 * self._poll)  # most likely a process has gone: wait for its name
+            time.sleep(
+                self._silent_after + 5 * self._poll
+            )  # most likely a process has gone: wait for its name
         self._failing.set()
         expected = isinstance(error, ValueError | OSError | KeyboardInterrupt)
         if not expected or os.environ.get("VLA_TRACEBACK", "") not in ("", "0"):
@@ -116,7 +126,9 @@ class Watchdog:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: [{distributed.me()}] {message}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # it may be the coordination service that is gone
-            self._client.key_value_set(f"{_ERROR}/{distributed.process_index()}", message, allow_overwrite=True)
+            self._client.key_value_set(
+                f"{_ERROR}/{distributed.process_index()}", message, allow_overwrite=True
+            )
             self._wait_until_seen()
         distributed.leave_at_once(FAILED if expected else 1)
 
@@ -125,9 +137,12 @@ class Watchdog:
         if distributed.process_index():
             return
         self._scan()
-        end = time.monotonic() + 4 * self._poll
-        while time.monotonic() < end:
-            if len(self._client.key_value_dir_get(_SEEN)) >= distributed.process_count() - 1:
+        now = time.monotonic()
+        alive = {i for i, (_, heard) in self._heard.items() if i and now - heard < self._silent_after}
+        while alive and time.monotonic() < now + 4 * self._poll:
+            seen = {int(path.rsplit("/", 1)[1]) for path, _ in self._client.key_value_dir_get(_SEEN)}
+            if alive <= seen:
+                time.sleep(self._poll / 10)  # they print it
                 return
             time.sleep(self._poll / 10)
 
@@ -145,11 +160,10 @@ class Watchdog:
                     self._end(f"the coordinator, process 0, does not answer: {_first_line(error)}")
 
     def _look(self) -> None:
-        step, phase, since = self._state
         if self._client is None:
-            seconds = time.monotonic() - since
-            if 0 < self._stuck_after < seconds:
-                self._end(f"stuck: no progress for {seconds:.0f} s at step {step}, {phase}", stacks=True)
+            beat = self._beat()
+            if beat.is_stuck(self._stuck_after):
+                self._end(f"stuck: no progress for {beat.seconds:.0f} s {beat}", stacks=True)
             return
         self._tell()
         if not distributed.process_index():
@@ -165,12 +179,14 @@ class Watchdog:
             return  # it has an error of its own to tell
         self._end(verdict, stacks="stuck" in verdict.split(":")[0])
 
-    def _tell(self, done: bool = False) -> None:
+    def _beat(self, done: bool = False) -> Beat:
         self._beats += 1
         step, phase, since = self._state
-        beat = Beat(socket.gethostname(), self._beats, step, phase, time.monotonic() - since, done)
-        key = f"{_BEAT}/{distributed.process_index()}"
-        self._client.key_value_set(key, json.dumps(dataclasses.asdict(beat)), allow_overwrite=True)
+        return Beat(socket.gethostname(), self._beats, step, phase, time.monotonic() - since, done)
+
+    def _tell(self, done: bool = False) -> None:
+        text = json.dumps(dataclasses.asdict(self._beat(done)))
+        self._client.key_value_set(f"{_BEAT}/{distributed.process_index()}", text, allow_overwrite=True)
 
     def _scan(self) -> None:
         """Process 0 reads what all have told, and passes a verdict where something is wrong."""
@@ -182,11 +198,7 @@ class Watchdog:
             if text != self._heard[i][0]:
                 self._heard[i] = (text, now)
         errors = {int(path.rsplit("/", 1)[1]): text for path, text in self._client.key_value_dir_get(_ERROR)}
-        verdict = (
-            _failed(errors, beats)
-            or self._silent(beats, now)
-            or (0 < self._stuck_after and _stuck(beats, self._stuck_after))
-        )
+        verdict = _failed(errors, beats) or self._silent(beats, now) or _stuck(beats, self._stuck_after)
         if verdict:
             with contextlib.suppress(Exception):  # the first verdict stays
                 self._client.key_value_set(_VERDICT, verdict)
@@ -219,6 +231,9 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         name = f"[{distributed.me()}] " if self._client is not None else ""
         print(f"error: {name}{reason}; start again to continue", file=sys.stderr, flush=True)
+        if self._client is not None:
+            with contextlib.suppress(Exception):
+                self._wait_until_seen()
         distributed.leave_at_once(LOST)
 
 
@@ -233,7 +248,7 @@ def _failed(errors: dict[int, str], beats: dict[int, Beat]) -> str | None:
 def _stuck(beats: dict[int, Beat], after: float) -> str | None:
     """Names the process that the others wait for: the one that is behind, or not in the step."""
     waiting = {i: beat for i, beat in beats.items() if not beat.done}
-    if not waiting or max(beat.seconds for beat in waiting.values()) < after:
+    if not any(beat.is_stuck(after) for beat in waiting.values()):
         return None
     first = min(waiting, key=lambda i: (waiting[i].step, waiting[i].phase == STEP, i))
     beat = waiting[first]
