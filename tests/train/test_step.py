@@ -94,6 +94,25 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
     assert metrics["skipped"] == 0
 
 
+def test_a_spike_changes_nothing_but_count_and_memory():
+    data, _, params = setup()
+    cfg = config()
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, spike_sigma=6.0, spike_window=4))
+    loss = float(step_of(cfg)(with_memory(params, 0.0, count=0), data)[1]["loss"])
+    for usual, spiked in ((loss - 1, 1), (loss, 0)):
+        state = with_memory(params, usual, count=2)
+        new, metrics = step_of(cfg)(state, data)
+        assert (metrics["spiked"], metrics["skipped"], new.step) == (spiked, 0, 1)
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params, state.params)
+        assert (max(jax.tree.leaves(moved)) == 0) == bool(spiked)
+        assert new.spikes["count"] == 3 and float(new.spikes["values"][0, 2]) == pytest.approx(loss, rel=1e-4)
+
+
+def with_memory(params, usual: float, count: int) -> TrainState:
+    values = jnp.stack([usual + 0.01 * jnp.arange(4), jnp.full(4, 1e6) + jnp.arange(4)])
+    return dataclasses.replace(state_of(params), spikes={"values": values, "count": jnp.int32(count)})
+
+
 def test_randomness_is_a_function_of_seed_and_step():
     data, _, params = setup()
     cfg = config(augment=AugmentConfig(shift=2))

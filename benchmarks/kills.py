@@ -1,0 +1,171 @@
+"""Kills processes of two-process runs at random moments, again and again, and compares what they end with.
+
+python -m benchmarks.kills --json benchmarks/results/kills.json        # 30 kills, 4 requests to stop
+
+Two processes train a small network on a real data set with the real loop, loader and checkpoints, saving every third
+step. At a random moment after a random start a random one gets SIGKILL. What is measured: after how many seconds the
+survivor ended, with which code and message; and whether the run, started again until it is finished, ends with the
+same bytes (parameters, moments, EMA and metrics) as one that was left alone. Then the same with SIGTERM: both must
+end with 0 and the same last step.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks._processes import Ended, Group
+from launch._main import cli, run
+
+TOY = "tests.multiprocess.toy"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KillsArgs:
+    """How often."""
+
+    kills: int = 30
+    """Processes to kill."""
+    stops: int = 4
+    """Processes to send SIGTERM."""
+    steps: int = 30
+    """Steps of each run."""
+    step_seconds: float = 0.4
+    """How long a step takes at least, so that most moments are inside of the training and of its saves."""
+    host_timeout: float = 30.0
+    """Seconds of silence after which a process counts as dead; the default of `launch.train`."""
+    seed: int = 0
+    """Of the moments and victims."""
+    json: Path | None = None
+    """Where to write the report."""
+
+
+def options(args: KillsArgs, run_dir: Path, data: Path) -> list[str]:
+    """Of the toy."""
+    values = {
+        "data": data,
+        "steps": args.steps,
+        "step-seconds": args.step_seconds,
+        "save-every": 3,
+        "host-timeout": args.host_timeout,
+    }
+    return [str(run_dir), *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
+
+
+def saving(run_dir: Path) -> bool:
+    """Whether a checkpoint is being written right now."""
+    return any("tmp" in path.name for path in (run_dir / "checkpoints").glob("*"))
+
+
+def same(run_dir: Path, whole: Path) -> bool:
+    """Whether two finished runs have the same bytes, metrics included."""
+    from vla_jax.checkpoint import read_meta
+
+    metas = [read_meta(path) for path in (run_dir, whole)]
+    texts = [(path / "metrics.jsonl").read_bytes() for path in (run_dir, whole)]
+    keys = ("step", "fingerprints")
+    return all(metas[0][key] == metas[1][key] for key in keys) and texts[0] == texts[1]
+
+
+def wait_for(condition, patience: float) -> None:
+    """Returns when it is true, or after `patience` seconds."""
+    end = time.monotonic() + patience
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def strike(group: Group, run_dir: Path, rng: random.Random, number: int, span: float) -> dict:
+    """Sends a signal to a random process at a random moment of the start or, mostly, of the training."""
+    before = (run_dir / "perf.jsonl").stat().st_size if (run_dir / "perf.jsonl").exists() else 0
+    victim, in_training = rng.randrange(len(group.processes)), number == signal.SIGTERM or rng.random() < 0.8
+
+    def begun() -> bool:
+        path = run_dir / "perf.jsonl"
+        return not group.running() or (path.exists() and path.stat().st_size > before)
+
+    if in_training:
+        wait_for(begun, 600)
+    wait_for(lambda: len(group.running()) < len(group.processes), rng.uniform(0, span))
+    if victim not in group.running():
+        return {"victim": None}
+    inside_save = saving(run_dir)
+    group.signal(victim, number)
+    return {"victim": victim, "at": time.monotonic(), "inside_save": inside_save, "in_training": in_training}
+
+
+def main() -> None:
+    """Kills, starts again, compares, prints, writes."""
+    args = cli(KillsArgs, description=__doc__)
+    from tests.data import toy as toy_data
+
+    rng, struck, stops, finished = random.Random(args.seed), [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        data = toy_data.write(base / "data" / "toy", [toy_data.make_episode(seed) for seed in range(12)])
+
+        def start(run_dir: Path) -> Group:
+            return Group(TOY, options(args, run_dir, data), processes=2, devices=1, cache=base / "cache")
+
+        def all_well(ended: list[Ended]) -> None:
+            for one in ended:
+                if one.code:
+                    raise ValueError(f"a run that was left alone ended with {one.code}: {one.said[-2000:]}")
+
+        whole = base / "whole"
+        all_well(start(whole).wait(1200))
+        span = args.steps * args.step_seconds / 2
+        while len(struck) < args.kills:
+            run_dir = base / f"run{len(finished)}"
+            group = start(run_dir)
+            entry = strike(group, run_dir, rng, signal.SIGKILL, span)
+            ended = group.wait(600)
+            if entry["victim"] is None:
+                all_well(ended)
+                finished.append(same(run_dir, whole))
+                continue
+            survivor = ended[1 - entry["victim"]]
+            entry |= {"survivor_code": survivor.code, "survivor_seconds": survivor.at - entry.pop("at")}
+            struck.append(entry | {"message": survivor.error})
+            print(len(struck), json.dumps(struck[-1]), flush=True)
+        last = base / f"run{len(finished)}"
+        all_well(start(last).wait(1200))
+        finished.append(same(last, whole))
+        for i in range(args.stops):
+            run_dir = base / f"stop{i}"
+            group = start(run_dir)
+            entry = strike(group, run_dir, rng, signal.SIGTERM, span)
+            ended = group.wait(600)
+            steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
+            seconds = max(one.at for one in ended) - entry["at"] if entry["victim"] is not None else None
+            stops.append(
+                {"codes": [one.code for one in ended], "seconds": seconds, "newest": max(map(int, steps))}
+            )
+            all_well(start(run_dir).wait(1200))
+            stops[-1]["same"] = same(run_dir, whole)
+            print("SIGTERM", json.dumps(stops[-1]), flush=True)
+
+    named = [e for e in struck if "is gone" in e["message"]]
+    report = {
+        "kills": len(struck),
+        "in_training": sum(e["in_training"] for e in struck),
+        "inside_save": sum(e["inside_save"] for e in struck),
+        "survivors_that_said_who": len(named),
+        "slowest_survivor_seconds": max(e["survivor_seconds"] for e in struck),
+        "runs_finished": len(finished),
+        "runs_bit_identical": sum(finished),
+        "stops": stops,
+        "cpu_count": os.cpu_count(),
+        "each": struck,
+    }
+    print(json.dumps({k: v for k, v in report.items() if k != "each"}, indent=2))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
