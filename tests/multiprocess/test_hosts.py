@@ -222,7 +222,7 @@ def test_a_process_that_hangs_is_named_with_everyones_stacks(start, tmp_path):
 def test_a_process_with_another_config_is_named_before_anything_is_done(start, tmp_path):
     ended = start(tmp_path / "run", one_differs=("--batch-size", "16"))
     for one in ended:
-        assert one.code == 2
+        assert one.code in (2, 3)  # 3 where the other's error was heard of first
         (error,) = one.errors()
         assert re.search(r"process 1 \(.+\) has another config .* train.batch_size=16 instead of .*=8", error)
     assert not (tmp_path / "run").exists()

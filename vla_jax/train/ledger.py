@@ -24,6 +24,9 @@ from vla_jax.checkpoint.paths import Path, write_atomically
 
 BUCKETS = ("training", "lost", "start", "compile", "data", "checkpoint", "evaluation")
 
+EVERY = 10.0
+"""Seconds between two `write_now_and_then`."""
+
 
 class Ledger:
     """The account of one run; process 0 keeps the file, the others only measure.
@@ -42,6 +45,7 @@ class Ledger:
         self._at = {"0": 0.0}
         """Step of a checkpoint → training seconds until then."""
         self._bucket = "start"
+        self._written = -float("inf")
         if path is not None and path.exists():
             self._continue(json.loads(path.read_text()), step)
 
@@ -56,6 +60,7 @@ class Ledger:
     def begin(self) -> None:
         """The first step begins."""
         self._switch("training")
+        self.write()
 
     @contextlib.contextmanager
     def spent(self, bucket: str) -> Iterator[None]:
@@ -75,9 +80,15 @@ class Ledger:
     def write(self) -> None:
         """Brings the file up to date."""
         self._switch(self._bucket)
+        self._written = self._mark
         if self._path is not None:
             account = {"seconds": self.seconds, "starts": self.starts, "training_at": self._at}
             write_atomically(self._path, json.dumps(account, indent=2) + "\n")
+
+    def write_now_and_then(self) -> None:
+        """`write`, if the last time is some seconds ago: what a crash undoes must be known."""
+        if time.monotonic() - self._written > EVERY:
+            self.write()
 
     def goodput(self) -> float:
         """Share of the time that went into steps that count."""

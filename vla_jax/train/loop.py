@@ -271,6 +271,7 @@ class _Trainer:
         perf |= memory_in_use(self.job.builder.mesh.local_devices)
         perf |= self.ledger.perf() | {"skipped_steps": self.skipped_in_all}
         self.log.perf(step, perf)
+        self.ledger.write_now_and_then()
         self.progress.show(step, metrics, perf)
 
     def _validate(self, state: TrainState, step: int) -> None:
