@@ -33,7 +33,7 @@ def parse(*argv):
 
 def test_values_come_from_the_file_and_flags_override_them(file):
     args, config = parse("--config", file, "--run-dir", "x")
-    assert args == TrainArgs(run_dir=Path("x")) and config.seed == 3 and config.train.batch_size == 16
+    assert args == TrainArgs(run_dir="x") and config.seed == 3 and config.train.batch_size == 16
     args, config = parse(
         *(
             "--config",
