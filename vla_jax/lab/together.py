@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from vla_jax.config import TrainConfig
 from vla_jax.objectives.transfusion import Model
+from vla_jax.train import spikes
 from vla_jax.train.knobs import Knobs
 from vla_jax.train.state import InitParams, TrainState, creator
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
@@ -82,7 +83,8 @@ class Together:
         def one(knobs: Knobs) -> TrainState:
             policy = policy_of(self.config, knobs.action_weight)
             ema = self.config.train.ema_decay is not None
-            create = creator(self.init_params, self.tx, ema=ema, weighting=policy.init)
+            recent = spikes.first(self.config.train)
+            create = creator(self.init_params, self.tx, ema=ema, weighting=policy.init, spikes=recent)
             return nn.unbox(create(jax.random.key(knobs.seed)))
 
         def all_of_them(knobs: Knobs) -> Cells:
@@ -190,7 +192,7 @@ def padding(cells: int, devices: Sequence[jax.Device]) -> int:
 
 
 def _like_state(step, rest) -> TrainState:
-    return TrainState(step=step, params=rest, ema=rest, opt_state=rest, weighting=rest)
+    return TrainState(step=step, params=rest, ema=rest, opt_state=rest, weighting=rest, spikes=rest)
 
 
 _AXES = _like_state(None, 0)

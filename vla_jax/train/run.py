@@ -140,7 +140,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         ema=loop.ema_decay is not None,
         mesh=mesh,
         weighting=policy_of(config).init,
-        spikes=lambda: spikes.empty(loop.spike_window) if loop.spike_sigma else None,
+        spikes=spikes.first(loop),
     )
     check_trunks(config.objective, builder.shapes.params)
 

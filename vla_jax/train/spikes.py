@@ -8,11 +8,14 @@ once half of the window is filled (OLMo, arXiv:2501.00656 §3.1, with sigma 6 an
 like all other finite values, so that a lasting change of level is soon accepted. Not-finite steps are not.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vla_jax.train.config import LoopConfig
 from vla_jax.types import PyTree
 
 
@@ -20,6 +23,11 @@ def empty(window: int) -> PyTree:
     """What is remembered before the first step; boxed, like parameters: every device holds it whole."""
     nothing = nn.LogicallyPartitioned(jnp.zeros((2, window), jnp.float32), (None, None))
     return {"values": nothing, "count": jnp.zeros((), jnp.int32)}
+
+
+def first(loop: LoopConfig) -> Callable[[], PyTree | None]:
+    """What makes the memory of a run: None where spikes are not looked for."""
+    return lambda: empty(loop.spike_window) if loop.spike_sigma else None
 
 
 def is_spike(
