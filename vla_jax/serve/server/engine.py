@@ -184,7 +184,7 @@ class Engine:
     def _model_batch(self, observation: Observation, plan: str | None, guidance: float | None) -> Batch:
         """In the model's form; an instruction of weight 0 is the null prompt."""
         batch = self._policy._batch(observation, range(1), 1, None if plan is None else [plan])
-        return jax.tree.map(np.asarray, null_prompt(batch)) if guidance == 0 else batch
+        return null_prompt(batch) if guidance == 0 else batch
 
     def _any_prompt(self) -> str:
         return next(iter(self._policy.bundle.normalize.task_of), "go")
