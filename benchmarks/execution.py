@@ -28,6 +28,8 @@ KINDS = {
     "ensemble": "temporal ensembling",
     "rtc": "real-time chunking, true vjp",
     "rtc_jacobian_free": "real-time chunking, Jacobian-free",
+    "rtc_short": "real-time chunking, true vjp, pulled for d + 2 steps",
+    "rtc_jacobian_free_short": "real-time chunking, Jacobian-free, pulled for d + 2 steps",
 }
 PREFIX_KINDS = {"async": "naive asynchronous ²", "rtc_prefix": "real-time chunking, trained prefix ²"}
 
@@ -92,7 +94,12 @@ def measure(policy: "Policy", args: ExecutionArgs, kind: str, delay: int) -> dic
     from vla_jax.sim.tabletop import TabletopEnv
 
     config = EvaluateConfig(
-        episodes=args.episodes, seed=args.seed, executor=kind, execute=max(1, delay), delay=delay
+        episodes=args.episodes,
+        seed=args.seed,
+        executor=kind.removesuffix("_short"),
+        execute=max(1, delay),
+        delay=delay,
+        overlap=delay + 2 if kind.endswith("_short") else None,
     )
     runner = Runner(policy, config, SolverConfig(num_steps=args.num_steps), silent)
     env, began = TabletopEnv(tabletop_of(policy)), time.perf_counter()

@@ -42,6 +42,7 @@ def evaluate(args: "EvaluateArgs") -> None:
         see_plan=args.see_plan,
         executor=args.executor,
         delay=args.delay,
+        overlap=args.overlap,
         guidance=args.guidance,
     )
     with progress_bars() as progress:

@@ -44,6 +44,8 @@ class EvaluateArgs:
     run the average of all predictions of a step. rtc…: async, and the new chunk continues the old one."""
     delay: int = 0
     """Control steps that a prediction takes (simulated)."""
+    overlap: int | None = None
+    """rtc, rtc_jacobian_free: how many steps of the old chunk the new one is pulled to; default: all that it plans."""
     guidance: float | None = None
     """The instruction's weight (classifier-free guidance), for policies trained with objective.prompt_dropout above 0;
     0 ignores it, 1 is the plain policy, more exaggerates."""

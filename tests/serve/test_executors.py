@@ -183,6 +183,14 @@ def test_the_policy_is_told_what_runs():
         assert (told.delay, told.end, told.how, told.bound) == (1, 4, "vjp", 7.0)
 
 
+def test_the_pull_can_be_shortened():
+    policy = RunningPolicy(horizon=12)
+    drive(executor_of("rtc", policy, execute=2, delay=1, overlap=3), robots=1, rounds=2)
+    assert (policy.told[1].delay, policy.told[1].end) == (1, 3)
+    with pytest.raises(ValueError, match="use --overlap 2 or more"):
+        ExecutorConfig(kind="rtc", execute=4, delay=2, overlap=1)
+
+
 def test_only_the_active_robots_chunks_are_told():
     policy = RunningPolicy()
     executor = executor_of("rtc", policy, execute=2)

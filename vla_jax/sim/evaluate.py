@@ -62,6 +62,8 @@ class EvaluateConfig:
     """How chunks become motion, see `serve.executors.ExecutorConfig.kind`."""
     delay: int = 0
     """Control steps that a prediction takes."""
+    overlap: int | None = None
+    """rtc, rtc_jacobian_free: steps of the old chunk that the new one is pulled to; None: all."""
     guidance: float | None = None
     """The instruction's weight; None: the plain policy."""
     samples: int = 32
@@ -141,6 +143,7 @@ class Runner:
             kind=self.config.executor,
             execute=self.config.execute,
             delay=self.config.delay,
+            overlap=self.config.overlap,
             see_plan=self.config.see_plan,
             guidance=self.config.guidance,
         )

@@ -77,6 +77,9 @@ class ExecutorConfig:
     """ensemble: the weight of the i-th oldest chunk is exp(-decay · i)."""
     bound: float = 5.0
     """rtc, rtc_jacobian_free: largest strength of the pull towards the old chunk."""
+    overlap: int | None = None
+    """rtc, rtc_jacobian_free: how many steps of the old chunk the new one is pulled to; None: all that it plans. Less
+    commits less to what was seen earlier."""
 
     def __post_init__(self):
         if self.kind not in get_args(ExecutorKind):
@@ -87,6 +90,11 @@ class ExecutorConfig:
             raise ValueError(f"execute={self.execute}: run at least 1 action of each chunk")
         if self.delay < 0:
             raise ValueError(f"delay={self.delay}: must not be negative")
+        if self.overlap is not None and self.overlap < self.delay:
+            raise ValueError(
+                f"overlap={self.overlap} is less than delay={self.delay}: the steps that run meanwhile are to be kept; "
+                f"use --overlap {self.delay} or more"
+            )
         if self.kind != "receding" and self.delay > self.execute:
             raise ValueError(
                 f"delay={self.delay} is more than execute={self.execute}: a prediction would begin before the last "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from vla_jax.serve.executors.base import CONTINUATIONS, ChunkExecutor, Running
+from vla_jax.serve.executors.base import CONTINUATIONS, ChunkExecutor, ExecutorConfig, Running
 from vla_jax.types import Observation
 
 
@@ -40,11 +40,15 @@ class Overlapping(ChunkExecutor):
         return running(self._config, rest, delay, self._policy.horizon - self._config.execute)
 
 
-def running(config, rest: Float[np.ndarray, "b k a"] | None, delay: int, end: int) -> Running | None:
+def running(
+    config: ExecutorConfig, rest: Float[np.ndarray, "b k a"] | None, delay: int, end: int
+) -> Running | None:
     """What the policy is told of the chunk that runs; None where it is told nothing."""
     if rest is None or config.kind not in CONTINUATIONS:
         return None
     how = CONTINUATIONS[config.kind]
+    if config.overlap is not None:
+        end = min(end, max(config.overlap, delay))
     return Running(actions=rest, delay=min(delay, end), end=end, how=how, bound=config.bound)
 
 
