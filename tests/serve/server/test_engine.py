@@ -31,7 +31,10 @@ def policies(tmp_path_factory) -> dict[str, Policy]:
 @pytest.fixture(scope="module")
 def engines(policies) -> dict[str, Engine]:
     return {
-        "tabletop": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2)),
+        "tabletop": Engine(
+            policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2), guidance=False
+        ),
+        "guided": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4)),
         "pi0": Engine(policies["pi0"], solver=SOLVER, buckets=(1, 4)),
     }
 
@@ -56,18 +59,26 @@ def observed(message: dict) -> Observation:
     )
 
 
-def test_nothing_compiles_after_the_warm_up(engines):
-    engine, metrics = engines["tabletop"], Metrics()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (
+            "tabletop",
+            [
+                {}, {"samples": 2}, {"write_plan": True}, {"see_plan": True},
+                {"plan": _serve_policies.PLANS[1], "samples": 2, "seed": 3},
+            ],
+        ),
+        ("guided", [{"guidance": w, "see_plan": see} for w in (0, 1, 3.0) for see in (False, True)]),
+    ],
+)  # fmt: skip
+def test_nothing_compiles_after_the_warm_up(engines, name, options):
+    engine, metrics = engines[name], Metrics()
     engine.warm_up()
     before = metrics.value("vla_compilations_total")
-    jax.jit(lambda x: 3.25 * x)(np.ones(7))
+    jax.jit(lambda x: len(name) * x)(np.ones(7))
     compiled = metrics.value("vla_compilations_total")
     assert compiled > before, "compilations are seen"
-    options = [
-        {}, {"samples": 2}, {"write_plan": True}, {"see_plan": True},
-        {"plan": _serve_policies.PLANS[1], "samples": 2, "seed": 3},
-        {"guidance": 0}, {"guidance": 1}, {"guidance": 3.0}, {"guidance": 2.5, "see_plan": True},
-    ]  # fmt: skip
     with serving(engine, metrics=metrics) as server, server.client() as client:
         for option, count in itertools.product(options, (1, 2, 3, 4)):
             wire = messages(engine, count)
@@ -121,12 +132,12 @@ def test_seeds_are_the_rows_own(engines):
         ({"guidance": 0.0}, {"guidance": 0.0}),
         ({"guidance": 1}, {}),
         ({"guidance": 2.5}, {"guidance": 2.5}),
-        ({"guidance": 3, "see_plan": True, "samples": 2}, {"guidance": 3.0, "see_plan": True, "samples": 2}),
+        ({"guidance": 3, "see_plan": True}, {"guidance": 3.0, "see_plan": True}),
         ({"guidance": 0, "see_plan": True}, {"guidance": 0.0, "see_plan": True}),
     ],
 )
 def test_options_are_the_policys_own(policies, engines, options, how):
-    engine, policy = engines["tabletop"], policies["tabletop"]
+    engine, policy = engines["guided" if "guidance" in options else "tabletop"], policies["tabletop"]
     (message,) = messages(engine, 1)
     (row,) = rows(engine, [message | {"options": options}])
     (answer,) = engine.run([row])
@@ -138,7 +149,7 @@ def test_options_are_the_policys_own(policies, engines, options, how):
 
 def test_every_row_has_its_own_guidance(engines):
     """Rows of different weights share a call, and each gets what it gets alone."""
-    engine = engines["tabletop"]
+    engine = engines["guided"]
     (message,) = messages(engine, 1)
     weights = (1.5, 4.0, 2.0)
     prepared = rows(engine, [message | {"options": {"guidance": w, "seed": 5}} for w in weights])
