@@ -1,5 +1,6 @@
 """FAST: round trips within the bound, any sequence decodes, the public tokenizer's layout is read."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,10 +9,15 @@ import tokenizers
 from scipy import fft
 from tokenizers import trainers
 
+from tests.data import toy
+from vla_jax.data.bundle import prepare
+from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.codec import FastTokenizer
+from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.fast.ids import action_ids
 from vla_jax.data.fast.train import train_fast
 from vla_jax.data.fast.transform import TokenizeActions
+from vla_jax.data.loader import make_loader
 from vla_jax.data.sample import Sample
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.data.transforms import from_json, to_json
@@ -193,3 +199,33 @@ def test_transform(fast, chunks):
     short = TokenizeActions(fast=fast, ids=ids, horizon=K, action_dim=A, max_tokens=4, keep_actions=True)
     with pytest.raises(ValueError, match=r"over the limit of 4; train with data\.fast\.max_tokens="):
         short.inputs(sample)
+
+
+def test_batches_hold_tokens_beside_or_instead_of_actions(tmp_path):
+    """From a data set: the tokens are the normalised chunk before padding; files give the same as training anew."""
+    toy.write(tmp_path / "toy", [toy.make_episode(seed) for seed in range(8)])
+    config = DataConfig(
+        path=str(tmp_path / "toy"),
+        image_size=8,
+        vocab_size=300,
+        val_episodes=2,
+        fast=FastConfig(vocab_size=300),
+    )
+    batches = {}
+    for how in ("none", "beside", "instead"):
+        bundle = prepare(config, action_dim=5, horizon=4, action_tokens=how)
+        batches[how] = make_loader(config, bundle, horizon=4, batch_size=6, seed=0).batch(0)
+    assert batches["none"].action_tokens is None and batches["instead"].actions is None
+    beside, instead = batches["beside"], batches["instead"]
+    np.testing.assert_array_equal(beside.actions, batches["none"].actions)
+    np.testing.assert_array_equal(beside.action_tokens, instead.action_tokens)
+    inner = beside.action_token_loss & (beside.action_tokens != bundle.tokenizer.eos)
+    decoded = bundle.decode_actions(beside.action_tokens, inner)
+    assert decoded.actions.shape == (6, 4, 5) and not decoded.malformed.any()
+    np.testing.assert_allclose(decoded.actions, beside.actions, atol=np.sqrt(4) * 0.5 / 10 + 1e-6)
+    assert bundle.vocab_size == 300 + bundle.tokenize_actions.fast.vocab_size + 1
+    bundle.tokenize_actions.fast.save(tmp_path / "fast")
+    given = dataclasses.replace(config, fast=FastConfig(path=str(tmp_path / "fast")))
+    assert prepare(given, action_dim=5, horizon=4, action_tokens="instead") == bundle
+    with pytest.raises(ValueError, match="horizon 4, not 6"):
+        prepare(given, horizon=6, action_tokens="instead")

@@ -1,6 +1,7 @@
 """Converted weights compute what the library computes that they come from: π0 against transformers', float32."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,6 +17,8 @@ from vla_jax.checkpoint import Checkpoints, load
 from vla_jax.config import TrainConfig, to_json
 from vla_jax.convert import Options, convert
 from vla_jax.convert.run import RunSource
+from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.processes import Flow
 from vla_jax.models.vla import VLA
 
 BOUND = 1e-4
@@ -106,6 +109,42 @@ def test_imported_velocity(setup, point):
     assert relative(-our_velocity(cfg, data, params, x, t), wanted) > 0.1
     assert relative(our_velocity(cfg, data, params, x, 1 - t), wanted) > 10 * BOUND
     assert relative(our_velocity(cfg, data, params, x, t + 0.01), wanted) > 10 * BOUND
+
+
+def test_sampled_chunk(setup, point):
+    """Ten Euler steps from the same noise, each over the cached prefix, against their `sample_actions`."""
+    folder, cfg, data, theirs = setup
+    noise, _ = point
+    params = load(folder / "ours", "params")
+    b, patches = data.tokens.shape[0], cfg.vision.tokens * len(cfg.cameras)
+    images = np.stack([data.images[n] for n in cfg.cameras], 1) / 127.5 - 1.0
+    with torch.no_grad():
+        wanted = theirs.sample_actions(
+            state=torch.tensor(np.asarray(data.state)),
+            input_ids=torch.tensor(
+                np.concatenate([np.full((b, patches), cfg.text.vocab), np.asarray(data.tokens)], 1)
+            ),
+            pixel_values=torch.tensor(images, dtype=torch.float32).permute(0, 1, 4, 2, 3),
+            noise=torch.tensor(noise),
+            attention_mask=torch.tensor(
+                np.concatenate([np.ones((b, patches), np.int64), np.asarray(data.token_mask, np.int64)], 1)
+            ),
+            pixel_attention_mask=torch.ones(b, len(cfg.cameras), dtype=torch.bool),
+            num_steps=10,
+        ).numpy()
+
+    @functools.partial(jax.jit, static_argnames="steps")
+    def sample(params, steps):
+        cache, _ = VLA(cfg).apply({"params": params}, data, method="prefill")
+
+        def field(x, t):
+            return VLA(cfg).apply({"params": params}, cache, data.state, x, t, method="denoise")
+
+        solver = SolverConfig(num_steps=steps)
+        return Flow().sample(field, jax.random.key(0), noise.shape, solver, noise=noise).x
+
+    assert relative(np.asarray(sample(params, 10)), wanted) < BOUND
+    assert relative(np.asarray(sample(params, 9)), wanted) > 10 * BOUND  # one step fewer would show
 
 
 def test_exported_velocity(setup, point, tmp_path):
