@@ -9,6 +9,7 @@ import dataclasses
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
+from vla_jax.data.fast.config import FastConfig
 from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
@@ -36,6 +37,8 @@ def get_config() -> TrainConfig:
             max_target_tokens=16,
             vocab_size=512,
             after_end="repeat",  # or nothing would show when to close the gripper
+            # For --model.expert.kind tokens. FAST's scale of 10 is meant for actions in [-1, 1]; ours go twice as far.
+            fast=FastConfig(scale=5.0, vocab_size=512),
         ),
         optim=OptimConfig(algorithm="muon", learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),
         train=LoopConfig(
