@@ -71,7 +71,8 @@ def to_torch(params, cfg) -> dict[str, torch.Tensor]:
         out[f"{name}.mlp.down_proj.weight"] = block["mlp"]["linear"].T
         out[f"{name}.input_layernorm.weight"] = block["pre_attention_norm"]["scale"]
         out[f"{name}.post_attention_layernorm.weight"] = block["pre_ffw_norm"]["scale"]
-    return {name: torch.tensor(np.asarray(x)) for name, x in out.items()}
+    # numpy arrays are not copied: the full-width layer is half a gigabyte
+    return {name: torch.as_tensor(x if isinstance(x, np.ndarray) else np.array(x)) for name, x in out.items()}
 
 
 def load_reference(params, cfg) -> PaliGemmaForConditionalGeneration:

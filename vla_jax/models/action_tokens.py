@@ -50,6 +50,7 @@ def generate_actions(
     `keys` [b] has one key per row. `temperature` 0 takes the likeliest token, 1 samples the model's distribution.
     Stops when every row is complete, so that short chunks cost less.
     """
+    grammar = jax.tree.map(jnp.asarray, grammar)
     rows, start = cache.mask.shape
     given = grammar.begin.shape[0]
     cache = reserve(cache.replace(mask=cache.visible), given + max_tokens - 1)
