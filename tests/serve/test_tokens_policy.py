@@ -86,7 +86,7 @@ def test_served_actions_are_the_policy_s(policy):
         for i in range(2)
     ]
     answers = engine.run([engine.prepare(request, seed=i) for i, request in enumerate(requests)])
-    assert engine.spec.metadata()["solver"] is None
+    assert engine.spec.metadata()["solver"] == {"temperature": 1.0}
     for i, answer in enumerate(answers):
         alone = dataclasses.replace(seen, images={c: x[i : i + 1] for c, x in seen.images.items()},
                                     state=seen.state[i : i + 1], instruction=seen.instruction[i : i + 1])  # fmt: skip

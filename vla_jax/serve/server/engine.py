@@ -191,13 +191,15 @@ class Engine:
 
     def _spec(self, samples: tuple[int, ...], plans: bool, guidance: bool) -> Spec:
         policy, schema = self._policy, self._policy.bundle.schema
-        regression = policy.config.kind == "regression"
+        solver: dict[str, Any] | None = dataclasses.asdict(self._solver)
+        if policy.config.kind in ("regression", "tokens"):
+            solver = None if policy.config.kind == "regression" else {"temperature": self._solver.temperature}
         about: dict[str, Any] = {
             "robot": schema.robot,
             "config_hash": policy.config_hash,
             "step": policy.step,
             "buckets": list(self.buckets),
-            "solver": None if regression else dataclasses.asdict(self._solver),
+            "solver": solver,
         }
         return Spec(
             cameras={camera: schema.cameras[camera] for camera in policy.bundle.cameras},
