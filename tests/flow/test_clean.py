@@ -165,6 +165,11 @@ CASES = {
     )(x, times(x)),
     ("guidance.inpaint",): lambda x: guidance.inpaint(field, 2 * x, x > 0, x[::-1], CondOT())(x, times(x)),
     ("guidance.soft_inpaint",): lambda x: guidance.soft_inpaint(field, 2 * x, jnp.ones_like(x))(x, times(x)),
+    ("guidance.mix",): lambda x: guidance.mix(x, jnp.tanh(x[::-1]), 2.0),
+    ("guidance.soft_weights",): lambda x: guidance.soft_weights(len(x), 1, 3).astype(x.dtype)[:, None] * x,
+    ("guidance.clean_prefix",): lambda x: guidance.clean_prefix(
+        field, 2 * x[..., None], (jnp.arange(x.shape[1]) < 1)[None, :, None].repeat(len(x), 0)
+    )(x[..., None], times(x)),
     ("likelihood.exact_divergence",): lambda x: likelihood.exact_divergence(
         field, x, times(x), jnp.ones(x.shape, bool)
     ),

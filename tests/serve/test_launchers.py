@@ -137,6 +137,6 @@ def test_quickstart_stages_are_commands_that_parse(monkeypatch):
         for stage in quickstart.stages(quickstart.QuickstartArgs(fast=fast)):
             if stage.module == "launch.train":
                 args, config = _main.cli_with_config(TrainArgs, description="", argv=list(stage.options))
-                assert config.process.kind == args.run_dir.name
+                assert config.process.kind == Path(args.run_dir).name
             else:
                 _main.cli(kinds[stage.module], description="", argv=list(stage.options))
