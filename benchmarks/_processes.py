@@ -87,9 +87,14 @@ class Group:
                 for process in self.processes:
                     process.kill()
             time.sleep(0.02)
-        time.sleep(2.5)  # what others say on behalf of one that was killed
         found = []
         for i, log in enumerate(self._logs):
+            log.seek(0)
+            while self.processes[i].returncode < 0 and "ended suddenly" not in log.read():
+                if time.monotonic() > max(times.values()) + 30:
+                    break
+                time.sleep(0.1)  # its helper says it on its behalf
+                log.seek(0)
             log.seek(0)
             found.append(Ended(self.processes[i].returncode, log.read(), times[i]))
             log.close()

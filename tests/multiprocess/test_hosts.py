@@ -84,14 +84,20 @@ def wait(running) -> list[Ended]:
         time.sleep(0.05)
     for process, _ in running:
         process.kill()
-    time.sleep(2.5 if any(process.returncode < 0 for process, _ in running) else 0)  # last words
+    for process, log in running:
+        while process.returncode < 0 and "ended suddenly" not in text_of(log) and time.monotonic() < patience:
+            time.sleep(0.1)
     first = min(ends.values(), default=0)
     found = []
     for i, (process, log) in enumerate(running):
-        log.seek(0)
-        found.append(Ended(process.wait(), log.read(), ends.get(i, float("inf")) - first))
+        found.append(Ended(process.wait(), text_of(log), ends.get(i, float("inf")) - first))
         log.close()
     return found
+
+
+def text_of(log) -> str:
+    log.seek(0)
+    return log.read()
 
 
 def free_port() -> int:

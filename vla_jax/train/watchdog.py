@@ -115,10 +115,8 @@ class Watchdog:
         """Says what failed, here and to the others, and ends this process; returns where it is alone."""
         if self._client is None or isinstance(error, SystemExit):
             return
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(
-                self._silent_after + 5 * self._poll
-            )  # most likely a process has gone: wait for its name
+        if _broken_collective(error):  # because a process has gone: its name is to come
+            time.sleep(self._silent_after + 5 * self._poll)
         self._failing.set()
         expected = isinstance(error, ValueError | OSError | KeyboardInterrupt)
         if not expected or os.environ.get("VLA_TRACEBACK", "") not in ("", "0"):
@@ -235,6 +233,15 @@ class Watchdog:
             with contextlib.suppress(Exception):
                 self._wait_until_seen()
         distributed.leave_at_once(LOST)
+
+
+def _broken_collective(error: BaseException | None) -> bool:
+    """Whether the devices' runtime is behind an exception, but not for want of memory."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__
+    return False
 
 
 def _failed(errors: dict[int, str], beats: dict[int, Beat]) -> str | None:
