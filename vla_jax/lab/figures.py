@@ -351,7 +351,8 @@ def _by_layer(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         ending = f"/{name}"
         for key in lines[0]:
             path = key.removeprefix("diagnostics/")
-            if path == key or not key.endswith(ending) or path.split("/")[0][1:].isdigit():
+            of_a_bin = path.split("/")[0][1:].isdigit()
+            if path == key or not path.endswith(ending) or of_a_bin:
                 continue
             values = np.array([np.atleast_1d(np.array(line[key], float)) for line in lines])
             group = (

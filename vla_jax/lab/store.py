@@ -59,9 +59,13 @@ class Store:
         if result["config_hash"] != config_hash(cell.config):
             old = flatten(json.loads((where / "config.json").read_text()))
             new = flatten(json.loads(to_json(cell.config)))
-            differing = [f"{k}={new.get(k)!r} (there: {old.get(k)!r})" for k in new if new[k] != old.get(k)]
+            differing = [
+                f"{key}={new.get(key, 'absent')!r} (there: {old.get(key, 'absent')!r})"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key, ...) != new.get(key, ...)
+            ]
             raise ValueError(
-                f"{where} was made with another config: {', '.join(differing[:4]) or 'other fields'}; use another --out"
+                f"{where} was made with another config: {', '.join(differing[:4])}; use another --out"
             )
         if result["evaluation"] != dict(evaluation):
             raise ValueError(
