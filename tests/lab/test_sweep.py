@@ -90,7 +90,8 @@ def test_a_cell_is_what_launch_train_makes_of_its_configuration(whole, tmp_path)
             assert a.keys() == b.keys()
             for name in a:
                 pair = (np.array(line[name], float) for line in (a, b))
-                np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5, err_msg=name)
+                atol = 0.01 if "conflict" in name else 1e-5  # signs of rounding errors are anyone's
+                np.testing.assert_allclose(*pair, rtol=1e-4, atol=atol, err_msg=name)
         assert Policy.load(store.cell(cell.name)).config.objective == cell.config.objective
 
 
