@@ -92,20 +92,25 @@ def cli(
 
 
 def cli_with_config(
-    kind: type, *, description: str | None, argv: Sequence[str] | None = None
+    kind: type,
+    *,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    adapt: Callable[[Any, Sequence[str]], Any] = lambda config, argv: config,
 ) -> tuple[Any, Any]:
     """Like `cli`, with ``--config FILE`` and every field of that file's configuration as a further option.
 
+    `adapt` may change the file's configuration before the options do, given the whole command line.
     Returns the `kind` and the configuration. Without ``--config`` (or with ``--help`` alone) the options are those of
     the default configuration.
     """
     from vla_jax.config import TrainConfig
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    path = _value_of("--config", argv)
+    path = value_of("--config", argv)
     if path is None and not {"-h", "--help"} & set(argv):
         raise UsageError(f"--config FILE is needed{_known_configs()}")
-    config = TrainConfig() if path is None else load_config(path)
+    config = adapt(TrainConfig() if path is None else load_config(path), argv)
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -174,7 +179,8 @@ def _one_line(box: str) -> str:
     return re.sub(r"^Error parsing (?:(?:values|args)[\w.-]*: )?", "", text) or box
 
 
-def _value_of(option: str, argv: Sequence[str]) -> str | None:
+def value_of(option: str, argv: Sequence[str]) -> str | None:
+    """What follows an option on a command line that has not been parsed."""
     for i, arg in enumerate(argv):
         if arg == option and i + 1 < len(argv):
             return argv[i + 1]

@@ -4,7 +4,13 @@ python -m launch.convert --from big_vision --path pt_224.npz --out runs/paligemm
 
 python -m launch.convert --from openpi --path pi0_base --out runs/pi0 --dtype bfloat16
 
+python -m launch.convert --from openpi --path pi05_droid --out runs/droid --tokenizer paligemma_tokenizer.model
+
 python -m launch.convert --from vla_jax --path runs/pi0 --to pi0_hf --out exported
+
+python -m launch.convert --from vla_jax --path runs/lora --to vla_jax --out runs/merged
+
+The last one leaves a run's weights alone: LoRA is merged, optimiser and unaveraged parameters stay behind.
 """
 
 import dataclasses
@@ -26,7 +32,7 @@ class ConvertArgs:
     ]
     """Format of the weights that are there."""
     to: Literal["vla_jax", "paligemma_hf", "pi0_hf", "openpi"] = "vla_jax"
-    """Format to write; one of the two is vla_jax."""
+    """Format to write; one of the two, or both, is vla_jax."""
     path: Path
     """The weights: a file (big_vision) or a folder; a run's directory or one step of it (vla_jax)."""
     out: Path
@@ -43,6 +49,13 @@ class ConvertArgs:
     """Generation of names that paligemma_hf writes; every transformers reads legacy."""
     max_file_gb: float = 5.0
     """Largest safetensors file in GB; more than one get an index."""
+    tokenizer: Path | None = None
+    """tokenizer.json or a sentencepiece .model: with it, and the statistics beside the weights, what comes in is a
+    policy that launch.serve and launch.evaluate load. Without, it is a start for training."""
+    statistics: str = ""
+    """With --tokenizer: which of several statistics beside the weights."""
+    control_hz: float = 20.0
+    """With --tokenizer: steps per second of the robot, which no file says."""
     value: bool = True
     """Whether the leaves written for openpi end in /value, as those it saves itself."""
 
@@ -51,20 +64,30 @@ class ConvertArgs:
             raise ValueError(f"horizon={self.horizon}: a chunk needs at least one action")
         if self.max_file_gb <= 0:
             raise ValueError(f"max_file_gb={self.max_file_gb}: must be positive")
+        if self.tokenizer is None and self.statistics:
+            raise ValueError("statistics are chosen for a policy; give its --tokenizer too")
+        if self.tokenizer is not None and (self.source == "vla_jax" or self.to != "vla_jax"):
+            raise ValueError("a tokenizer is for weights of others that come in; a run has its own")
 
 
 def main() -> None:
     """Parses the command line and converts."""
     args = cli(ConvertArgs, description=__doc__)
 
-    from vla_jax.convert import Options, convert  # after parsing: --help need not wait for JAX
+    from vla_jax.convert import Options, PolicyOptions, convert  # after parsing: --help need not wait for JAX
 
+    policy = None
+    if args.tokenizer is not None:
+        policy = PolicyOptions(
+            tokenizer=args.tokenizer, statistics=args.statistics, control_hz=args.control_hz
+        )
     options = Options(
         cameras=args.cameras,
         horizon=args.horizon,
         names=args.names,
         max_file_bytes=int(args.max_file_gb * 1e9),
         value=args.value,
+        policy=policy,
     )
     report = convert(
         args.path,

@@ -8,6 +8,8 @@ python -m launch.train --config configs/tabletop.py --run-dir runs/x --dry-run
 
 launch/local.sh 2 --config configs/tabletop.py --run-dir runs/x
 
+python -m launch.train --config configs/tabletop.py --run-dir runs/y --init-from runs/x
+
 The run directory gets checkpoints, config.json, metrics.jsonl (losses; the same bytes however often the run was
 interrupted), perf.jsonl (timings), goodput.json (where the time went) and TensorBoard events. Ctrl-C or SIGTERM
 saves and stops.
@@ -19,8 +21,10 @@ and saved; 2 an error that can be mended; 3 another process is gone, start all o
 
 import dataclasses
 import time
+from collections.abc import Sequence
+from typing import Any
 
-from launch._main import cli_with_config, run
+from launch._main import cli_with_config, run, value_of
 
 _BEGUN = time.monotonic()
 
@@ -31,6 +35,9 @@ class TrainArgs:
 
     run_dir: str
     """Directory of the run: created, or continued. A local path or gs://…; all hosts share it."""
+    init_from: str | None = None
+    """Start from this run or these converted weights, with its model's sizes in place of the config file's; options
+    of --model come after. Sets train.init_from and data.image_size. docs/fine_tuning.md"""
     dry_run: bool = False
     """Only print the configuration, and where every array would lie on the devices."""
     profile: str | None = None
@@ -43,9 +50,25 @@ class TrainArgs:
     """This process's number, from 0 on, where no cluster is recognised."""
 
 
+def adapt(config: Any, argv: Sequence[str]) -> Any:
+    """The config file's values with the model of --init-from."""
+    path = value_of("--init-from", argv) or value_of("--init_from", argv)
+    if path is None:
+        return config
+    from vla_jax.train.init_from import model_of
+
+    model = model_of(path)
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, image_size=model.vision.image_size),
+        train=dataclasses.replace(config.train, init_from=path),
+    )
+
+
 def main() -> None:
     """Parses the command line and trains."""
-    args, config = cli_with_config(TrainArgs, description=__doc__)
+    args, config = cli_with_config(TrainArgs, description=__doc__, adapt=adapt)
     from vla_jax.sharding import distributed  # after parsing: --help need not wait for JAX
     from vla_jax.train import profile
 

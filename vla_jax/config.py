@@ -13,7 +13,7 @@ from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
-from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     train: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
 

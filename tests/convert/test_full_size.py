@@ -45,7 +45,8 @@ def test_big_vision(listed, tmp_path):
     (tmp_path / "pt_224.npz").touch()
     shapes = layouts.big_vision(FULL)
     listed(big_vision, "NpzSource", {f"params/{name}": shape for name, shape in shapes.items()})
-    check(big_vision.open_weights(tmp_path / "pt_224.npz", Options()), COUNTS["paligemma"])
+    preset = presets.paligemma_3b_224()
+    check(big_vision.open_weights(tmp_path / "pt_224.npz", Options()), COUNTS["paligemma"], preset)
 
 
 @pytest.mark.parametrize("names", [*layouts.PALIGEMMA])
@@ -63,7 +64,7 @@ def test_paligemma_hf(listed, tmp_path, names):
     assert paligemma_hf.padded_rows(opened.model) == 257216
     if names in paligemma_hf.GENERATIONS:
         ours = our_shapes(opened.model, expert=False)
-        entries = paligemma_hf.export_table(opened.model, Options(names=names))
+        entries = paligemma_hf.export_table(opened.model, Options(names=names), expert=False)
         assert {e.theirs: e.theirs_shape(ours[e.ours]) for e in entries} == shapes
 
 
@@ -81,8 +82,8 @@ def test_openpi(listed, tmp_path, kind):
     (tmp_path / "params").mkdir()
     shapes = layouts.openpi(FULL, kind)
     listed(openpi, "OrbaxSource", {f"params/{name}/value": shape for name, shape in shapes.items()})
-    opened = openpi.open_weights(tmp_path, Options())
-    preset = {"pi0": presets.pi0(), "pi05": presets.pi05(), "fast": None}[kind]
+    preset = {"pi0": presets.pi0(), "pi05": presets.pi05(), "fast": presets.pi0_fast()}[kind]
+    opened = openpi.open_weights(tmp_path, Options(horizon=preset.expert.horizon))
     check(opened, COUNTS.get(kind, COUNTS["paligemma"]), preset)
 
 

@@ -1,9 +1,10 @@
 """Reading checkpoints: find the newest whole one, restore any item of it onto any devices.
 
-RUN_DIR/checkpoints/<step>/{params, ema, opt_state}   arrays, each restorable alone
+RUN_DIR/checkpoints/<step>/{params, ema, opt_state, frozen}   arrays, each restorable alone
 RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that a policy needs
 """
 
+import dataclasses
 import functools
 import gc
 import os
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from vla_jax.checkpoint.fingerprint import fingerprint
 from vla_jax.checkpoint.paths import Path, run_path
+from vla_jax.checkpoint.tree import flatten, join, nest
 from vla_jax.sharding import distributed
 
 T = TypeVar("T")
@@ -46,6 +48,47 @@ def load(path: str | os.PathLike, item: str, abstract: Any = None) -> Any:
         if item not in meta["items"]:
             raise ValueError(f"{step_dir} has no '{item}'; it has {', '.join(meta['items'])}")
         return restore_items(step_dir, {item: abstract}, meta)[item]
+
+    return _newest(path, read)
+
+
+@dataclasses.dataclass
+class Loaded:
+    """Parameters of a checkpoint, and the item that the trained ones are from (``params`` or ``ema``)."""
+
+    params: dict[str, Any]
+    item: str
+
+
+def load_params(
+    path: str | os.PathLike,
+    item: str | None = None,
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> Loaded:
+    """All parameters of a checkpoint, those that were frozen with them.
+
+    **Arguments:**
+
+    - `item`: ``params`` or ``ema``; None: the averaged ones where the run has them.
+    - `shardings`: where to put which array, by path (``backbone/img/…``), on one mesh. What it does not name or
+      divide goes to every device; None: all to the first one.
+
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item.
+    """
+
+    def read(step_dir: Path) -> Loaded:
+        meta = read_step_meta(step_dir)
+        has = meta["items"]
+        trained = item or ("ema" if "ema" in has else "params")
+        if trained not in has:
+            raise ValueError(f"{step_dir} has no '{trained}'; it has {', '.join(has)}")
+        names = [trained] + (["frozen"] if "frozen" in has else [])
+        targets = {
+            name: _attempt(lambda name=name: _placed(step_dir / name, shardings or {})) for name in names
+        }
+        parts = restore_items(step_dir, targets, meta, together=bool(shardings))
+        return Loaded(join(parts[trained], parts.get("frozen")), trained)
 
     return _newest(path, read)
 
@@ -160,6 +203,29 @@ def _saved_shapes(item_dir: Path) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     saved = ocp.StandardCheckpointHandler().metadata(item_dir).tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
+
+
+def _placed(item_dir: Path, shardings: Mapping[str, jax.sharding.Sharding]) -> Any:
+    """The saved shapes with the shardings that are wanted."""
+    saved = _saved_shapes(item_dir)
+    if not shardings:
+        return saved
+    everywhere = jax.sharding.NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = shardings.get(name, everywhere)
+        sharding = sharding if _divides(sharding, leaf.shape) else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return nest({name: place(name, leaf) for name, leaf in flatten(saved).items()})
+
+
+def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _attempt(read: Callable[[], T]) -> T:

@@ -6,5 +6,6 @@ One file per format, each a table of names (`entry.Entry`); `sources` reads part
 
 from vla_jax.convert.convert import SOURCES, TARGETS, convert, load
 from vla_jax.convert.formats import Options
+from vla_jax.convert.policy_data import PolicyOptions
 
-__all__ = ["SOURCES", "TARGETS", "Options", "convert", "load"]
+__all__ = ["SOURCES", "TARGETS", "Options", "PolicyOptions", "convert", "load"]

@@ -10,13 +10,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from vla_jax.config import LoraConfig, TrainConfig, config_hash
 from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
 from vla_jax.convert.entry import Entry, Lazy, exported, imported
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import our_shapes
+from vla_jax.convert.policy_data import policy_data
 from vla_jax.convert.run import RunSource, write_run
 from vla_jax.convert.stream import Whole, place
-from vla_jax.convert.time_flip import flips, time_leaf
 from vla_jax.models.config import VLAConfig
 from vla_jax.types import PyTree
 
@@ -61,18 +62,21 @@ def convert(
 ) -> Report:
     """Reads `path` in the format `source`, writes the folder `out` in the format `target`; one of them is vla_jax.
 
+    Both: a run's weights alone, LoRA merged, with all that a policy needs and without what only training needs.
     Holds about one array at a time. `dtype` is float32, bfloat16, or keep, which leaves every array its type;
     `weights` chooses a run's params or ema (None: ema where there is one). Raises FileNotFoundError, FileExistsError
     or ValueError, each in one line; then there is no `out`.
     """
-    if (source == OURS) == (target == OURS):
+    if OURS not in (source, target):
         raise ValueError(f"from {source} to {target}: one of the two must be {OURS}; convert in two steps")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: there are {', '.join(DTYPES)}")
     if out.exists():
         raise FileExistsError(f"{out} is there already; give another folder, or remove it")
+    if source == target:
+        return _plain(path, out, DTYPES[dtype], weights)
     if target == OURS:
-        return _import(open_weights(path, source, options), out, source, DTYPES[dtype])
+        return _import(open_weights(path, source, options), out, source, DTYPES[dtype], options)
     return _export(path, out, target, DTYPES[dtype], weights, options)
 
 
@@ -105,17 +109,35 @@ def load(
     return place(imported(opened.entries, opened.source, shapes, DTYPES[dtype]), shardings)
 
 
-def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None) -> Report:
+def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, options: Options) -> Report:
     opened.check_copies()
     shapes = our_shapes(opened.model, expert=opened.expert)
     arrays = imported(opened.entries, opened.source, shapes, dtype)
-    record = {
+    record: dict[str, Any] = {
         "converted": {"from": source, "arrays": len(opened.source.specs)},
         "assets": dict(opened.assets),
     }
+    config = TrainConfig(model=opened.model)
+    if options.policy is not None:
+        if not opened.expert:
+            raise ValueError(f"{opened.where} has no expert, so a tokenizer does not make it a policy")
+        config, bundle = policy_data(opened.model, opened.assets, options.policy)
+        record["data"] = bundle.to_json()
     _check_space(out, arrays)
-    write_run(out, arrays, _originals(opened, shapes), opened.model, record)
+    write_run(out, arrays, config, record)
     return _report(arrays, opened.model, {*opened.copies, *opened.unused} & set(opened.source.specs))
+
+
+def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -> Report:
+    """A run's weights in a run of their own: one set of parameters, nothing frozen or low-rank."""
+    run = RunSource(path, weights)
+    arrays = exported([Entry(theirs=name, ours=name) for name in run.specs], run, dtype)
+    optim = dataclasses.replace(run.config.optim, freeze=(), frozen_dtype="float32")
+    config = dataclasses.replace(run.config, lora=LoraConfig(), optim=optim)
+    record = {key: run.meta[key] for key in ("data", "data_fingerprint", "assets") if key in run.meta}
+    _check_space(out, arrays)
+    write_run(out, arrays, config, record | {"config_hash": config_hash(config)}, verify=run.verify)
+    return _report(arrays, run.model, set())
 
 
 def _export(
@@ -125,14 +147,13 @@ def _export(
         raise ValueError(f"{target!r} is not written here; there are {', '.join(TARGETS)}")
     run = RunSource(path, weights)
     make_table, write = TARGETS[target]
-    entries = [entry for entry in _table(make_table, run, target, options) if entry.ours in run.specs]
+    entries = _table(make_table, run, target, options)
     left_out = set(run.specs) - {entry.ours for entry in entries}
     if left_out:
         raise ValueError(
             f"{target} has no place for {len(left_out)} of {path}'s arrays ({sorted(left_out)[0]}, …)"
         )
-    originals = run.originals(flips(run.model.expert)) if run.expert else {}
-    arrays = exported(entries, run, dtype, originals)
+    arrays = exported(entries, run, dtype)
     _check_space(out, arrays)
     with Whole(out) as partial:
         write(partial, arrays, run.model, options, run.assets)
@@ -143,21 +164,11 @@ def _export(
 def _table(
     make_table: Callable[..., list[Entry]], run: RunSource, target: str, options: Options
 ) -> list[Entry]:
-    entries = make_table(run.model, options)
+    entries = make_table(run.model, options, expert=run.expert)
     missing = {entry.ours for entry in entries} - set(run.specs)
-    if missing and not (target == "openpi" and not run.expert):
+    if missing:
         raise ValueError(f"{target} wants {sorted(missing)[0]}, which {run.path} does not have")
     return entries
-
-
-def _originals(opened: Opened, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The array whose flip rounds, as it is before."""
-    if not opened.expert:
-        return {}
-    name = time_leaf(opened.model.expert)
-    (entry,) = (entry for entry in opened.entries if entry.ours == name)
-    array = opened.source.read(entry.theirs)
-    return {name: dataclasses.replace(entry, flip=None).to_ours(array, shapes[name])}
 
 
 def _check_space(out: Path, arrays: Mapping[str, Lazy]) -> None:

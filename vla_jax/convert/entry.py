@@ -139,13 +139,8 @@ def imported(
     return {name: lazy(name, sorted(by_ours[name], key=lambda e: e.index)) for name in sorted(by_ours)}
 
 
-def exported(
-    entries: list[Entry], source: Source, dtype: np.dtype | None, instead: Mapping[str, np.ndarray]
-) -> dict[str, Lazy]:
-    """Their arrays, made of ours, in the order of the table.
-
-    `instead` has originals of arrays of ours from before their flip, by name; they go out as they came.
-    """
+def exported(entries: list[Entry], source: Source, dtype: np.dtype | None) -> dict[str, Lazy]:
+    """Their arrays, made of ours, in the order of the table."""
 
     def lazy(entry: Entry) -> Lazy:
         spec = source.specs[entry.ours]
@@ -155,8 +150,6 @@ def exported(
         def pieces() -> Iterator[tuple[Index, np.ndarray]]:
             if not entry.plain:
                 array = entry.to_theirs(checked(entry.ours, source.read(entry.ours, entry.index)))
-                if entry.ours in instead:
-                    array = dataclasses.replace(entry, flip=None).to_theirs(instead[entry.ours])
                 yield (), array.astype(target)
                 return
             for rows in row_slices(part, spec.dtype.itemsize):

@@ -10,6 +10,7 @@ import numpy as np
 from vla_jax.convert.account import account
 from vla_jax.convert.entry import Entry, Source, row_slices
 from vla_jax.convert.model import our_shapes
+from vla_jax.convert.policy_data import PolicyOptions
 from vla_jax.models.config import VLAConfig
 
 
@@ -27,6 +28,8 @@ class Options:
     """Largest safetensors file; more are listed in an index."""
     value: bool = True
     """Whether openpi's leaves end in /value, as openpi itself saves them."""
+    policy: PolicyOptions | None = None
+    """What makes imported weights a policy; None: they are weights, to start training from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

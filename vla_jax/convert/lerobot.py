@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vla_jax.convert.formats import Opened, Options
-from vla_jax.convert.model import PI0_CAMERAS
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.torch_pi0 import open_pi0
+from vla_jax.models.presets import PI0_CAMERAS
 
 #: Query heads of the variants that LeRobot names, and of its one image encoder: shapes don't say them.
 TEXT_HEADS = {"gemma_2b": 8, "gemma_300m": 8}

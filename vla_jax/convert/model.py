@@ -14,12 +14,14 @@ from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLACon
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch
 
-PI0_CAMERAS = ("base", "left_wrist", "right_wrist")
-
 
 @functools.cache
 def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
     """Shapes by path, as ``backbone/img/…``; without `expert` only the backbone's. Computes nothing."""
+    if not expert:  # what the data set will decide makes no difference to the backbone
+        config = dataclasses.replace(
+            config, expert=dataclasses.replace(config.expert, action_dim=1, state_dim=1)
+        )
     e, size, text = config.expert, config.vision.image_size, jnp.zeros((1, 1), bool)
     batch = Batch(
         images={name: jnp.zeros((1, size, size, 3), jnp.uint8) for name in config.cameras},
@@ -35,6 +37,12 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(tree)["params"])
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
     return {name: shape for name, shape in shapes.items() if expert or name.startswith("backbone/")}
+
+
+def new_expert(text: TextConfig, horizon: int) -> ExpertConfig:
+    """π0's proportions beside any decoder: what is to be trained where weights have no expert."""
+    width, mlp = max(2, text.width // 4 * 2), max(1, text.mlp // 4)
+    return ExpertConfig(width=width, mlp=mlp, clock="reversed", horizon=horizon)
 
 
 def config_from(
@@ -79,14 +87,14 @@ def config_from(
     )
     config = VLAConfig(vision=vision, text=text, cameras=cameras, dtype="bfloat16", remat="nothing_saveable")
     if not any(name.startswith("expert/") for name in specs):
-        placeholder = ExpertConfig(width=text_width, mlp=text.mlp, action_dim=1, state_dim=1)
-        return dataclasses.replace(config, expert=placeholder), False
+        return dataclasses.replace(config, expert=new_expert(text, horizon)), False
     actions, expert_width = shape("expert/action_in_proj/kernel", 2)
     state = "expert/state_proj/kernel" in specs
     expert = ExpertConfig(
         width=expert_width,
         mlp=shape("expert/layers/mlp/linear", 3)[1],
         time="adarms" if "expert/time_mlp_in/kernel" in specs else "mlp",
+        clock="reversed",
         state_token=state,
         horizon=horizon,
         action_dim=actions,

@@ -5,6 +5,7 @@ The arrays are ours; the expert's lie among the decoder's with ``_1`` behind the
 clock runs the other way: `time_flip`.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 from vla_jax.convert.entry import Entry, Lazy
 from vla_jax.convert.formats import Opened, Options
-from vla_jax.convert.model import PI0_CAMERAS, config_from, our_shapes
+from vla_jax.convert.model import config_from, our_shapes
 from vla_jax.convert.sources import OrbaxSource, read_json
 from vla_jax.convert.stream import write_orbax
 from vla_jax.convert.time_flip import flips
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.presets import PI0_CAMERAS
 
 #: Modules of the decoder that the expert has a second one of.
 TOWER = r"(final_norm|q_einsum|kv_einsum|attn_vec_einsum|mlp|pre_attention_norm|pre_ffw_norm)"
@@ -57,6 +59,8 @@ def open_weights(path: Path, options: Options) -> Opened:
     specs = {from_openpi(bare[name]): spec for name, spec in source.specs.items()}
     cameras = options.cameras or PI0_CAMERAS
     model, expert = config_from(specs, where=path, cameras=cameras, horizon=options.horizon)
+    if not expert:  # of openpi's, only π0-FAST has none: the decoder writes its actions
+        model = dataclasses.replace(model, expert=dataclasses.replace(model.expert, kind="tokens"))
     front = "params/" if any(name.startswith("params/") for name in bare) else ""
     behind = "/value" if any(name.endswith("/value") for name in bare) else ""
     assets = {
@@ -96,7 +100,7 @@ def read_statistics(file: Path) -> dict[str, Any]:
     return found
 
 
-def export_table(model: VLAConfig, options: Options, *, expert: bool = True) -> list[Entry]:
+def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[Entry]:
     """The table that is written."""
     return table(model, expert, "", "/value" if options.value else "")
 

@@ -12,9 +12,10 @@ from typing import Any
 from vla_jax.convert.entry import Entry, Lazy
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.hf_names import Prefixes, Sizes, find_prefixes, gemma_entries, siglip_entries
+from vla_jax.convert.model import new_expert
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.stream import write_safetensors
-from vla_jax.models.config import ExpertConfig, VLAConfig
+from vla_jax.models.config import VLAConfig
 
 GENERATIONS = {
     "legacy": Prefixes(
@@ -60,7 +61,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     embedding = f"{prefixes.text}.embed_tokens.weight"
     rows, _ = sizes.shape(embedding, 2)
     vision, text = read_towers(config, sizes, prefixes, rows, path / "config.json")
-    expert = ExpertConfig(width=text.width, mlp=text.mlp, action_dim=1, state_dim=1)
+    expert = new_expert(text, options.horizon)
     model = VLAConfig(
         vision=vision,
         text=text,
@@ -97,8 +98,9 @@ def write_weights(
     (folder / "config.json").write_text(json.dumps(config_json(model, padded_rows(model), dtype), indent=2))
 
 
-def export_table(model: VLAConfig, options: Options) -> list[Entry]:
+def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[Entry]:
     """The table that is written."""
+    del expert  # one that is there is refused by its names, which this table lacks
     if options.names not in GENERATIONS:
         raise ValueError(f"names={options.names!r}: there are {', '.join(GENERATIONS)}")
     return table(GENERATIONS[options.names], model, padded_rows(model))

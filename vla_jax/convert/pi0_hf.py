@@ -13,12 +13,12 @@ import numpy as np
 from vla_jax.convert.entry import Entry, Lazy, row_slices
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.hf_names import Prefixes
-from vla_jax.convert.model import PI0_CAMERAS
 from vla_jax.convert.paligemma_hf import config_json, read_towers
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.stream import write_safetensors
 from vla_jax.convert.torch_pi0 import HEADS, open_pi0, table
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.presets import PI0_CAMERAS
 
 _ROOT = "paligemma_with_expert"
 #: The names that are written: those of the public files, which every version of transformers with a π0 reads.
@@ -53,8 +53,10 @@ def open_weights(path: Path, options: Options) -> Opened:
     return open_pi0(path, SafetensorsSource(path), options, adaptive=False, towers=towers, horizon=horizon)
 
 
-def export_table(model: VLAConfig, options: Options) -> list[Entry]:
+def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[Entry]:
     """The table that is written; ValueError where the model is not a π0."""
+    if not expert:
+        raise ValueError("pi0_hf holds π0 only; these weights have no expert")
     if model.expert.time != "mlp" or not model.expert.state_token:
         raise ValueError("pi0_hf holds π0 only; this model's time or state enters in another way")
     heads = {name: name for name in HEADS}

@@ -1,11 +1,10 @@
 """Our side: weights in a run's directory, read and written one piece at a time, with the checkpoints' checksums.
 
-RUN_DIR/checkpoints/<step>/{params, ema}   what `vla_jax.checkpoint` saves
-RUN_DIR/checkpoints/<step>/originals       after an import: the arrays whose `time_flip` rounded, as they came
+RUN_DIR/checkpoints/<step>/{params, ema, frozen}   what `vla_jax.checkpoint` saves
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from vla_jax.convert.entry import Index, Lazy
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.sources import OrbaxSource
 from vla_jax.convert.stream import Whole, write_orbax
-from vla_jax.convert.time_flip import Flip
+from vla_jax.layers import lora
+from vla_jax.layers.matrices import matrix_axes
 from vla_jax.models.config import VLAConfig
-
-ORIGINALS = "originals"
 
 
 class WordSums:
@@ -47,7 +45,7 @@ class WordSums:
 
 
 class RunSource:
-    """The weights of a run, averaged ones where it has them. Raises FileNotFoundError or ValueError."""
+    """The weights of a run, averaged ones where it has them, LoRA merged. Raises FileNotFoundError or ValueError."""
 
     def __init__(self, path: Path, weights: str | None):
         self.path = path
@@ -57,14 +55,21 @@ class RunSource:
         if item not in has:
             raise ValueError(f"{path} has no '{item}'; it has {', '.join(has)}")
         step = self._step_dir()
-        self._arrays = OrbaxSource(step / item)
-        self.specs = self._arrays.specs
-        self.model: VLAConfig = from_json(json.dumps(self.meta["config"])).model
+        self._parts = {name: OrbaxSource(step / name) for name in (item, "frozen") if name in has}
+        self._part_of = {name: part for part, source in self._parts.items() for name in source.specs}
+        self.specs = {
+            name: spec
+            for source in self._parts.values()
+            for name, spec in source.specs.items()
+            if not lora.is_factor(name)
+        }
+        self.config: TrainConfig = from_json(json.dumps(self.meta["config"]))
+        self.model: VLAConfig = self.config.model
+        self._scale = self.config.lora.scale
+        self._factors: tuple[str, dict[str, np.ndarray]] = ("", {})  # of the matrix that is being read
         self.expert = any(name.startswith("expert/") for name in self.specs)
         account(f"{path} ({item})", self.specs, our_shapes(self.model, expert=self.expert))
-        self._wanted = self.meta["fingerprints"][item]
-        self._sums = WordSums(self.specs)
-        self._originals = OrbaxSource(step / ORIGINALS) if ORIGINALS in has else None
+        self._sums = {part: WordSums(source.specs) for part, source in self._parts.items()}
 
     @property
     def assets(self) -> dict[str, Any]:
@@ -73,25 +78,26 @@ class RunSource:
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The part of an array; for the checksum, each part is to be read once."""
-        piece = self._arrays.read(name, index)
-        self._sums.add(name, piece)
-        return piece
+        piece = self._read(name, index)
+        if f"{name}{lora.SUFFIX}/a" not in self._part_of:
+            return piece
+        if self._factors[0] != name:
+            self._factors = (name, {f: self._read(f"{name}{lora.SUFFIX}/{f}", ()) for f in ("a", "b")})
+        a, b = (self._factors[1][f] for f in ("a", "b"))
+        update = self._scale * _part_of_product(name, a, b, len(self.specs[name].shape), index)
+        return piece.astype(np.float32) + update
 
-    def originals(self, flips: Mapping[str, Flip]) -> dict[str, np.ndarray]:
-        """Arrays as they were imported, of those whose flipped form has not been changed since."""
-        if self._originals is None:
-            return {}
-        kept = {}
-        for name in self._originals.specs:
-            original, now = self._originals.read(name), self._arrays.read(name)
-            if np.array_equal(flips[name](original).astype(now.dtype), now):
-                kept[name] = original
-        return kept
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        part = self._part_of[name]
+        piece = self._parts[part].read(name, index)
+        self._sums[part].add(name, piece)
+        return piece
 
     def verify(self) -> None:
         """Raises ValueError unless what has been read is what was saved; after everything was read once."""
-        if self._sums.total() != self._wanted:
-            raise ValueError(f"{self.path} is damaged: the checksum of its weights is wrong")
+        for part, sums in self._sums.items():
+            if sums.total() != self.meta["fingerprints"][part]:
+                raise ValueError(f"{self.path} is damaged: the checksum of its weights ({part}) is wrong")
 
     def _step_dir(self) -> Path:
         path = self.path.absolute()
@@ -101,32 +107,35 @@ class RunSource:
         return path
 
 
+def _part_of_product(name: str, a: np.ndarray, b: np.ndarray, axes: int, index: Index) -> np.ndarray:
+    """A·B[index] without more of A·B than the layers that the index asks for."""
+    batch = axes - len(matrix_axes(name).into) - len(matrix_axes(name).outof)
+    layers, rest = index[:batch], index[batch:]
+    product = np.asarray(lora.product(name, a[layers], b[layers]))
+    kept = batch - sum(isinstance(i, int) for i in layers)
+    return product[(slice(None),) * kept + rest]
+
+
 def write_run(
     path: Path,
     arrays: Mapping[str, Lazy],
-    originals: Mapping[str, np.ndarray],
-    model: VLAConfig,
+    config: TrainConfig,
     record: Mapping[str, Any],
+    verify: Callable[[], None] = lambda: None,
 ) -> None:
-    """A run's directory with one checkpoint, step 0; `record` is further metadata."""
-    items: dict[str, Mapping[str, Lazy]] = {"params": arrays}
-    if originals:
-        items[ORIGINALS] = {name: _whole(array) for name, array in originals.items()}
-    config = json.loads(to_json(TrainConfig(model=model)))
+    """A run's directory with one checkpoint, step 0; `record` is further metadata, `verify` the last word."""
     with Whole(path) as partial:
         step = partial / FOLDER / "0"
         step.mkdir(parents=True)
-        fingerprints = {}
-        for item, tree in items.items():
-            sums = WordSums(tree)
-            write_orbax(step / item, {name: _summed(name, lazy, sums) for name, lazy in tree.items()})
-            fingerprints[item] = sums.total()
+        sums = WordSums(arrays)
+        write_orbax(step / "params", {name: _summed(name, lazy, sums) for name, lazy in arrays.items()})
+        verify()
         meta = dict(
             record,
             step=0,
-            config=config,
-            items=sorted(items),
-            fingerprints=fingerprints,
+            config=json.loads(to_json(config)),
+            items=["params"],
+            fingerprints={"params": sums.total()},
             versions=versions(),
         )
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -140,7 +149,3 @@ def _summed(name: str, lazy: Lazy, sums: WordSums) -> Lazy:
             yield index, piece
 
     return Lazy(lazy.shape, lazy.dtype, pieces)
-
-
-def _whole(array: np.ndarray) -> Lazy:
-    return Lazy(array.shape, array.dtype, lambda: iter([((), array)]))

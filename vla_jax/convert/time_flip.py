@@ -1,15 +1,16 @@
 """Their clock and ours. Here t = 0 is noise and t = 1 data; in π0's public code s = 1 is noise, so s = 1 - t.
 
-Two leaves of the expert carry the clock, and both are changed on the way in and back on the way out:
+Two places of the expert carry the clock:
 
-- `action_out_proj` predicts u = ε - a there and v = a - ε here: kernel and bias change sign, exactly;
-- the layer that reads the time embedding (`action_time_mlp_in`, rows below the action's, for π0; `time_mlp_in` for
-  π0.5). With frequencies w, sin(w(1-t)) and cos(w(1-t)) are a reflection of sin(wt), cos(wt), so the rows of each
-  frequency's pair are reflected, and the network is told our t.
+- `action_out_proj` predicts u = ε - a there and v = a - ε here: kernel and bias change sign, exactly, both ways;
+- the layer that reads the time embedding. On the way in it is left as it is: the model gets
+  ``expert.clock="reversed"`` and embeds 1 - t, so nothing rounds and every round trip is bit for bit the same, after
+  training too. Only a model that was built here with a clock that runs forward needs more on the way out: its rows
+  that read the time (the last of `action_time_mlp_in` for π0, all of `time_mlp_in` for π0.5) are reflected. With
+  frequencies w, sin(w(1-t)) and cos(w(1-t)) are a reflection of sin(wt), cos(wt); that rounds, in float32 to 6e-8 of a
+  pair's length.
 
-Everything else, the noisy chunk included, is the same on both clocks. A reflection rounds: in float32 it is right to
-6e-8 of the pair's length, and what went in can't be recovered from what came out. So the original rows are kept
-beside an import and given back on export where training has not changed the reflected ones.
+Everything else, the noisy chunk included, is the same on both clocks.
 """
 
 import functools
@@ -24,18 +25,15 @@ Flip = Callable[[np.ndarray], np.ndarray]
 
 
 def flips(config: ExpertConfig) -> dict[str, Flip]:
-    """What to do with which of our leaves; each function is its own inverse, up to rounding."""
+    """What to do with which of our leaves; each function is its own inverse, the reflection up to rounding."""
     reader = "time_mlp_in" if config.time == "adarms" else "action_time_mlp_in"
-    return {
+    found: dict[str, Flip] = {
         "expert/action_out_proj/kernel": negate,
         "expert/action_out_proj/bias": negate,
-        f"expert/{reader}/kernel": functools.partial(reflect, width=config.width),
     }
-
-
-def time_leaf(config: ExpertConfig) -> str:
-    """The leaf whose flip rounds."""
-    return f"expert/{'time_mlp_in' if config.time == 'adarms' else 'action_time_mlp_in'}/kernel"
+    if config.clock == "forward":
+        found[f"expert/{reader}/kernel"] = functools.partial(reflect, width=config.width)
+    return found
 
 
 def negate(x: np.ndarray) -> np.ndarray:

@@ -86,6 +86,7 @@ def _expert(sizes: Sizes, prefix: str, heads: dict[str, str], adaptive: bool, ho
         width=width,
         mlp=sizes.shape(f"{prefix}.layers.0.mlp.down_proj.weight", 2)[1],
         time="adarms" if adaptive else "mlp",
+        clock="reversed",
         state_token=not adaptive,
         horizon=horizon,
         action_dim=actions,

@@ -49,10 +49,23 @@ class Interrupted(Exception):
     """The process was asked to stop; everything is saved."""
 
 
+def _refuse_fine_tuning(config: TrainConfig) -> None:
+    """Cells start from drawn parameters, and train all of them."""
+    unused = {
+        "train.init_from": config.train.init_from,
+        "optim.freeze": config.optim.freeze,
+        "lora.rank": config.lora.rank,
+    }
+    for name, value in unused.items():
+        if value:
+            raise ValueError(f"cells that are trained together do not know {name}={value}; use --submit")
+
+
 def make_group_job(group: Group) -> GroupJob:
     """Reads the data set of the group's configuration. Raises ValueError where it does not fit."""
     if jax.process_count() > 1:
         raise ValueError("cells are trained together on one host only; use --submit for larger models")
+    _refuse_fine_tuning(group.config)
     bundle = prepare_data(group.config)
     config = resolve(group.config, bundle)
     loader, held_out = (loader_of(config, bundle, split) for split in ("train", "val"))

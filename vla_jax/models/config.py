@@ -76,6 +76,9 @@ class ExpertConfig:
     """Width of the gated feed-forward layer."""
     time: Literal["mlp", "adarms"] = "mlp"
     """How the flow time enters: mixed into the action tokens by an MLP (π0) or through adaptive RMSNorm (π0.5)."""
+    clock: Literal["forward", "reversed"] = "forward"
+    """Which time the network is told: t, or 1 - t as the public π0's are, so that their weights fit unchanged.
+    Everywhere else t = 0 is noise."""
     state_token: bool = True
     """Whether the robot's state is a token before the actions (π0). Without it the state is not used here."""
     horizon: int = 8

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.cross_entropy import cross_entropy
 from vla_jax.objectives.diagnostics import TimedLosses
 from vla_jax.objectives.gradient import scale_gradient
 from vla_jax.objectives.weighting.base import Pair
@@ -241,8 +242,7 @@ def action_token_loss(
     """
     tokens, mask = batch.action_tokens[:, :-1], batch.action_token_mask[:, :-1]
     hidden = model.apply({"params": params}, cache, tokens, mask, method="extend")
-    logits = model.apply({"params": params}, hidden, method="logits")
-    return _cross_entropy(logits, batch.action_tokens[:, 1:], batch.action_token_loss[:, 1:])
+    return _cross_entropy(model, params, hidden, batch.action_tokens[:, 1:], batch.action_token_loss[:, 1:])
 
 
 def text_loss(
@@ -251,7 +251,7 @@ def text_loss(
     """Sum of the cross-entropy over the target tokens, and how many are predicted right.
 
     The token at position i is predicted from the output at i-1. Logits are computed only there: the target
-    positions of each sample are gathered first.
+    positions of each sample are gathered first; see `objectives/cross_entropy.py`.
     """
     length = batch.tokens.shape[1]
     size = min(target_tokens or length, length - 1)
@@ -259,18 +259,22 @@ def text_loss(
     valid = jnp.take_along_axis(batch.token_loss, positions, axis=1)
     labels = jnp.take_along_axis(batch.tokens, positions, axis=1)
     inputs = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
-    logits = model.apply({"params": params}, inputs, method="logits")
-    return _cross_entropy(logits, labels, valid)
+    return _cross_entropy(model, params, inputs, labels, valid)
 
 
 def _cross_entropy(
-    logits: Float[Array, "b g v"], labels: Int[Array, "b g"], valid: Bool[Array, "b g"]
+    model: Model,
+    params: PyTree,
+    hidden: Float[Array, "b g d"],
+    labels: Int[Array, "b g"],
+    valid: Bool[Array, "b g"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over the valid labels, and how many of them are the likeliest; no one-hot is built."""
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
-    correct = (jnp.argmax(logits, axis=-1) == labels) & valid
-    return jnp.sum(jnp.where(valid, cross_entropy, 0)), jnp.sum(correct).astype(jnp.float32)
+    """Sum over the valid labels, and how many of them are the likeliest."""
+
+    def logits_of(x: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
+        return model.apply({"params": params}, x, method="logits")
+
+    return cross_entropy(logits_of, hidden, labels, valid)
 
 
 def action_error(

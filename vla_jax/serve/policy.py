@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from vla_jax.checkpoint import load, read_meta
+from vla_jax.checkpoint import load_params, read_meta
 from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.guidance import soft_weights
 from vla_jax.flow.processes import make_process
+from vla_jax.layers.lora import merge
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA
 from vla_jax.serve.executors.base import Running, take
@@ -72,8 +73,9 @@ class Policy:
             )
         config = from_json(json.dumps(meta["config"]))
         bundle = DataBundle.from_json(meta["data"])
-        item = weights or ("ema" if "ema" in meta["items"] else "params")
-        params = load(path, item)
+        params = load_params(path, weights).params
+        if config.lora.rank:
+            params = jax.jit(merge, static_argnums=1)(params, config.lora.scale)
         policy = cls(config=config, bundle=bundle, params=params, step=meta["step"], batch_size=batch_size)
         policy.check_params(path)
         return policy

@@ -1,7 +1,7 @@
 """The optimiser's and the training loop's configuration."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 def _check(ok: bool, message: str) -> None:
@@ -39,6 +39,15 @@ class OptimConfig:
     """Learning rate at the last step, as a share of the peak."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the first moment is stored (the second is always float32): bfloat16 saves 2 bytes per parameter."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by glob patterns of their paths: backbone/img/** is the image encoder. They
+    have no gradient, no optimiser state and no average, and stay bit for bit as they are."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How frozen parameters (LoRA's too) are stored; bfloat16 halves them, and rounds them once at the start."""
+    groups: tuple[str, ...] = ()
+    """Learning rates and clips of their own: "pattern:factor" or "pattern:factor:clip", e.g. backbone/**:0.1 or
+    expert/**:1:5. The factor multiplies the learning rate (and with it the decay), clip is the largest norm of the
+    group's own gradient. The first pattern that fits a parameter counts; others are as without."""
 
     def __post_init__(self):
         _check(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate}: must be above 0")
@@ -54,8 +63,59 @@ class OptimConfig:
         for name in ("warmup_fraction", "hold_fraction", "final_fraction"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
+        self.parsed_groups()
         total = self.warmup_fraction + self.hold_fraction
         _check(total <= 1, f"optim: warmup_fraction + hold_fraction = {total:g} is more than 1; lower one")
+
+    def parsed_groups(self) -> tuple["Group", ...]:
+        """`groups`, read."""
+        return tuple(_group(text) for text in self.groups)
+
+
+class Group(NamedTuple):
+    """One entry of `OptimConfig.groups`."""
+
+    pattern: str
+    factor: float
+    clip: float | None
+
+
+def _group(text: str) -> Group:
+    pattern, *numbers = text.split(":")
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = []
+    good = pattern and len(values) in (1, 2) and all(0 < value < float("inf") for value in values)
+    _check(
+        bool(good),
+        f"optim.groups: {text!r} is not pattern:factor or pattern:factor:clip with numbers above 0, e.g. "
+        "backbone/**:0.1; to leave a group out use optim.freeze",
+    )
+    return Group(pattern, values[0], values[1] if len(values) > 1 else None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA (arXiv:2106.09685): frozen matrices W, of which W + α/rank · A·B is used and A, B are trained."""
+
+    rank: int = 0
+    """Columns of A and rows of B; 0: no LoRA."""
+    alpha: float = 16.0
+    """α; the update is multiplied by α/rank."""
+    modules: tuple[str, ...] = ("backbone/**", "expert/layers/**")
+    """Glob patterns of parameter paths. What they name is frozen, and the matrices among it get an A and a B; what
+    they do not name is trained as a whole, unless optim.freeze names it."""
+
+    def __post_init__(self):
+        _check(self.rank >= 0, f"lora.rank={self.rank}: must not be negative; 0 is no LoRA")
+        _check(self.alpha > 0, f"lora.alpha={self.alpha}: must be above 0")
+        _check(bool(self.modules), "lora.modules names nothing; use lora.rank=0 for no LoRA")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies A·B."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +152,12 @@ class LoopConfig:
     hang_timeout: float = 1800.0
     """Seconds without progress after which the run prints where every thread is, names who is behind and ends;
     longer than the slowest compilation, validation or save. 0: never."""
+    init_from: str = ""
+    """A run's directory (or one step of it, or converted weights) whose parameters a new run starts from, the averaged
+    ones where it has them. The log says which arrays are new because actions, states or vocabulary are others;
+    everything else that does not fit is refused. To take the model's sizes from it too, use --init-from."""
+    init_new: tuple[str, ...] = ()
+    """Glob patterns of parameters that start anew whatever init_from holds, e.g. expert/** for another expert."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events to RUN_DIR/tensorboard."""
     wandb: bool = False
@@ -107,6 +173,10 @@ class LoopConfig:
         _check(
             self.val_every == 0 or self.val_batches > 0,
             "train.val_batches=0 leaves nothing to validate on; use train.val_every=0 to turn validation off",
+        )
+        _check(
+            not self.init_new or bool(self.init_from),
+            "train.init_new says what is not taken from train.init_from, but that is not set",
         )
         _check(
             self.ema_decay is None or 0 < self.ema_decay < 1,

@@ -96,6 +96,8 @@ class Job:
     """Tokens of one training sample, padding included; 0: not known."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The config's defaults, as JSON: what a checkpoint means that is older than a field."""
+    start: Callable[[], dict[str, Any] | None] = lambda: None
+    """Reads the parameters, by path, that a new run does not draw; not called where it continues."""
 
 
 def fit(
@@ -280,7 +282,7 @@ class _Trainer:
         self._read(0)
         self.watchdog.at(step, "validating")
         mesh = self.job.builder.mesh
-        params = state.params if state.ema is None else state.ema
+        params = state.whole(averaged=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.clock.paused())
             stack.enter_context(self.ledger.spent("evaluation"))
@@ -307,7 +309,7 @@ def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, in
         shapes.items(), same=same, free=FREE_TO_CHANGE, defaults=job.defaults
     )
     if restored is None:
-        return job.builder.init(job.key), 0
+        return job.builder.init(job.key, job.start()), 0
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
     return TrainState.from_items(step, restored.items), restored.step
 

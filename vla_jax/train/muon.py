@@ -1,7 +1,7 @@
 """Muon for a VLA's matrices (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), Adam for the rest.
 
 Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction learns at one speed.
-Which axes of a parameter are a matrix cannot be seen from its shape; the names say it.
+Which axes of a parameter are a matrix, `layers/matrices.py` says.
 """
 
 import math
@@ -11,23 +11,9 @@ import numpy as np
 import optax
 from optax import contrib
 
+from vla_jax.layers import matrices
 from vla_jax.sharding.rules import is_box, path_name
 from vla_jax.types import PyTree
-
-AXES: tuple[tuple[str, contrib.MuonDimensionNumbers], ...] = (
-    ("q_einsum/w", contrib.MuonDimensionNumbers(-2, (-3, -1))),  # layers n d e
-    ("kv_einsum/w", contrib.MuonDimensionNumbers(-2, (-3, -1))),  # layers 2 m d e
-    ("attn_vec_einsum/w", contrib.MuonDimensionNumbers((-3, -2), -1)),  # layers n e d
-    ("query/kernel", contrib.MuonDimensionNumbers(-3, (-2, -1))),  # layers d n e
-    ("key/kernel", contrib.MuonDimensionNumbers(-3, (-2, -1))),
-    ("value/kernel", contrib.MuonDimensionNumbers(-3, (-2, -1))),
-    ("out/kernel", contrib.MuonDimensionNumbers((-3, -2), -1)),  # layers n e d
-    ("embedding/kernel", contrib.MuonDimensionNumbers((-4, -3, -2), -1)),  # patch patch channels d
-    ("gating_einsum", contrib.MuonDimensionNumbers(-2, -1)),  # layers 2 d f
-    ("linear", contrib.MuonDimensionNumbers(-2, -1)),  # layers f d
-    ("kernel", contrib.MuonDimensionNumbers(-2, -1)),
-)
-"""Input and output axes by the end of a parameter's path; the first that fits. Other axes are batches."""
 
 MEANINGFUL = ("action_in_proj", "action_out_proj", "state_proj")
 """Projections from and to axes of which each means something of its own: turning them makes no sense."""
@@ -61,7 +47,13 @@ def matrix_axes(params: PyTree) -> PyTree:
 def _axes(name: str) -> contrib.MuonDimensionNumbers | None:
     if any(part in MEANINGFUL for part in name.split("/")):
         return None
-    return next((axes for ending, axes in AXES if f"/{name}".endswith(f"/{ending}")), None)
+    axes = matrices.matrix_axes(name)
+    return None if axes is None else contrib.MuonDimensionNumbers(*map(_plain, axes))
+
+
+def _plain(axes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """A single axis as optax writes it."""
+    return axes[0] if len(axes) == 1 else axes
 
 
 def _scale(updates: PyTree, params: PyTree | None = None) -> PyTree:

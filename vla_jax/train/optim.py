@@ -1,13 +1,20 @@
-"""The optimiser: clip → Adam or Muon → decoupled weight decay → learning rate (AdamW: arXiv:1711.05101)."""
+"""The optimiser: clip → Adam or Muon → decoupled weight decay → learning rate (AdamW: arXiv:1711.05101).
+
+It sees the trained parameters only, so what is frozen has no state in it (`train/parts.py`).
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
-from vla_jax.train.config import OptimConfig
+from vla_jax.train.config import Group, OptimConfig
 from vla_jax.train.muon import scale_by_muon
+from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.types import PyTree
 
 
@@ -33,12 +40,14 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps` steps."""
-    return optax.chain(
+    parts = [
         _clip(config),
         _direction(config),
         optax.add_decayed_weights(config.weight_decay, decays if config.decay == "matrices" else None),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
-    )
+    ]
+    groups = config.parsed_groups()
+    return optax.chain(*parts, *([_factors(groups)] if groups else []))
 
 
 def _direction(config: OptimConfig) -> optax.GradientTransformation:
@@ -59,10 +68,66 @@ def decays(params: PyTree) -> PyTree:
 
 
 def _clip(config: OptimConfig) -> optax.GradientTransformation:
+    if any(group.clip is not None for group in config.parsed_groups()):
+        return _clip_by_pattern(config)
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.clip == "global":
         return clip
     return _per_group(clip)
+
+
+def _clip_by_pattern(config: OptimConfig) -> optax.GradientTransformation:
+    """Groups with a clip of their own by themselves; what is left by `config.clip`."""
+    groups = config.parsed_groups()
+
+    def bucket(path: KeyPath) -> tuple[str, float]:
+        """Parameters with the same answer are clipped together, to this norm."""
+        name = path_name(path)
+        group = group_of(name, groups)
+        if group is not None and group.clip is not None:
+            return group.pattern, group.clip
+        return (name.split("/")[0] if config.clip == "per_group" else ""), config.clip_norm
+
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+        del params
+        squares: dict[tuple[str, float], Array] = {}
+        for path, g in tree_leaves_with_path(updates):
+            squares[bucket(path)] = squares.get(bucket(path), 0.0) + jnp.sum(jnp.square(g))
+
+        def scale(path: KeyPath, g: Array) -> Array:
+            _, most = bucket(path)
+            norm = jnp.sqrt(squares[bucket(path)])
+            return jnp.where(norm < most, g, g / norm * most)
+
+        return tree_map_with_path(scale, updates)
+
+    return optax.stateless(update)
+
+
+def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
+    """Multiplies each group's update. Raises ValueError at its start where a pattern fits no trained parameter."""
+
+    def init(params: PyTree) -> optax.EmptyState:
+        names = leaf_names(params)
+        for group in groups:
+            choose(names, [group.pattern], "optim.groups (of the trained parameters)")
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        del params
+
+        def scale(path: KeyPath, u: Array) -> Array:
+            group = group_of(path_name(path), groups)
+            return u if group is None else group.factor * u
+
+        return tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def group_of(name: str, groups: Sequence[Group]) -> Group | None:
+    """The group of a parameter: the first whose pattern fits."""
+    return next((group for group in groups if fits(name, group.pattern)), None)
 
 
 def _per_group(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.weighting import trunk
+from vla_jax.objectives.weighting.config import OPTIONS
 from vla_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -33,8 +34,10 @@ from vla_jax.sharding import (
 from vla_jax.train import spikes
 from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.hosts import code_hash
+from vla_jax.train.init_from import read_start
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.parts import make_parts
 from vla_jax.train.profile import Steps
 from vla_jax.train.state import StateBuilder, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
@@ -134,15 +137,26 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
     held_out = loader_of(config, bundle, "val", rows) if loop.val_every else None
     model, process = VLA(config.model), make_process(config.process)
     tx = make_optimizer(config.optim, loop.steps)
+    parts = make_parts(init_params(model, loader.example_batch(), loop.batch_size), config)
     builder = state_builder(
-        init_params(model, loader.example_batch(), loop.batch_size),
+        parts.init,
         tx,
         ema=loop.ema_decay is not None,
         mesh=mesh,
         weighting=policy_of(config).init,
         spikes=spikes.first(loop),
+        frozen=parts.frozen,
+        frozen_dtype=config.optim.frozen_dtype,
     )
     check_trunks(config.objective, builder.shapes.params)
+
+    def start() -> dict[str, Any] | None:
+        if not loop.init_from:
+            return None
+        found = read_start(config, builder.shapes.whole(averaged=False))
+        if not jax.process_index():
+            print("\n".join(found.said), flush=True)
+        return found.arrays
 
     def val_batches() -> Iterator[Batch]:
         return (held_out.batch(i) for i in range(loop.val_batches))
@@ -164,6 +178,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         sample_tokens=sample_tokens(config),
         key=jax.random.key(config.seed),
         defaults=json.loads(to_json(TrainConfig())),
+        start=start,
     )
 
 
@@ -187,11 +202,11 @@ def loader_of(
 
 def check_trunks(objective: ObjectiveConfig, params: PyTree) -> None:
     """Raises ValueError where a path of the shared trunk matches no parameter; better here than while compiling."""
-    for name, paths in (
-        ("weighting", objective.weighting.trunk),
-        ("diagnostics", objective.diagnostics.trunk),
-    ):
-        trunk.inside(params, paths, f"objective.{name}.trunk")
+    weighting, diagnostics = objective.weighting, objective.diagnostics
+    if "trunk" in OPTIONS[weighting.policy]:
+        trunk.inside(params, weighting.trunk, "objective.weighting.trunk (of the trained parameters)")
+    if diagnostics.every:
+        trunk.inside(params, diagnostics.trunk, "objective.diagnostics.trunk (of the trained parameters)")
 
 
 def check_weighting_state(run_dir: str | os.PathLike, config: TrainConfig) -> None:
@@ -229,7 +244,7 @@ def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilde
     mesh = builder.mesh
     eval_step = jax.jit(
         make_eval_step(model, process, config),
-        in_shardings=(builder.shardings.params, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(builder.shardings.whole(averaged=False), batch_sharding(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
     key = jax.random.key(config.seed)

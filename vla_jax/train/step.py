@@ -20,6 +20,7 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Counts, Losses, Model, count, draw
 from vla_jax.train import spikes
 from vla_jax.train.knobs import Knobs
+from vla_jax.train.parts import network
 from vla_jax.train.state import TrainState
 from vla_jax.train.weigh import Metrics, Problem, is_plain
 from vla_jax.types import Batch, PyTree
@@ -41,7 +42,7 @@ def make_train_step(
     a spike (`train.spike_sigma`), which says `spiked` 1. A third argument, `Knobs`, takes the place of some
     constants of the configuration.
     """
-    objective = config.objective
+    objective, whole = config.objective, model
     every, log_every = objective.diagnostics.every, config.train.log_every
     if every % log_every:
         raise ValueError(
@@ -49,6 +50,7 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs | None = None) -> tuple[TrainState, Metrics]:
+        model = network(whole, state.frozen, config.lora.scale)
         seed = config.seed if knobs is None else knobs.seed
         key_augment, key_draw = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         batch = augment(key_augment, batch, config.augment)
@@ -109,8 +111,8 @@ def make_train_step(
 def make_eval_step(
     model: Model, process, config: TrainConfig
 ) -> Callable[[PyTree, Batch, PRNGKeyArray], EvalSums]:
-    """Builds `(params, batch, key) → EvalSums`: the same losses, without augmentation."""
-    problem = Problem(model, process, config)
+    """Builds `(params, batch, key) → EvalSums`: the same losses, without augmentation, of all parameters."""
+    problem = Problem(network(model, None, config.lora.scale), process, config)
 
     def eval_step(params: PyTree, batch: Batch, key: PRNGKeyArray) -> EvalSums:
         draws = draw(key, batch, process, config.objective)

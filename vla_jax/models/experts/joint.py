@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import prefix_lm_mask
-from vla_jax.models.config import VLAConfig
+from vla_jax.models.config import ExpertConfig, VLAConfig
 from vla_jax.models.gemma import Tower, TowerConfig
 from vla_jax.types import Cache
 
@@ -69,7 +69,7 @@ class JointExpert(nn.Module):
             x_t = jnp.where(action_mask, x_t, 0)
             step_mask = action_mask.any(axis=-1)
         time = jnp.broadcast_to(t[:, None] if t.ndim == 1 else t, (rows, horizon))
-        embedded_time = embed_time(time, expert.width).astype(jnp.dtype(self.config.dtype))
+        embedded_time = embed_clock(time, expert).astype(jnp.dtype(self.config.dtype))
 
         actions, condition = self.action_in_proj(x_t), None
         if expert.time == "adarms":
@@ -87,7 +87,7 @@ class JointExpert(nn.Module):
             starts = jnp.concatenate([jnp.ones((rows, 1), bool), starts], axis=1)
             valid = jnp.concatenate([jnp.ones((rows, 1), bool), step_mask], axis=1)
             if condition is not None:  # the state token is clean data: t = 1
-                clean = embed_time(jnp.ones((rows, 1)), expert.width).astype(condition.dtype)
+                clean = embed_clock(jnp.ones((rows, 1)), expert).astype(condition.dtype)
                 clean = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(clean))))
                 condition = jnp.concatenate([clean, condition], axis=1)
         tokens = nn.with_logical_constraint(tokens, ("batch", "length", "act_embed"))
@@ -103,6 +103,11 @@ class JointExpert(nn.Module):
             condition,
         )
         return self.action_out_proj(hidden[:, -horizon:].astype(jnp.float32))
+
+
+def embed_clock(t: Float[Array, "*b"], expert: ExpertConfig) -> Float[Array, "*b d"]:
+    """What the expert is told of time t: its embedding, or that of 1 - t where its clock runs the other way."""
+    return embed_time(t if expert.clock == "forward" else 1 - t, expert.width)
 
 
 def embed_time(

@@ -1,0 +1,139 @@
+"""What makes converted weights a policy: a tokenizer that is given, and the statistics that lay beside the weights.
+
+The files say nothing of images' sizes on the robot, of the control rate, or of what a family does to actions before
+normalising them (openpi's configurations often make them relative to the state): actions come out as they were
+normalised.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_jax.config import TrainConfig
+from vla_jax.data import transforms as tf
+from vla_jax.data.bundle import DataBundle
+from vla_jax.data.config import DataConfig
+from vla_jax.data.normalize import Normalize
+from vla_jax.data.prompt_forms import Prompt
+from vla_jax.data.schema import DatasetSchema
+from vla_jax.data.statistics import FieldStatistics, Statistics
+from vla_jax.data.tokenizer_files import read_tokenizer
+from vla_jax.models.config import VLAConfig
+from vla_jax.objectives.config import ObjectiveConfig
+
+TEXT_TOKENS = {"pi0": 48, "pi05": 200}
+"""Longest prompts, as in openpi."""
+EPSILON = 1e-6
+"""What openpi adds to deviations and to differences of quantiles."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """What the files do not say."""
+
+    tokenizer: Path
+    """tokenizer.json or a sentencepiece .model, or the folder of one."""
+    statistics: str = ""
+    """Which of several statistics beside the weights; empty: the only ones."""
+    control_hz: float = 20.0
+    """Steps per second of the robot."""
+
+
+def policy_data(
+    model: VLAConfig, assets: Mapping[str, Any], options: PolicyOptions
+) -> tuple[TrainConfig, DataBundle]:
+    """The configuration and the transforms of a π0 or π0.5. Raises ValueError or FileNotFoundError."""
+    adaptive = model.expert.time == "adarms"
+    form = "pi05" if adaptive else "pi0"
+    method = "quantile" if adaptive else "zscore"
+    name, raw = _choose(assets, options.statistics)
+    statistics = Statistics(
+        state=_field(raw["state"], method, f"{name}: state"),
+        action=_field(raw["actions"], method, f"{name}: actions"),
+    )
+    sizes = {"state": (statistics.state.dims, model.expert.state_dim)}
+    sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
+    for field, (found, most) in sizes.items():
+        if found > most:
+            raise ValueError(f"the statistics {name} have {found} dims of {field}, the model {most}")
+    tokenizer = read_tokenizer(options.tokenizer)
+    if tokenizer.vocab_size > model.text.vocab:
+        raise ValueError(
+            f"{options.tokenizer} has {tokenizer.vocab_size} entries, the model's embedding {model.text.vocab}: it is "
+            "not this model's tokenizer"
+        )
+    size = model.vision.image_size
+    cameras = {camera: (size, size) for camera in model.cameras}
+    data = DataConfig(
+        max_text_tokens=TEXT_TOKENS[form],
+        image_size=size,
+        normalization=method,
+        prompt=form,
+        cameras=model.cameras,
+    )
+    schema = DatasetSchema(
+        name="converted",
+        robot=name,
+        cameras=cameras,
+        state_names=tuple(f"state_{i}" for i in range(statistics.state.dims)),
+        action_names=tuple(f"action_{i}" for i in range(statistics.action.dims)),
+        control_hz=options.control_hz,
+    )
+    transforms = (
+        tf.SelectCameras(cameras),
+        tf.ResizeImages(size, size),
+        Normalize(method=method, group="dataset", statistics={"": statistics}),
+        tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, Prompt(form)),
+        tf.PadDims(
+            state_dim=model.expert.state_dim,
+            action_dim=model.expert.action_dim,
+            robot_action_dim=statistics.action.dims,
+        ),
+    )
+    config = TrainConfig(model=model, data=data, objective=ObjectiveConfig(text=False, plan_visible=0.0))
+    return config, DataBundle(schema=schema, transforms=transforms)
+
+
+def _choose(assets: Mapping[str, Any], wanted: str) -> tuple[str, Mapping[str, Any]]:
+    """Statistics of state and actions, as openpi names them."""
+    found = dict(assets.get("norm_stats", {}))
+    lerobot = assets.get("lerobot", {}).get("statistics", {})
+    if {"observation.state", "action"} <= lerobot.keys():
+        found["lerobot"] = {"state": lerobot["observation.state"], "actions": lerobot["action"]}
+    if not found:
+        raise ValueError(
+            "beside these weights lie no statistics of state and actions, so they are no policy yet"
+        )
+    if wanted and wanted not in found:
+        raise ValueError(f"there are no statistics {wanted!r}; there are {', '.join(sorted(found))}")
+    if not wanted and len(found) > 1:
+        raise ValueError(f"there are statistics of {', '.join(sorted(found))}: choose one with --statistics")
+    name = wanted or next(iter(found))
+    return name, found[name]
+
+
+def _field(raw: Mapping[str, Any], method: str, where: str) -> FieldStatistics:
+    """Statistics whose normalisation is openpi's: the deviation, or the difference of quantiles, and epsilon."""
+    needed = ("mean", "std") if method == "zscore" else ("q01", "q99")
+    missing = [kind for kind in needed if raw.get(kind) is None]
+    if missing:
+        raise ValueError(f"{where} has no {' and no '.join(missing)}, which this model's normalisation takes")
+    first, second = (np.asarray(raw[kind], np.float64) for kind in needed)
+    if method == "zscore":
+        mean, std = first, second + EPSILON
+        low, high = mean - std, mean + std
+    else:
+        low, high = first, second + EPSILON
+        mean, std = (low + high) / 2, (high - low) / 2
+    return FieldStatistics(
+        mean=tuple(mean),
+        std=tuple(std),
+        min=tuple(low),
+        max=tuple(high),
+        q01=tuple(low),
+        q99=tuple(high),
+        count=0,
+    )

@@ -1,0 +1,71 @@
+"""Which parameters are trained: what optim.freeze and LoRA leave, and the network over both parts.
+
+A run has one tree of parameters in two parts without a common leaf: `TrainState.params`, which is differentiated,
+averaged and has optimiser state, and `TrainState.frozen`, which is only read. LoRA adds leaves to the first and moves
+the matrices that it adapts to the second.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import PRNGKeyArray
+
+from vla_jax.checkpoint.tree import join
+from vla_jax.config import TrainConfig
+from vla_jax.layers import lora
+from vla_jax.layers.matrices import matrix_axes
+from vla_jax.objectives.transfusion import Model
+from vla_jax.train.patterns import choose, leaf_names
+from vla_jax.train.state import InitParams
+from vla_jax.types import PyTree
+
+LORA_KEY = 0x10FA
+"""Folded into a run's key for A, so that all other parameters start as without LoRA."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is trained of a model."""
+
+    init: InitParams
+    """Key → all parameters, LoRA's with them."""
+    frozen: frozenset[str]
+    """Paths of those that are not trained."""
+
+
+def make_parts(init_params: InitParams, config: TrainConfig) -> Parts:
+    """Raises ValueError where a pattern names no parameter, or nothing is left to train."""
+    names = leaf_names(jax.eval_shape(init_params, jax.random.key(0)))
+    frozen = choose(names, config.optim.freeze, "optim.freeze")
+    if not config.lora.rank:
+        if len(frozen) == len(names):
+            raise ValueError(f"optim.freeze={config.optim.freeze} leaves nothing to train")
+        return Parts(init_params, frozen)
+    named = choose(names, config.lora.modules, "lora.modules")
+    matrices = {name for name in named - frozen if matrix_axes(name) is not None}
+    if not matrices:
+        raise ValueError(f"lora.modules={config.lora.modules} names no matrix that optim.freeze leaves")
+
+    def init(key: PRNGKeyArray) -> PyTree:
+        return lora.attach(jax.random.fold_in(key, LORA_KEY), init_params(key), matrices, config.lora.rank)
+
+    return Parts(init, frozen | named)
+
+
+def network(model: nn.Module, frozen: PyTree | None, scale: float) -> Model:
+    """The model over the trained parameters alone: frozen ones are joined, LoRA (`scale` above 0) is merged."""
+    return model if frozen is None and not scale else _Network(model, frozen, scale)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Network:
+    model: nn.Module
+    frozen: PyTree | None
+    scale: float
+
+    def apply(self, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, with all parameters. What a method does not read of them is not computed either."""
+        params = join(variables["params"], self.frozen)
+        return self.model.apply({"params": lora.merge(params, self.scale)}, *args, **kwargs)
