@@ -146,7 +146,13 @@ def test_damaged_run(tmp_path):
     record = json.loads(meta.read_text())
     record["fingerprints"]["params"] ^= 1
     meta.write_text(json.dumps(record))
-    refused(tmp_path, tmp_path / "ours", "vla_jax", "the checksum of its weights is wrong", target="openpi")
+    refused(
+        tmp_path,
+        tmp_path / "ours",
+        "vla_jax",
+        r"the checksum of its weights \(params\) is wrong",
+        target="openpi",
+    )
 
 
 def test_missing_statistics(tmp_path):

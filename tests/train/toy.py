@@ -5,6 +5,7 @@ python -m tests.train.toy RUN_DIR --steps 12 --kill-at-step 5
 
 import argparse
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -88,6 +89,8 @@ def make_job(loop: LoopConfig, mesh_config: MeshConfig, *, batches=None, optim=N
     def validate(params, batches):
         return {"loss": jnp.mean(jnp.stack([loss_fn(params, batch) for batch in batches]))}
 
+    sections = {"optim": optim, "train": loop, "mesh": mesh_config}
+    config = {"seed": 0} | {name: dataclasses.asdict(section) for name, section in sections.items()}
     return Job(
         builder=builder,
         schedule=learning_rate(optim, loop.steps),
@@ -96,12 +99,7 @@ def make_job(loop: LoopConfig, mesh_config: MeshConfig, *, batches=None, optim=N
         batches=batches or stream,
         val_batches=lambda: (host_batch(10_000 + i, loop.batch_size) for i in range(2)),
         meta={
-            "config": {
-                "seed": 0,
-                "optim": dataclasses.asdict(optim),
-                "train": dataclasses.asdict(loop),
-                "mesh": dataclasses.asdict(mesh_config),
-            },
+            "config": json.loads(json.dumps(config)),
             "data_fingerprint": "toy",
         },
         sample_flops=6.0 * 2 * WIDTH * HIDDEN,

@@ -67,6 +67,7 @@ class RunSource:
         self.model: VLAConfig = self.config.model
         self._scale = self.config.lora.scale
         self._factors: tuple[str, dict[str, np.ndarray]] = ("", {})  # of the matrix that is being read
+        self._summed: set[str] = set()  # factors that the checksum has counted; a matrix may be come back to
         self.expert = any(name.startswith("expert/") for name in self.specs)
         account(f"{path} ({item})", self.specs, our_shapes(self.model, expert=self.expert))
         self._sums = {part: WordSums(source.specs) for part, source in self._parts.items()}
@@ -82,10 +83,16 @@ class RunSource:
         if f"{name}{lora.SUFFIX}/a" not in self._part_of:
             return piece
         if self._factors[0] != name:
-            self._factors = (name, {f: self._read(f"{name}{lora.SUFFIX}/{f}", ()) for f in ("a", "b")})
+            self._factors = (name, {f: self._factor(f"{name}{lora.SUFFIX}/{f}") for f in ("a", "b")})
         a, b = (self._factors[1][f] for f in ("a", "b"))
         update = self._scale * _part_of_product(name, a, b, len(self.specs[name].shape), index)
         return piece.astype(np.float32) + update
+
+    def _factor(self, name: str) -> np.ndarray:
+        if name in self._summed:
+            return self._parts[self._part_of[name]].read(name)
+        self._summed.add(name)
+        return self._read(name, ())
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         part = self._part_of[name]
