@@ -39,6 +39,21 @@ class ServeArgs(ServeConfig):
     request and its seed alone, bit for bit, however many clients there are."""
     samples: tuple[int, ...] = (1,)
     """How many chunks a request may ask for."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of weights and activations; default: the model's."""
+    int8: bool = False
+    """Keep matrices as 8-bit integers: a quarter of the memory, slightly other actions (docs/inference.md)."""
+    unroll: int = 1
+    """Solver steps per iteration of the compiled loop; more compile longer and may run faster."""
+    prompts: tuple[int, ...] = ()
+    """Text lengths, in tokens, that are compiled; default: 16, 32, … and the longest of training."""
+    camera_sets: tuple[str, ...] = ()
+    """Sets of cameras (NAME,NAME) that get programs of their own; requests with other absent cameras are answered
+    with black, masked images."""
+    mesh: str = ""
+    """data=4,tensor=2: how devices share a call, by its rows and by the matrices; default: one device."""
+    compilation_cache: Path | None = None
+    """Directory that keeps compiled programs for the next start."""
     actions_only: bool = False
     """Offer no plans: fewer programs to compile at the start."""
     no_guidance: bool = False
@@ -56,9 +71,12 @@ def main() -> None:
     args = cli(ServeArgs, description=__doc__)
     args.secret(), args.tls()  # refuse now what cannot work
 
+    from launch._mesh import mesh_of
     from launch._report import check_writable, solver_of  # after parsing: --help need not wait for JAX
+    from vla_jax.serve.compiled.cache import keep_programs
     from vla_jax.serve.policy import Policy
     from vla_jax.serve.server.app import App
+    from vla_jax.serve.server.backends import SERVED
     from vla_jax.serve.server.engine import Engine
     from vla_jax.serve.server.logs import Logs, write_to
     from vla_jax.serve.server.metrics import Metrics
@@ -68,14 +86,22 @@ def main() -> None:
     logs, metrics = Logs(), Metrics()
     if args.record is not None:
         check_writable(args.record)
+    if args.compilation_cache is not None:
+        keep_programs(args.compilation_cache)
     policy = Policy.load(args.checkpoint, weights=args.weights)
+    compiled = dataclasses.replace(
+        SERVED, dtype=args.dtype, weights="int8" if args.int8 else "same", prompts=args.prompts
+    )
     engine = Engine(
         policy,
-        solver=solver_of(policy, args.solver, args.num_steps),
+        solver=dataclasses.replace(solver_of(policy, args.solver, args.num_steps), unroll=args.unroll),
         buckets=args.buckets,
         samples=args.samples,
         plans=not args.actions_only,
         guidance=not args.no_guidance,
+        compiled=compiled,
+        camera_sets=[names.split(",") for names in args.camera_sets],
+        mesh=mesh_of(args.mesh),
     )
     logs.info("loaded", checkpoint=str(args.checkpoint), step=policy.step, config=policy.config_hash)
     calls = engine.warm_up()

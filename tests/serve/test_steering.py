@@ -67,7 +67,7 @@ def test_weight_zero_is_the_null_prompt(policy, observation, swept):
 
 def test_other_weights_follow_the_formula_step_by_step(policy, observation, swept):
     model, variables = VLA(policy.config.model), {"params": policy.params}
-    batches = [policy._batch(o, range(3), 4, None) for o in (observation, silenced(observation))]
+    batches = [policy._piece(o, range(3), 4, None) for o in (observation, silenced(observation))]
 
     @jax.jit
     def loop(x, batches):
@@ -141,8 +141,8 @@ def test_a_continued_chunk_is_nearer_to_the_running_one_where_it_is_held(policy,
 def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observation, chunk):
     """x += (v + g J^T W (Y - x1)) / N with the policy's own network, in its own units."""
     model, variables = VLA(policy.config.model), {"params": policy.params}
-    batch = policy._batch(observation, range(3), 4, None)
-    known = jnp.asarray(policy._batch(observation, range(3), 4, None, chunk).actions)
+    batch = policy._piece(observation, range(3), 4, None)
+    known = jnp.asarray(policy._piece(observation, range(3), 4, None, chunk).actions)
     weight = soft_weights(8, 3, 6)[None, :, None]
 
     @functools.partial(jax.jit, static_argnums=2)

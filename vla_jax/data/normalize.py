@@ -40,7 +40,7 @@ class Normalize:
 
     def inputs(self, sample: Sample) -> Sample:
         """State, and actions where there are any, in units of the statistics."""
-        key = self._key(sample)
+        key = self.key(sample)
         changes = {"state": self._forward(key, "state", sample.state)}
         if sample.actions is not None:
             changes["actions"] = self._forward(key, "action", sample.actions)
@@ -48,16 +48,23 @@ class Normalize:
 
     def outputs(self, sample: Sample) -> Sample:
         """Actions in the robot's units."""
-        offset, scale, _ = self._affine[self._key(sample), "action"]
+        offset, scale, _ = self._affine[self.key(sample), "action"]
         check_dims("action", sample.actions, len(scale))
         return sample.replace(actions=(sample.actions * scale + offset).astype(np.float32))
+
+    def affine(
+        self, key: str, field: Literal["state", "action"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """offset, scale and 1/scale of a group of statistics, float64; both scales are 0 for a constant dimension."""
+        return self._affine[key, field]
 
     def _forward(self, key: str, field: str, x: Float[np.ndarray, "... dims"]) -> np.ndarray:
         offset, _, inverse = self._affine[key, field]
         check_dims(field, x, len(offset))
         return ((x - offset) * inverse).astype(np.float32)
 
-    def _key(self, sample: Sample) -> str:
+    def key(self, sample: Sample) -> str:
+        """Which statistics a sample is measured by. Raises ValueError where that is not known."""
         if self.group == "dataset":
             return ""
         task = sample.task if sample.task is not None else self.task_of.get(sample.instruction)

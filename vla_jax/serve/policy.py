@@ -96,6 +96,11 @@ class Policy:
         return self.config.model.expert.horizon
 
     @property
+    def call_sizes(self) -> tuple[int, ...]:
+        """Numbers of robots for which programs are compiled."""
+        return tuple(sorted({1, max(1, self.batch_size // 4), self.batch_size}))
+
+    @property
     def writes_plans(self) -> bool:
         """Whether it was trained to predict text targets."""
         return self.config.objective.text
@@ -130,7 +135,7 @@ class Policy:
         for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
             tokens, _ = decode_text(
                 self.params,
-                self._batch(observation, rows, size, None),
+                self._piece(observation, rows, size, None),
                 jax.random.fold_in(key, number),
                 temperature,
                 model=self.model,
@@ -160,8 +165,8 @@ class Policy:
         values than None compile one further program for all of them. With `running` the chunks continue those that
         the robots run now. Raises ValueError where the policy was not trained for what is asked.
         """
-        self._check_request(observation, plan, see_plan, samples)
-        self._check_steering(guidance, running)
+        self.check_request(observation, plan, see_plan, samples)
+        self.check_steering(guidance, running)
         for_plan, for_noise = jax.random.split(key)
         if see_plan and plan is None:
             plan = self.plan(observation, for_plan)
@@ -173,7 +178,7 @@ class Policy:
             if running is not None:
                 steering["overlap"] = self._overlap(observation, rows, size, running)
             chunks = sample(
-                self._batch(observation, rows, size, plan),
+                self._piece(observation, rows, size, plan),
                 jax.random.fold_in(for_noise, number),
                 **steering,
                 solver=solver,
@@ -275,12 +280,13 @@ class Policy:
         )
         expert = self.config.model.expert
         noise = jnp.zeros((1, expert.horizon, expert.action_dim))
-        batch = self._batch(observation, range(1), 1, None)
+        batch = self.batch(observation)
         return nn.meta.unbox(self.model.init(key, batch, noise, jnp.zeros(1))["params"])
 
-    def _check_request(
+    def check_request(
         self, observation: Observation, plan: Sequence[str] | None, see_plan: bool, samples: int
     ) -> None:
+        """Raises ValueError where the policy was not trained for what `act` is asked."""
         robots = len(observation.instruction)
         if self.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
@@ -295,7 +301,8 @@ class Policy:
         if samples < 1:
             raise ValueError(f"samples={samples}: must be at least 1")
 
-    def _check_steering(self, guidance: float | None, running: Running | None) -> None:
+    def check_steering(self, guidance: float | None, running: Running | None) -> None:
+        """Raises ValueError where the policy was not trained for such guidance or continuation."""
         if guidance is not None:
             if not np.isfinite(guidance):
                 raise ValueError(f"guidance={guidance}: a finite weight is expected")
@@ -323,7 +330,7 @@ class Policy:
 
     def _overlap(self, observation: Observation, rows: range, size: int, running: Running) -> Overlap:
         """The running chunks of some robots in the model's units, and how much of them is to be kept."""
-        known = self._batch(observation, rows, size, None, running.actions).actions
+        known = self._piece(observation, rows, size, None, running.actions).actions
         end = running.delay if running.how == "prefix" else running.end
         weight = soft_weights(self.horizon, running.delay, end)
         weight = jnp.broadcast_to(weight, known.shape[:2])
@@ -341,12 +348,29 @@ class Policy:
 
     def _slices(self, robots: int) -> Iterator[tuple[range, int]]:
         """Rows of one call of the network, and the number they are padded to."""
-        sizes = sorted({1, max(1, self.batch_size // 4), self.batch_size})
+        sizes = self.call_sizes
         for start in range(0, robots, self.batch_size):
             rows = range(start, min(start + self.batch_size, robots))
             yield rows, next(size for size in sizes if size >= len(rows))
 
-    def _batch(
+    def batch(
+        self,
+        observation: Observation,
+        plan: Sequence[str] | None = None,
+        actions: Float[np.ndarray, "b k a"] | None = None,
+    ) -> Batch:
+        """What the robots see (with plans to follow, and chunks that run now) as the network's batch, on the host.
+
+        Raises ValueError where a text does not fit or an instruction has no statistics.
+        """
+        batch = self.bundle.observation_batch(observation, plan, actions)
+        expert, robots = self.config.model.expert, len(observation.instruction)
+        real = np.arange(expert.action_dim) < len(self.bundle.schema.action_names)
+        if real.all():
+            return batch
+        return batch.replace(action_mask=np.broadcast_to(real, (robots, expert.horizon, expert.action_dim)))
+
+    def _piece(
         self,
         observation: Observation,
         rows: range,
@@ -354,13 +378,7 @@ class Policy:
         plan: Sequence[str] | None,
         actions: Float[np.ndarray, "b k a"] | None = None,
     ) -> Batch:
-        """Some robots as the network's batch, the last one repeated up to `size`."""
+        """The batch of some robots, the last one repeated up to `size`."""
         rows = [*rows] + [rows[-1]] * (size - len(rows))
-        targets = None if plan is None else [plan[row] for row in rows]
-        chunks = None if actions is None else actions[rows]
-        batch = self.bundle.observation_batch(take(observation, rows), targets, chunks)
-        expert = self.config.model.expert
-        real = np.arange(expert.action_dim) < len(self.bundle.schema.action_names)
-        if real.all():
-            return batch
-        return batch.replace(action_mask=np.broadcast_to(real, (size, expert.horizon, expert.action_dim)))
+        plans = None if plan is None else [plan[row] for row in rows]
+        return self.batch(take(observation, rows), plans, None if actions is None else actions[rows])

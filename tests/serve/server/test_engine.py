@@ -1,5 +1,6 @@
 """Served actions are the policy's own, bit for bit, whoever shares the batch; nothing compiles after the start."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ from benchmarks import _serve_policies
 from tests.serve.server.harness import serving
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.policy import Policy
+from vla_jax.serve.server.backends import SERVED
 from vla_jax.serve.server.engine import Engine
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.metrics import Metrics
@@ -17,6 +19,8 @@ from vla_jax.serve.server.request import parse
 from vla_jax.types import Observation
 
 SOLVER = SolverConfig(num_steps=3)
+ONE_LENGTH = dataclasses.replace(SERVED, prompts=(32,))
+"""Of texts: fewer programs."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,9 @@ def policies(tmp_path_factory) -> dict[str, Policy]:
 def engines(policies) -> dict[str, Engine]:
     return {
         "tabletop": Engine(
-            policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2), guidance=False
+            policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2), guidance=False, compiled=ONE_LENGTH
         ),
-        "guided": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4)),
+        "guided": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4), compiled=ONE_LENGTH),
         "pi0": Engine(policies["pi0"], solver=SOLVER, buckets=(1, 4)),
     }
 
@@ -90,12 +94,15 @@ def test_nothing_compiles_after_the_warm_up(engines, name, options):
 
 @pytest.mark.parametrize("shape", ["tabletop", "pi0"])
 def test_a_request_alone_gets_exactly_the_policys_actions(policies, engines, shape):
+    """Those of the compiled policy to the bit, and those of the plain one up to rounding."""
     engine, policy = engines[shape], policies[shape]
     for seed, (message, row) in enumerate(zip(messages(engine, 3), rows(engine, messages(engine, 3)))):
         (answer,) = engine.run([row])
-        direct = policy.act(observed(message), jax.random.key(seed), solver=SOLVER)
+        direct = engine.policy.act(observed(message), jax.random.key(seed), solver=SOLVER)
         assert answer.bucket == 1 and answer.actions.dtype == direct.dtype == np.float32
         np.testing.assert_array_equal(answer.actions, direct[0])
+        plain = policy.act(observed(message), jax.random.key(seed), solver=SOLVER)
+        np.testing.assert_allclose(answer.actions, plain[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", ["tabletop", "pi0"])
@@ -141,8 +148,8 @@ def test_options_are_the_policys_own(policies, engines, options, how):
     (message,) = messages(engine, 1)
     (row,) = rows(engine, [message | {"options": options}])
     (answer,) = engine.run([row])
-    direct = policy.act(observed(message), jax.random.key(0), solver=SOLVER, **how)
-    np.testing.assert_array_equal(answer.actions, direct[0])
+    direct = engine.policy.act(observed(message), jax.random.key(0), solver=SOLVER, **how)
+    np.testing.assert_allclose(answer.actions, direct[0], atol=2e-5)  # plans: another text length
     if "see_plan" in options:
         assert [answer.plan] == policy.plan(observed(message), jax.random.key(9)) and answer.plan
 
@@ -175,13 +182,26 @@ def test_a_plan_can_be_written_without_being_followed(policies, engines):
         assert without.plan is None
 
 
-def test_an_absent_camera_is_a_masked_one(policies, engines):
+def test_an_absent_camera_is_a_masked_one_or_has_a_program(policies, engines):
     engine = engines["tabletop"]
     (message,) = messages(engine, 1)
     (row,) = rows(engine, [message | {"observation/wrist": None}])
     blind = {key: value for key, value in message.items() if key != "observation/wrist"}
     direct = policies["tabletop"].act(observed(blind), jax.random.key(0), solver=SOLVER)
-    np.testing.assert_array_equal(engine.run([row])[0].actions, direct[0])
+    np.testing.assert_allclose(engine.run([row])[0].actions, direct[0], atol=2e-5)
+    how = {"plans": False, "guidance": False, "camera_sets": [("top",)]}
+    known = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), **how)
+    known.warm_up()
+    compiled = known.policy.compiler.shapes
+    assert len(compiled) == 2 * 2  # camera sets, text lengths
+    (row,) = rows(known, [message | {"observation/wrist": None}])
+    np.testing.assert_array_equal(
+        known.run([row])[0].actions,
+        known.policy.act(observed(blind), jax.random.key(0), solver=SOLVER)[0],
+    )
+    assert known.policy.compiler.shapes == compiled
+    with pytest.raises(ValueError, match="camera set"):
+        Engine(policies["tabletop"], solver=SOLVER, camera_sets=[("left",)])
 
 
 def test_what_the_policy_cannot_take_is_refused_before_it_is_queued(engines):

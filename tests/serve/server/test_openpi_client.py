@@ -19,7 +19,9 @@ from launch import _main, replay
 from tests.serve.server.harness import Echo, serving
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.client import Client
+from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
+from vla_jax.serve.server.backends import SERVED
 from vla_jax.types import Observation
 
 ROOT = Path(__file__).parents[3]
@@ -138,6 +140,7 @@ def test_openpi_client_gets_the_policys_actions_bit_for_bit(
 
     found = np.load(tmp_path / "replies.npz")
     policy, solver = Policy.load(run), SolverConfig(num_steps=3)
+    compiled = CompiledPolicy(policy, SERVED)
     chunk = {"tabletop": (8, 3), "pi0": (50, 32)}[shape]
     assert found["actions"].shape == (STEPS, *chunk) == (STEPS, *metadata["actions"]["shape"])
     assert json.loads(str(found["metadata"])) == metadata and (found["infer_ms"] > 0).all()
@@ -149,7 +152,11 @@ def test_openpi_client_gets_the_policys_actions_bit_for_bit(
             state=message["observation/state"][None],
             instruction=(message["prompt"],),
         )
-        return policy.act(observation, jax.random.key(seed), solver=solver)[0]
+        actions = compiled.act(observation, jax.random.key(seed), solver=solver)[0]
+        np.testing.assert_allclose(
+            actions, policy.act(observation, jax.random.key(seed), solver=solver)[0], atol=2e-5
+        )
+        return actions
 
     assert list(found["seeds"]) == [40, 41, 42]
     for step in range(STEPS):

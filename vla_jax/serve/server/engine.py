@@ -14,32 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Float
 
-from vla_jax.data.prompts import null_prompt
 from vla_jax.flow.config import SolverConfig
-from vla_jax.flow.processes import make_process
+from vla_jax.serve.compiled.config import CompileConfig
+from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
+from vla_jax.serve.server.backends import SERVED, Backend, CompiledBackend, Program, TokensBackend
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
 from vla_jax.serve.server.request import parse as parse_request
-from vla_jax.serve.server.rows import act_rows, act_token_rows
 from vla_jax.serve.server.spec import Spec
-from vla_jax.types import Batch, Observation
-
-
-class Program(NamedTuple):
-    """What rows must have in common to share a call."""
-
-    samples: int
-    sees: bool
-    """The actions see a plan."""
-    writes: bool
-    """A plan is decoded."""
-    guided: bool
-    """The instruction has a weight other than 0 and 1."""
-    cameras: tuple[str, ...]
-    """Those that have an image; it changes no shape, but images are stacked camera by camera."""
+from vla_jax.types import Observation
 
 
 class Row(NamedTuple):
@@ -48,8 +35,8 @@ class Row(NamedTuple):
     program: Program
     observation: Observation
     """Of one robot."""
-    batch: Batch
-    """The same in the model's form, with one row."""
+    encoded: Any
+    """The same as the back end takes it."""
     seed: int
     guidance: float | None
     """Weight of the instruction, if it was given one."""
@@ -78,6 +65,9 @@ class Engine:
         samples: Collection[int] = (1,),
         plans: bool = True,
         guidance: bool = True,
+        compiled: CompileConfig = SERVED,
+        camera_sets: Collection[Collection[str]] = (),
+        mesh: Mesh | None = None,
     ):
         for name, sizes in {"buckets": buckets, "samples": samples}.items():
             if not sizes or min(sizes) < 1:
@@ -85,10 +75,22 @@ class Engine:
         if policy.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
         self.buckets = tuple(sorted(set(buckets)))
-        self._policy, self._solver = policy, solver
-        self._process = make_process(policy.config.process)
+        self.policy: Policy | CompiledPolicy = policy
+        """What computes: called directly it gives the served actions bit for bit (alone: those of bucket 1)."""
+        self._plain, self._solver = policy, solver
+        if policy.config.kind == "tokens":
+            if compiled != SERVED or camera_sets or mesh is not None:
+                raise ValueError(
+                    "a policy that writes its actions as tokens is served by its plain programs: leave out dtype, "
+                    "int8, prompts, camera_sets and mesh"
+                )
+            self._backend: Backend = TokensBackend(policy, solver)
+        else:
+            config = dataclasses.replace(compiled, buckets=self.buckets)
+            self.policy = CompiledPolicy(policy, config, mesh=mesh)
+            self._backend = CompiledBackend(self.policy, solver, camera_sets)
         self._planners = {size: dataclasses.replace(policy, batch_size=size) for size in self.buckets}
-        self.spec = self._spec(tuple(sorted(set(samples))), plans, guidance)
+        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance)
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
@@ -97,20 +99,21 @@ class Engine:
             state=request.state[None],
             instruction=(request.prompt,),
         )
+        try:
+            encoded, length = self._backend.encode(observation, request.plan, request.guidance)
+        except ValueError as error:  # a text that does not fit, an instruction without statistics
+            raise Refused("invalid", " ".join(str(error).split())) from None
         sees = request.see_plan or request.plan is not None
         program = Program(
             samples=request.samples,
             sees=sees,
             writes=request.write_plan or request.see_plan,
             guided=request.guidance not in (None, 0, 1),
-            cameras=tuple(request.images),
+            cameras=tuple(camera for camera in self.spec.cameras if camera in request.images),
+            length=self._backend.lengths[-1] if sees else length,
         )
-        try:
-            batch = self._model_batch(observation, request.plan, request.guidance)
-        except ValueError as error:  # a text that does not fit, an instruction without statistics
-            raise Refused("invalid", " ".join(str(error).split())) from None
         seed = seed if request.seed is None else request.seed
-        return Row(program, observation, batch, seed, request.guidance)
+        return Row(program, observation, encoded, seed, request.guidance)
 
     def run(self, rows: Sequence[Row], bucket: int | None = None) -> list[Answer | Exception]:
         """One call for rows of one program; an exception in place of an answer that a robot must not get."""
@@ -119,78 +122,56 @@ class Engine:
             raise ValueError(f"{len(rows)} rows are more than the largest bucket, {max(self.buckets)}")
         program = rows[0].program
         full = [*rows, *[rows[-1]] * (bucket - len(rows))]
-        texts, batches = [None] * bucket, [row.batch for row in full]
+        texts, encoded = [None] * bucket, [row.encoded for row in full]
         if program.writes:
             texts = self._planners[bucket].plan(_stack(full), jax.random.key(0))
             if program.sees:
-                batches = [
-                    self._model_batch(row.observation, text, row.guidance) for row, text in zip(full, texts)
+                encoded = [
+                    self._backend.encode(row.observation, text, row.guidance)[0]
+                    for row, text in zip(full, texts)
                 ]
-        chunks = self._sample(
-            jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches),
-            np.asarray([row.seed for row in full], np.int32),
-            program,
-            np.asarray([row.guidance for row in full], np.float32) if program.guided else None,
-        )
-        chunks = np.asarray(chunks[:, 0] if program.samples == 1 else chunks)
-        return [self._answer(row, chunk, text, bucket) for row, chunk, text in zip(rows, chunks, texts)]
+        guidance = [row.guidance for row in full] if program.guided else None
+        chunks = self._backend.run(encoded, [row.seed for row in full], guidance, program)
+        chunks = chunks[:, 0] if program.samples == 1 else chunks
+        return [self._answer(chunk, text, bucket) for _, chunk, text in zip(rows, chunks, texts)]
 
     def programs(self) -> Iterator[Program]:
-        """Everything that a request can ask for."""
+        """Everything that a request can ask for with an image of every camera."""
         cameras = tuple(self.spec.cameras)
         for samples in self.spec.samples:
             for sees in (False, True)[: 1 + self.spec.sees_plans]:
                 for writes in (False, True)[: 1 + self.spec.writes_plans]:
                     for guided in (False, True)[: 1 + self.spec.guides]:
-                        yield Program(samples, sees, writes, guided, cameras)
+                        for length in self._backend.lengths[-1:] if sees else self._backend.lengths:
+                            yield Program(samples, sees, writes, guided, cameras, length)
 
     def warm_up(self) -> int:
-        """Runs every program at every bucket once; returns how many that were."""
+        """Compiles everything that a request can ask for and runs it once; returns how many calls that were."""
+        for program in self.programs():
+            self._backend.compile(program, self.buckets)
         observation = self.spec.zeros(self._any_prompt())
         (request,), _ = parse_request(observation, self.spec, {})
         row, calls = self.prepare(request, seed=0), 0
         for program in self.programs():
+            if program.length < row.program.length:
+                continue
             for bucket in self.buckets:
                 self.run([row._replace(program=program, guidance=2.0 if program.guided else None)], bucket)
                 calls += 1
         return calls
 
-    def _sample(
-        self,
-        batch: Batch,
-        seeds: Int[np.ndarray, " b"],
-        program: Program,
-        guidance: Float[np.ndarray, " b"] | None,
-    ) -> Float[Any, "b S k a"]:
-        policy = self._policy
-        asked = {"model": policy.model, "samples": program.samples, "see_target": program.sees}
-        if policy.config.kind == "tokens":
-            limit, temperature = policy.max_chunk_tokens, self._solver.temperature
-            written = act_token_rows(
-                policy.params, batch, seeds, policy.grammar, temperature, max_tokens=limit, **asked
-            )
-            return policy.read_chunks(written)
-        process, solver = self._process, self._solver
-        return act_rows(
-            policy.params, batch, seeds, process=process, solver=solver, guidance=guidance, **asked
-        )
-
-    def _answer(self, row: Row, chunk: np.ndarray, text: str | None, bucket: int) -> Answer | Exception:
-        actions = self._policy.bundle.robot_actions(chunk[None], row.observation)[0]
+    def _answer(
+        self, actions: Float[np.ndarray, "*S k a"], text: str | None, bucket: int
+    ) -> Answer | Exception:
         if not np.isfinite(actions).all():
             return FloatingPointError("the policy's actions are not finite; nothing is sent to the robot")
         return Answer(actions, text, bucket)
 
-    def _model_batch(self, observation: Observation, plan: str | None, guidance: float | None) -> Batch:
-        """In the model's form; an instruction of weight 0 is the null prompt."""
-        batch = self._policy._batch(observation, range(1), 1, None if plan is None else [plan])
-        return null_prompt(batch) if guidance == 0 else batch
-
     def _any_prompt(self) -> str:
-        return next(iter(self._policy.bundle.normalize.task_of), "go")
+        return next(iter(self._plain.bundle.normalize.task_of), "go")
 
-    def _spec(self, samples: tuple[int, ...], plans: bool, guidance: bool) -> Spec:
-        policy, schema = self._policy, self._policy.bundle.schema
+    def _spec(self, policy: Policy, samples: tuple[int, ...], plans: bool, guidance: bool) -> Spec:
+        schema = policy.bundle.schema
         solver: dict[str, Any] | None = dataclasses.asdict(self._solver)
         if policy.config.kind in ("regression", "tokens"):
             solver = None if policy.config.kind == "regression" else {"temperature": self._solver.temperature}

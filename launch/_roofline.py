@@ -1,0 +1,127 @@
+"""The least time that a call can take on a device: its arithmetic at peak, or its bytes at full bandwidth.
+
+Counted per part, for the very shape that is run: matrix products and attention (2 FLOPs per multiply-add), and as bytes
+the weights once per pass and the cache once per evaluation; activations are taken to stay on the chip. What need not
+be computed (time conditioning, the unused half of the last prefix layer) is not counted. A part takes no less than
+the longer of the two; the parts follow one another.
+"""
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vla_jax.models.config import VLAConfig
+from vla_jax.train.flops import PEAK_FLOPS
+
+#: Memory bandwidth of one device in bytes/s, by `jax.Device.device_kind` (vendors' data sheets).
+BANDWIDTH = {
+    "TPU v3": 4.5e11,  # per core, which is a device there
+    "TPU v4": 1.228e12,
+    "TPU v5 lite": 8.19e11,
+    "TPU v5e": 8.19e11,
+    "TPU v5": 2.765e12,
+    "TPU v5p": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA L4": 3.0e11,
+    "NVIDIA L40S": 8.64e11,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA B200": 8.0e12,
+}
+
+
+class Work(NamedTuple):
+    """Of one part of a call."""
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What a device could do."""
+
+    flops: float
+    """Per second."""
+    bandwidth: float
+    """Bytes per second."""
+    source: str
+
+    def seconds(self, work: Work) -> float:
+        """The least time."""
+        return max(work.flops / self.flops, work.bytes / self.bandwidth)
+
+
+def work(
+    model: VLAConfig, *, batch: int, cameras: int, length: int, samples: int, evaluations: int, itemsize: int
+) -> dict[str, Work]:
+    """Vision, prefill and denoise of one call. `length`: text tokens; `itemsize`: bytes of a weight."""
+    vision, text, expert = model.vision, model.text, model.expert
+    patches, prefix = vision.tokens, cameras * vision.tokens + length
+    heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
+
+    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp
+    encoder = vision.depth * block + 3 * vision.patch**2 * vision.width + vision.width * text.width
+    seen = 2 * patches * vision.width * vision.depth  # multiply-adds of attention per token
+    parts = {
+        "vision": Work(2 * batch * cameras * patches * (encoder + seen), itemsize * encoder),
+    }
+
+    def layer(width: int, mlp: int) -> int:
+        return 2 * width * heads + 2 * width * kv + 3 * width * mlp
+
+    depth = text.depth - 1
+    decoder = depth * layer(text.width, text.mlp) + 2 * text.width * kv
+    cache = batch * prefix * text.depth * 2 * kv * itemsize
+    parts["prefill"] = Work(
+        2 * batch * prefix * (decoder + depth * 2 * prefix * heads), itemsize * decoder + cache
+    )
+
+    rows, suffix = batch * samples, expert.horizon
+    tower = text.depth * layer(expert.width, expert.mlp) + 2 * expert.action_dim * expert.width
+    tower += expert.width**2 if expert.time == "mlp" else 0
+    attention = text.depth * 2 * (prefix + suffix + expert.state_token) * heads
+    parts["denoise"] = Work(
+        evaluations * 2 * rows * suffix * (tower + attention), evaluations * (itemsize * tower + cache)
+    )
+    return parts
+
+
+def peak(device: jax.Device, devices: int = 1) -> Peak | None:
+    """Of so many devices together; None where the kind is not known. CPUs are measured, now."""
+    if device.platform == "cpu":
+        return Peak(_matmul(), _copy(), "measured: float32 matrix product of 2048, copy of 256 MB")
+    kind = device.device_kind
+    if kind not in PEAK_FLOPS or kind not in BANDWIDTH:
+        return None
+    return Peak(
+        PEAK_FLOPS[kind] * devices, BANDWIDTH[kind] * devices, f"data sheet of {devices} × {kind}, bf16"
+    )
+
+
+def _matmul(size: int = 2048) -> float:
+    x = jnp.ones((size, size), jnp.float32)
+    return 2 * size**3 / _fastest(jax.jit(jnp.matmul), x, x)
+
+
+def _copy(size: int = 1 << 26) -> float:
+    """Bytes read and written per second."""
+    return 2 * 4 * size / _fastest(jax.jit(lambda x: x + 1), jnp.ones(size, jnp.float32))
+
+
+def _fastest(function, *arguments: jax.Array, repeats: int = 7) -> float:
+    function(*arguments).block_until_ready()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(*arguments).block_until_ready()
+        taken.append(time.perf_counter() - start)
+    return float(np.min(taken))

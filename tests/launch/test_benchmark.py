@@ -1,0 +1,107 @@
+"""launch.benchmark on a toy policy: its arithmetic against other counts, its files, its refusals."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from launch import _benchmark, _main, _roofline, benchmark
+from tests.serve import toy
+from vla_jax.models import presets
+from vla_jax.train.flops import model_flops
+
+
+def run(monkeypatch, *options: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, options)])
+    _main.run(benchmark.main)
+
+
+@pytest.mark.parametrize("cameras", [2, 3])
+def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(cameras):
+    model = dataclasses.replace(presets.pi0(), cameras=("a", "b", "c")[:cameras])
+    text, expert = model.text, model.expert
+    flops = model_flops(model, text_tokens=48, target_tokens=1)
+    work = _roofline.work(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
+    assert work["vision"].flops == 2 * flops.vision
+    last = (
+        2
+        * (cameras * 256 + 48)
+        * (
+            2 * text.width * text.heads * text.head_dim
+            + 2 * (cameras * 256 + 48) * text.heads * text.head_dim
+            + 3 * text.width * text.mlp
+        )
+    )
+    assert work["prefill"].flops == pytest.approx(2 * (flops.decoder - last), rel=1e-12)
+    # state token, time MLP (two of three inputs' widths) and state projection are done once, and not counted
+    suffix = expert.horizon / (expert.horizon + 1)
+    assert work["denoise"].flops == pytest.approx(60 * flops.expert * suffix, rel=0.01)
+    # published: 414 M parameters of the encoder, 623 MB of the expert read per step (with the cache here)
+    assert work["vision"].bytes == pytest.approx(2 * 414e6, rel=0.01)
+    assert work["denoise"].bytes / 10 == pytest.approx(623e6, rel=0.06)
+
+
+def test_published_roofline_of_pi0_on_an_h200():
+    """About 5.3 ms at 3 cameras, 48 text tokens, 10 steps (counted independently elsewhere)."""
+    work = _roofline.work(presets.pi0(), batch=1, cameras=3, length=48, samples=1, evaluations=10, itemsize=2)
+    best = _roofline.Peak(9.89e14, 4.8e12, "data sheet")
+    assert 1e3 * sum(best.seconds(part) for part in work.values()) == pytest.approx(5.3, rel=0.05)
+
+
+def test_it_measures_a_checkpoint_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
+    toy.save(tmp_path / "run", toy.config())
+    monkeypatch.setattr(_benchmark, "_peak", lambda devices: _roofline.Peak(1e10, 1e9, "given"))
+    files = ("--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    run(
+        monkeypatch, "--checkpoint", tmp_path / "run", "--batch", "1,2", "--cameras", "1", "--solver", "euler",
+        "--num-steps", "1,4", "--rounds", 1, "--repeats", 2, "--samples", 2, *files,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [(row["batch"], row["num_steps"]) for row in report["cases"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    for row in report["cases"]:
+        ms = row["ms"]
+        assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"] and row["compile_s"] > 0
+        assert ms["overhead"] == pytest.approx(ms["p50"] - ms["vision"] - ms["prefill"] - ms["denoise"])
+        assert row["per_second"] == pytest.approx(1e3 * row["batch"] / ms["p50"])
+        assert row["roofline"]["reached"] == pytest.approx(row["roofline"]["ms"]["total"] / ms["p50"])
+        assert row["memory"]["peak"] > report["weight_bytes"] > 0 and row["text_tokens"] == 16
+    one, four = (row["error"] for row in report["cases"][:2])
+    assert 0 < four < one
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "| 2 | 1 | euler 4 |" in printed and "peak 0.01 TFLOP/s" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give one of --config, --checkpoint and --model"),
+        (("--model", "tiny", "--batch", "0"), "--batch '0'"),
+        (("--model", "tiny", "--solver", "ddim"), "--solver ddim"),
+        (("--model", "tiny", "--off", "everything"), "--off everything"),
+        (("--model", "tiny", "--mesh", "rows=2"), "--mesh 'rows=2'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(_benchmark, "_policy", lambda args: None)
+    monkeypatch.setattr(_benchmark, "CompiledPolicy", lambda *given, **how: None)
+    monkeypatch.setattr(_benchmark, "_report_head", lambda *given: {})
+    monkeypatch.setattr(_benchmark, "_head", lambda report: "")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_peaks_of_this_machine_and_of_one_that_is_not_known():
+    class Device:
+        platform, device_kind = "gpu", "abacus"
+
+    assert _roofline.peak(Device()) is None
+    Device.device_kind = "NVIDIA H200"
+    assert _roofline.peak(Device(), 2) == _roofline.Peak(
+        1.978e15, 9.6e12, "data sheet of 2 × NVIDIA H200, bf16"
+    )
+    assert np.isfinite(_roofline._fastest(jax.jit(lambda x: x + 1), jax.numpy.ones(4), repeats=2))

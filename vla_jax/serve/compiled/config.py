@@ -1,0 +1,94 @@
+"""What is rewritten when a policy is compiled, and for which shapes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewrites:
+    """Exact rewrites: each gives the plain network's actions up to rounding, and can be switched off alone."""
+
+    time: bool = True
+    """Time conditioning (π0's biases, π0.5's adaRMS modulations) computed once for the solver's times, at load."""
+    norms: bool = True
+    """Scales of RMSNorms and LayerNorms, and the scaling of pixels, folded into the projections that follow."""
+    projections: bool = True
+    """Linear maps multiplied out: action projection into the time MLP, 1/√e into q, the solver's step into the last."""
+    fuse: bool = True
+    """One matrix product for q, k and v, and one for gate and up. q, k, v stay apart on a mesh with tensor > 1."""
+    unstack: bool = True
+    """Weights of each decoder and expert layer are arrays of their own, not slices of a stack, copied at every use."""
+    attention: bool = True
+    """Softmax divides after the weighted sum, and the parts (prefix, state, actions) are never concatenated."""
+    rope: bool = True
+    """Sines and cosines of the positions computed once per tower, not in each layer."""
+    patches: bool = True
+    """The patch convolution as a matrix product."""
+    last_layer: bool = True
+    """The last prefix layer stops at its keys and values: nobody reads its attention output and feed-forward."""
+    state: bool = True
+    """The state token, which sees neither time nor actions, runs once per call and not at every evaluation."""
+    cameras: bool = True
+    """Absent cameras are left out of the program where they would be black, masked images."""
+    prompt: bool = True
+    """Prompts are padded to a bucket and not to the longest text of training."""
+    embeddings: bool = True
+    """A prompt's embeddings stay on the device from its first use on."""
+    reuse: bool = True
+    """One robot that asks again about unchanged images and prompt gets by with the solver alone."""
+
+    @classmethod
+    def none(cls, **on: bool) -> "Rewrites":
+        """All off but those named."""
+        return cls(**{field.name: False for field in dataclasses.fields(cls)} | on)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """How a policy is compiled."""
+
+    rewrites: Rewrites = Rewrites()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of weights and activations; None: the model's. Norms, softmax, projections of actions stay float32."""
+    weights: Literal["same", "int8"] = "same"
+    """int8: matrices of the towers as 8-bit integers with a float32 scale per output channel; not exact."""
+    buckets: tuple[int, ...] = (1, 8, 32)
+    """Batch sizes; a call is padded to the next one, more robots are cut into several calls."""
+    prompts: tuple[int, ...] = ()
+    """Text lengths, in tokens; empty: 16, 32, 64, … and the longest of training."""
+
+    def __post_init__(self):
+        for name in ("buckets", "prompts"):
+            sizes = getattr(self, name)
+            if (name == "buckets" and not sizes) or any(size < 1 for size in sizes):
+                raise ValueError(f"{name}={sizes}: give at least one, and none below 1")
+        if self.weights not in ("same", "int8"):
+            raise ValueError(f"weights={self.weights!r}: use same or int8")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: use float32 or bfloat16")
+
+    def prompt_lengths(self, longest: int) -> tuple[int, ...]:
+        """The text lengths that are compiled, up to the longest of training."""
+        if not self.rewrites.prompt:
+            return (longest,)
+        chosen = self.prompts or tuple(16 * 2**i for i in range(16))
+        return tuple(sorted({length for length in chosen if length < longest} | {longest}))
+
+
+def batch_bucket(buckets: tuple[int, ...], rows: int) -> int:
+    """The smallest batch size that holds so many rows. Raises ValueError."""
+    fitting = [size for size in buckets if size >= rows]
+    if not fitting:
+        raise ValueError(f"{rows} rows are more than the largest bucket, {max(buckets)}")
+    return min(fitting)
+
+
+def replace_rewrites(config: CompileConfig, changes: Mapping[str, bool]) -> CompileConfig:
+    """The same with some rewrites on or off."""
+    return dataclasses.replace(config, rewrites=dataclasses.replace(config.rewrites, **changes))

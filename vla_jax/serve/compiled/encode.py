@@ -1,0 +1,62 @@
+"""What robots see, as rows of the compiled program: all that is still done on the host."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vla_jax.data.bundle import DataBundle
+from vla_jax.data.sample import Sample
+from vla_jax.data.tokenizer import TextTokens
+from vla_jax.serve.compiled.preprocess import scaling_of, tokenize_of
+from vla_jax.serve.compiled.prompts import null
+from vla_jax.types import Observation
+
+
+class Encoded(NamedTuple):
+    """One robot's observation, ready to be stacked."""
+
+    images: dict[str, np.ndarray]
+    """The model's cameras that have an image, in the model's order."""
+    state: np.ndarray
+    group: int
+    """Of the statistics."""
+    text: TextTokens
+
+
+class Encoder:
+    """Checks an observation and tokenises its texts."""
+
+    def __init__(self, bundle: DataBundle):
+        self._bundle, self._tokenize = bundle, tokenize_of(bundle)
+        self._groups = scaling_of(bundle).groups
+
+    def __call__(
+        self, observation: Observation, plan: Sequence[str] | None, *, null_prompt: bool
+    ) -> list[Encoded]:
+        """One row per robot, with `null_prompt` without its instruction. Raises ValueError."""
+        known = self._bundle.cameras
+        cameras = [camera for camera in known if camera in observation.images]
+        if not cameras:
+            raise ValueError(
+                f"the observation has cameras {sorted(observation.images)}, none of the model's {list(known)}"
+            )
+        given, wanted = observation.state.shape[-1], len(self._bundle.schema.state_names)
+        if given != wanted:
+            raise ValueError(f"state has {given} dims, {wanted} expected (of the data trained on)")
+        rows = []
+        for row, instruction in enumerate(observation.instruction):
+            images = {camera: observation.images[camera][row] for camera in cameras}
+            state = np.asarray(observation.state[row], np.float32)
+            target = None if plan is None else plan[row]
+            sample = Sample(images=images, state=state, instruction=instruction, text_target=target)
+            group = self._groups.index(self._bundle.normalize.key(sample))
+            rows.append(Encoded(images, state, group, self._text(sample, null_prompt)))
+        return rows
+
+    def _text(self, sample: Sample, null_prompt: bool) -> TextTokens:
+        """Tokens of prompt and plan; the prompt may tell the normalised state."""
+        if self._tokenize.prompt.uses_state:
+            sample = self._bundle.normalize.inputs(sample)
+        text = self._tokenize.inputs(sample).text
+        return null(text) if null_prompt else text

@@ -1,0 +1,165 @@
+"""The one program: uint8 images, raw state and prompt to actions in the robot's units."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.diffusion import Diffusion
+from vla_jax.flow.processes import Process
+from vla_jax.serve.compiled import solve
+from vla_jax.serve.compiled.network import Network, Prefix
+from vla_jax.serve.compiled.preprocess import Scaling, normalize_state, resize_with_pad, robot_actions
+from vla_jax.types import PyTree
+
+
+class Shape(NamedTuple):
+    """All that makes one executable differ from another of the same policy."""
+
+    rows: int
+    """Observations."""
+    cameras: tuple[tuple[str, int, int], ...]
+    """Name, height and width of each, as the robot sends them."""
+    length: int
+    """Text tokens."""
+    samples: int
+    sees: bool
+    """The text holds a plan that the actions see."""
+    keys: int
+    """1: the noise of all rows is drawn at once, or `rows`: each row has its own."""
+    solver: SolverConfig
+    guided: bool = False
+    """Instructions have weights other than 1: the texts are followed by as many null prompts."""
+    again: bool = False
+    """From the prefix that an earlier call left: no images, no text."""
+    keep: bool = False
+    """Return that prefix."""
+
+
+class Text(NamedTuple):
+    """A batch of prompts; embedded ones where embeddings are kept on the device, else token ids."""
+
+    tokens: Int[Array, "b l"] | Float[Array, "b l d"]
+    mask: Bool[Array, "b l"]
+    causal: Bool[Array, "b l"] | None
+
+
+class Inputs(NamedTuple):
+    """What changes from call to call."""
+
+    images: tuple[UInt8[Array, "b h w 3"], ...]
+    present: Bool[Array, " c"]
+    text: Text | None
+    state: Float[Array, "b q"]
+    group: Int[Array, " b"]
+    """Of the statistics."""
+    key: Array
+    """Key data [keys, …] as `jax.random.key_data` gives them."""
+    number: Int[Array, ""]
+    """Folded into the noise: which piece of a request this is."""
+    guidance: Float[Array, " b"] | None
+    """Weights of the instructions."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The function and its parts, each of which can be compiled (and timed) by itself."""
+
+    network: Network
+    process: Process
+    scaling: Scaling
+
+    def act(
+        self, weights: PyTree, conditions: Any, inputs: Inputs, prefix: Prefix | None, shape: Shape
+    ) -> Any:
+        """Actions [b S k a], and the prefix where it is to be kept."""
+        if not shape.again:
+            tokens = self.vision(weights, inputs, shape)
+            prefix = self.prefill(weights, tokens, inputs)
+        actions = self.denoise(weights, conditions, prefix, inputs, shape)
+        return (actions, prefix) if shape.keep else actions
+
+    def vision(self, weights: PyTree, inputs: Inputs, shape: Shape) -> Float[Array, "b c p d"]:
+        """Image tokens: all cameras go through the encoder as one batch."""
+        # Cameras beside each other, not one after another: a batch that is split over devices stays where it is.
+        images = jnp.stack([resize_with_pad(image, *self.scaling.size) for image in inputs.images], axis=1)
+        encoded = self.network.encode(weights["vision"], images.reshape(-1, *images.shape[2:]))
+        return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
+
+    def prefill(self, weights: PyTree, image_tokens: Float[Array, "b c p d"], inputs: Inputs) -> Prefix:
+        """What images and text leave for the expert."""
+        text = inputs.text
+        copies = (
+            text.mask.shape[0] // image_tokens.shape[0]
+        )  # 2 with null prompts: the images are encoded once
+        image_tokens = jnp.tile(image_tokens, (copies, 1, 1, 1))
+        if self.network.rewrites.embeddings:
+            embedded = text.tokens
+        else:
+            embedded = self.network.embed(weights["text"]["embedding"], text.tokens)
+        return self.network.prefill(
+            weights["text"], image_tokens, inputs.present, embedded, text.mask, text.causal
+        )
+
+    def denoise(
+        self, weights: PyTree, conditions: Any, prefix: Prefix, inputs: Inputs, shape: Shape
+    ) -> Float[Array, "b S k a"]:
+        """Noise to actions in the robot's units."""
+        expert, state = weights["expert"], None
+        if self.network.model.expert.state_token:
+            state = normalize_state(self.scaling.state, inputs.group, inputs.state)
+            state = jnp.tile(state, (1 + shape.guided, 1))
+            if self.network.rewrites.state:
+                prefix, state = self.network.add_state(expert, prefix, state), None
+        chunks = self._sample(expert, conditions, prefix, state, inputs, shape)
+        return robot_actions(self.scaling.action, inputs.group, chunks)
+
+    def _sample(self, expert: PyTree, conditions: Any, prefix: Prefix, state, inputs: Inputs, shape: Shape):
+        config = self.network.model.expert
+        chunk = (config.horizon, config.action_dim)
+        keys = jax.vmap(lambda data: _noise_key(data, inputs.number))(inputs.key)
+
+        def chunks_of(prefix, state, noise, key, guidance):
+            run = solve.Run(self.network, expert, prefix, state, conditions, guidance)
+            return solve.sample(run, noise, key, self.process, shape.solver)
+
+        guidance = inputs.guidance
+        each = None if guidance is None else jnp.repeat(guidance, shape.samples)
+        if shape.keys == 1:
+            noise = jax.random.normal(keys[0], (shape.rows * shape.samples, *chunk))
+            chunks = chunks_of(prefix, state, noise, keys[0], each)
+            return chunks.reshape(shape.rows, shape.samples, *chunk)
+        if not isinstance(self.process, Diffusion):
+            noise = jax.vmap(lambda key: jax.random.normal(key, (shape.samples, *chunk)))(keys)
+            chunks = chunks_of(prefix, state, noise.reshape(-1, *chunk), keys[0], each)
+            return chunks.reshape(shape.rows, shape.samples, *chunk)
+        # Diffusion draws from the key on the way, so that each row must be a call of its own.
+        axis, copies = (0 if isinstance(prefix.layers, list) else 1), 1 + shape.guided
+
+        def by_row(leaf: Array, axis: int = 0) -> Array:
+            """[copies · b …] to [copies b …]."""
+            return leaf.reshape(*leaf.shape[:axis], copies, shape.rows, *leaf.shape[axis + 1 :])
+
+        def one(layers: PyTree, mask: Array, seen: Array, state: Any, key: Array, weight: Any) -> Array:
+            weight = None if weight is None else jnp.full(shape.samples, weight)
+            noise = jnp.zeros((shape.samples, *chunk))
+            return chunks_of(Prefix(layers, mask, seen), state, noise, key, weight)
+
+        rows = (
+            jax.tree.map(lambda leaf: by_row(leaf, axis), prefix.layers),
+            by_row(prefix.mask),
+            by_row(prefix.seen),
+            None if state is None else by_row(state),
+            keys,
+            guidance,
+        )
+        return jax.vmap(one, in_axes=(axis + 1, 1, 1, 1, 0, 0))(*rows)
+
+
+def _noise_key(data: Array, number: Int[Array, ""]) -> Array:
+    """The key of the noise of piece `number`, derived as `Policy.act` does."""
+    _, for_noise = jax.random.split(jax.random.wrap_key_data(data))
+    return jax.random.fold_in(for_noise, number)
