@@ -3,6 +3,7 @@
 import json
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -10,15 +11,39 @@ import optax
 from tests.models import small
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
+from vla_jax.layers.attention import attend, prefix_lm
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import count, draw, transfusion_loss
 from vla_jax.sharding import MeshConfig, activate, batch_sharding, make_mesh, placement
+from vla_jax.sharding.config import AXES
 from vla_jax.train.prefetch import to_device
 from vla_jax.train.run import init_params
 from vla_jax.train.state import state_builder
 
-MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
+MESHES = {
+    "1": (1, 1, 1, 1),
+    "8x1x1": (8, 1, 1, 1),
+    "1x8x1": (1, 8, 1, 1),
+    "2x2x2": (2, 2, 1, 2),
+    "2x2x2x1": (2, 2, 2, 1),
+}
+
+
+def splash() -> float:
+    """Largest difference between attention on a mesh and on one device."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(4, 12, 4, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, 12, 1, 8)).astype(np.float32)
+    valid, causal = rng.random((4, 12)) < 0.9, np.arange(12)[None] >= np.array([[3], [6], [9], [12]])
+
+    def attention(q, k, v):
+        return attend(q, k, v, prefix_lm(valid, causal), backend="splash", length="prefix")
+
+    alone = jax.jit(attention)(q, k, v)
+    with activate(make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, tensor=2))):
+        spread = jax.jit(attention)(q, k, v)
+    return float(np.abs(np.where(valid[..., None, None], alone - spread, 0)).max())
 
 
 def main() -> None:
@@ -35,7 +60,7 @@ def main() -> None:
     out = {}
     for name, shape in MESHES.items():
         devices = jax.devices()[: int(np.prod(shape))]
-        mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape))), devices)
+        mesh = make_mesh(MeshConfig(**dict(zip(AXES, shape))), devices)
         builder = state_builder(init_params(model, host), optax.sgd(1.0), ema=False, mesh=mesh)
         params = builder.init(jax.random.key(0)).params
         batch = to_device(host, batch_sharding(mesh))
@@ -55,6 +80,12 @@ def main() -> None:
             "constraints": lowered.as_text().count("sdy.sharding_constraint"),
             "unsharded": table.unsharded_share,
         }
+        if name == "2x2x2x1":  # the residual stream of the prefix, as the model constrains it
+            with activate(mesh):
+                split = jax.jit(lambda x: nn.with_logical_constraint(x, ("batch", "prefix", "act_embed")))
+                x = split(np.zeros((8, 16, 4), np.float32))
+            out[name]["prefix_shards"] = 16 // x.addressable_shards[0].data.shape[1]
+    out["splash"] = splash()
     json.dump(out, sys.stdout)
 
 

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from vla_jax.sharding import RULES, MeshConfig, check_batch, make_mesh, placement, shardings
+from vla_jax.sharding import (
+    RULES,
+    MeshConfig,
+    check_batch,
+    check_prefix,
+    check_unsharded,
+    make_mesh,
+    placement,
+    shardings,
+)
+from vla_jax.sharding import mesh as mesh_module
 
 
 def mesh_of(**sizes):
@@ -51,8 +61,13 @@ def test_sharded_equals_one_device(eight, mesh):
     assert found["params"] < 1e-5
 
 
-def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device():
-    found = on_eight_devices("tests.sharding.eight_vla")
+@pytest.fixture(scope="module")
+def eight_vla():
+    return on_eight_devices("tests.sharding.eight_vla")
+
+
+def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device(eight_vla):
+    found = eight_vla
     for mesh in ("8x1x1", "1x8x1", "2x2x2"):
         assert found[mesh]["loss"] < 1e-5
         assert found[mesh]["gradient"] < 1e-5
@@ -80,6 +95,19 @@ def test_a_checkpoint_is_restored_onto_another_mesh(eight):
     assert eight["whole"] == 0 and eight["whole_devices"] == 1
 
 
+def test_prefix_split_over_devices_changes_nothing(eight_vla):
+    """sequence=2 has fewer samples per device, and the prefix in two parts."""
+    assert eight_vla["2x2x2x1"]["loss"] < 1e-5
+    assert eight_vla["2x2x2x1"]["gradient"] < 1e-5
+    assert eight_vla["2x2x2x1"]["unsharded"] < 0.02
+    assert eight_vla["2x2x2x1"]["prefix_shards"] == 2
+
+
+def test_splash_on_a_mesh_is_splash_on_one_device(eight_vla):
+    """Samples over data × fsdp, heads over tensor, queries over sequence."""
+    assert eight_vla["splash"] < 1e-5
+
+
 def test_rules_name_each_axis_once():
     names = [name for name, _ in RULES]
     assert len(names) == len(set(names))
@@ -94,6 +122,7 @@ def test_rules_name_each_axis_once():
         "patch",
         "action",
         "batch",
+        "prefix",
         "length",
     ):
         assert name in names
@@ -121,6 +150,73 @@ def test_a_mesh_axis_is_used_once_per_array():
     assert tree["layer"]["w"].spec == PartitionSpec("fsdp", "tensor")
 
 
+def test_sequence_splits_parameters_like_fsdp():
+    mesh = mesh_of(data=1, fsdp=2, sequence=2, tensor=2)
+    tree = shardings(boxed(("embed", "mlp"), (8, 8)), mesh)
+    assert tree["layer"]["w"].spec == PartitionSpec(("fsdp", "sequence"), "tensor")
+    alone = shardings(boxed(("embed", "mlp"), (8, 8)), mesh_of(data=1, fsdp=1, sequence=2, tensor=1))
+    assert alone["layer"]["w"].spec == PartitionSpec("sequence", "tensor")
+    with pytest.raises(
+        ValueError, match=r"not divisible by mesh.fsdp=2 × mesh.sequence=2; use mesh.sequence=1"
+    ):
+        shardings(boxed(("embed", None), (6, 8)), mesh)
+
+
+def test_sequence_must_divide_the_prefix():
+    mesh = mesh_of(data=1, fsdp=1, sequence=4, tensor=1)
+    check_prefix(816, 256, mesh)
+    with pytest.raises(
+        ValueError, match=r"mesh.sequence=4 does not divide the prefix, 818 .* mesh.sequence=2"
+    ):
+        check_prefix(818, 256, mesh)
+
+
+def devices_of(slices, sides=(2, 2)):
+    """TPU-like devices with coordinates; more cannot be had here, and `make_mesh` asks for no more."""
+    return [
+        SimpleNamespace(
+            id=s * 4 + x * 2 + y, slice_index=s, coords=(x, y, 0), core_on_chip=0, platform="cpu",
+            device_kind="none", process_index=s,
+        )
+        for s in range(slices)
+        for x in range(sides[0])
+        for y in range(sides[1])
+    ]  # fmt: skip
+
+
+def test_only_data_crosses_slices(monkeypatch):
+    made = {}
+    monkeypatch.setattr(
+        mesh_module, "Mesh", lambda devices, names, **_: made.update(zip(names, devices.shape)) or devices
+    )
+    devices = make_mesh(MeshConfig(data=4, fsdp=2), devices_of(2))
+    assert made == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    slices = [[d.slice_index for d in row] for row in devices.reshape(4, 2)]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ValueError, match=r"mesh.data=1 is not divisible by the 2 slices, .* use mesh.data=2"):
+        make_mesh(MeshConfig(data=1, fsdp=8), devices_of(2))
+
+
+def test_a_mesh_that_does_not_tile_the_torus(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 0")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(ValueError, match=r"mesh.fsdp=4.* cannot be laid out on a torus of 2×2×1 chips"):
+        make_mesh(MeshConfig(fsdp=4), devices_of(1))
+
+
+def test_too_much_unsharded_is_refused():
+    mesh = mesh_of(data=2, fsdp=4, tensor=2)
+    tree = {"w": boxed(("embed", "mlp"), (8, 6))["layer"]["w"], "norm": boxed((None,), (10,))["layer"]["w"]}
+    table = placement(nn.unbox(tree), shardings(tree, mesh), mesh)
+    check_unsharded(table, 0.2)
+    with pytest.raises(ValueError, match=r"17.2% of the state .*norm \(40 B\).*mesh.max_unsharded=0.18"):
+        check_unsharded(table, 0.02)
+    data_only = mesh_of(data=8, fsdp=1, tensor=1)
+    check_unsharded(placement(nn.unbox(tree), shardings(tree, data_only), data_only), 0.0)
+
+
 def fake_devices(n):
     return [SimpleNamespace(id=i) for i in range(n)]
 
@@ -137,7 +233,9 @@ def test_impossible_meshes(config, message):
         make_mesh(config, fake_devices(8))
 
 
-@pytest.mark.parametrize("values", [{"data": 0}, {"fsdp": -2}, {"data": -1, "fsdp": -1}])
+@pytest.mark.parametrize(
+    "values", [{"data": 0}, {"fsdp": -2}, {"data": -1, "fsdp": -1}, {"max_unsharded": 1.5}]
+)
 def test_mesh_config_is_checked(values):
     with pytest.raises(ValueError, match="mesh"):
         MeshConfig(**values)

@@ -1,12 +1,16 @@
-"""The device mesh: three named axes, ``data × fsdp × tensor``.
+"""The device mesh: four named axes, ``data × fsdp × sequence × tensor``.
 
-The batch is split over data and fsdp together; parameters over fsdp and tensor (see `rules.py`).
+The batch is split over data and fsdp together; parameters over fsdp, sequence and tensor (see `rules.py`). On several
+slices, pods that only the data-centre network (DCN) joins, the data axis goes over them: once per step it sums
+gradients, while the other axes talk in every layer.
 """
 
 import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.sharding.config import MeshConfig
@@ -19,10 +23,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh of all devices (or of those given), with the one axis that is -1 filled in.
 
     The axes are `AxisType.Auto`: linen's parameter boxes and logical constraints work with no other type.
-    Raises ValueError where the axes do not multiply to the number of devices.
+    Raises ValueError where the axes do not multiply to the number of devices, do not fit the network's torus, or
+    would cross slices with anything but data.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = config.sizes()
     known = math.prod(size for size in sizes.values() if size != -1)
     asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if -1 in sizes.values():
@@ -36,9 +41,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ValueError(
             f"{asked} needs {known} devices, but there are {len(devices)}; set one axis to -1 to use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+    types = (AxisType.Auto,) * len(sizes)
+    slices = len({slice_of(device) for device in devices})
+    try:
+        if slices > 1:
+            return Mesh(_across_slices(sizes, slices, devices), tuple(sizes), axis_types=types)
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    except NotImplementedError as error:  # how mesh_utils says that the axes do not tile the torus
+        torus = "×".join(str(1 + max(c)) for c in zip(*(device.coords for device in devices)))
+        wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"{wanted} cannot be laid out on a torus of {torus} chips; every axis must be a product of whole sides"
+        ) from error
+
+
+def slice_of(device: jax.Device) -> int:
+    """Which slice a device belongs to; 0 where the platform has none."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, whole slices one after the other along the data axis."""
+    if sizes["data"] % slices:
+        rest = math.prod(sizes.values()) // sizes["data"]
+        raise ValueError(
+            f"mesh.data={sizes['data']} is not divisible by the {slices} slices, and no other axis may cross the "
+            f"data-centre network; use mesh.data={slices} and {rest * sizes['data'] // slices} devices for the rest"
+        )
+    inside = (sizes["data"] // slices, *list(sizes.values())[1:])
+    over = (slices, *(1 for _ in inside[1:]))
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")  # as jax.make_mesh does
+    return mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=split)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -76,6 +109,18 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return tuple(sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]}))
+
+
+def check_prefix(tokens: int, patches: int, mesh: Mesh) -> None:
+    """Raises ValueError where mesh.sequence does not divide the prefix, or the patches of one camera."""
+    shards = mesh.shape["sequence"]
+    for name, size in {"the prefix": tokens, "one camera's patches": patches}.items():
+        if size % shards:
+            common = math.gcd(math.gcd(tokens, patches), shards)
+            raise ValueError(
+                f"mesh.sequence={shards} does not divide {name}, {size} tokens; use mesh.sequence={common}, or another "
+                "data.max_text_tokens"
+            )
 
 
 def _divisors(n: int) -> list[int]:

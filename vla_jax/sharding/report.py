@@ -91,6 +91,27 @@ def placement(abstract: Any, shardings: Any, mesh: Mesh) -> Placement:
     return Placement(tuple(rows), dict(mesh.shape))
 
 
+def check_unsharded(table: Placement, limit: float) -> None:
+    """Raises ValueError where a mesh that splits the model leaves more than `limit` of its bytes whole everywhere.
+
+    A mesh of data alone splits nothing, on purpose, and passes.
+    """
+    splits = {axis: size for axis, size in table.mesh.items() if axis != "data" and size > 1}
+    if not splits or table.unsharded_share <= limit:
+        return
+    whole = sorted((row for row in table.rows if not row.split), key=lambda row: -row.bytes)
+    worst = ", ".join(f"{row.name} ({human(row.bytes)})" for row in whole[:3])
+    raise ValueError(
+        f"{table.unsharded_share:.1%} of the state lies whole on every device although "
+        f"{' and '.join(f'mesh.{axis}={size}' for axis, size in splits.items())} should split it: {worst}; name their "
+        f"axes in vla_jax/sharding/rules.py, or allow it with mesh.max_unsharded={_round_up(table.unsharded_share)}"
+    )
+
+
+def _round_up(share: float) -> float:
+    return math.ceil(share * 100) / 100
+
+
 def human(size: float) -> str:
     """A number of bytes for people: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB"):

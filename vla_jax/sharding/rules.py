@@ -26,7 +26,7 @@ from vla_jax.sharding.mesh import BATCH_AXES
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # parameters
     ("layers", None),  # scanned over: a shard per device would be gathered on every iteration
-    ("embed", "fsdp"),  # the residual width, which nearly every parameter has
+    ("embed", ("fsdp", "sequence")),  # the residual width, which nearly every parameter has
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", None),  # Gemma has one: there is nothing to split
@@ -36,7 +36,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("action", None),  # action and state dimensions: a few dozen
     # activations
     ("batch", BATCH_AXES),
-    ("length", None),
+    (
+        "prefix",
+        "sequence",
+    ),  # tokens of the backbone; keys and values are gathered (Gemma has one head of them)
+    ("length", None),  # tokens that stay together: the expert's, and whatever queries look at
     ("act_embed", None),  # the batch already lies on fsdp
     ("act_mlp", "tensor"),
     ("act_heads", "tensor"),
@@ -88,11 +92,23 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             return nn.unbox(leaf)
         name = path_name(path)
         axes = logical_names(name, leaf)
-        spec = nn.logical_to_mesh_axes(axes, RULES) if axes else PartitionSpec()
+        spec = _drop_idle(nn.logical_to_mesh_axes(axes, RULES), mesh) if axes else PartitionSpec()
         _check_divides(name, nn.unbox(leaf).shape, axes, spec, mesh)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
+
+
+def _drop_idle(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec without axes of one device beside others, so that ("fsdp", "sequence") mostly reads fsdp."""
+
+    def simplify(entry):
+        if not isinstance(entry, tuple):
+            return entry
+        busy = tuple(axis for axis in entry if mesh.shape.get(axis, 1) > 1) or entry[:1]
+        return busy[0] if len(busy) == 1 else busy
+
+    return PartitionSpec(*map(simplify, spec))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -105,8 +121,13 @@ def _check_divides(name: str, shape, axes, spec: PartitionSpec, mesh: Mesh) -> N
         mesh_axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
         shards = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % shards:
-            mesh_axis = mesh_axes[-1]
+            sizes = " × ".join(f"mesh.{a}={mesh.shape[a]}" for a in mesh_axes)
+            # Shrink the last of them to what the others leave divisible; where nothing does, the first.
+            others = math.prod(mesh.shape[a] for a in mesh_axes[:-1])
+            fits = size % others == 0
+            mesh_axis = mesh_axes[-1] if fits else mesh_axes[0]
+            use = math.gcd(size // others, mesh.shape[mesh_axis]) if fits else math.gcd(size, shards)
             raise ValueError(
-                f"parameter {name} {tuple(shape)}: axis '{axis}' of {size} is not divisible by "
-                f"mesh.{mesh_axis}={shards}; use mesh.{mesh_axis}={math.gcd(size, shards)}"
+                f"parameter {name} {tuple(shape)}: axis '{axis}' of {size} is not divisible by {sizes}; "
+                f"use mesh.{mesh_axis}={use}"
             )
