@@ -298,6 +298,7 @@ def test_sizes_of_the_configuration(tmp_path):
     layouts.save_openpi(tmp_path / "theirs", arrays, value=True)
     model = open_weights(tmp_path / "theirs", "openpi", Options(horizon=15)).model
     assert dataclasses.asdict(model.expert) == dict(
+        kind="joint",
         width=24,
         mlp=20,
         time="adarms",

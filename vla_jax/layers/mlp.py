@@ -12,6 +12,8 @@ class GeGLU(nn.Module):
 
     width: int
     hidden: int
+    length: str = "length"
+    """Logical name of the axis of tokens."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -25,5 +27,5 @@ class GeGLU(nn.Module):
             x.dtype
         )
         hidden = nn.gelu(jnp.einsum("btd,df->btf", x, gating[0])) * jnp.einsum("btd,df->btf", x, gating[1])
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "act_mlp"))
+        hidden = nn.with_logical_constraint(hidden, ("batch", self.length, "act_mlp"))
         return jnp.einsum("btf,fd->btd", hidden, linear)

@@ -108,13 +108,37 @@ class VLAConfig:
     """Cameras in the order of their tokens; empty: all that the data set has, by name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of matrix products; parameters, norms, softmax, logits and losses are float32."""
-    remat: Literal["none", "nothing_saveable", "dots_with_no_batch_dims_saveable"] = "none"
-    """What the backward pass keeps of each block: everything, nothing, or the outputs of matrix products."""
+    remat: Literal[
+        "none",
+        "nothing_saveable",
+        "save_context",
+        "save_attention",
+        "dots_with_no_batch_dims_saveable",
+        "offload_inputs",
+        "offload_dots",
+    ] = "none"
+    """What the backward pass keeps of each block, on the device or (offload) on the host: models/stack.py's table."""
+    attention: Literal["xla", "cudnn", "splash"] = "xla"
+    """How attention is computed: xla anywhere, cudnn on NVIDIA GPUs (heads above 128 wide need Hopper), splash on TPUs.
+    The kernels pay off where the prefix is long."""
     unroll: int = 1
     """Blocks per iteration of the scan over layers; the full depth is faster for tiny models on CPU."""
 
     def __post_init__(self):
         if len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"model.cameras={self.cameras} names a camera twice")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"model.attention=cudnn takes bfloat16, but model.dtype={self.dtype}; use model.dtype=bfloat16"
+            )
+        for name, width in {
+            "text.head_dim": self.text.head_dim,
+            "vision.width / vision.heads": self.vision.width // self.vision.heads,
+        }.items():
+            if self.attention == "cudnn" and (width % 8 or width > 256):
+                raise ValueError(
+                    f"model.attention=cudnn takes heads whose width is a multiple of 8 up to 256, but model.{name} "
+                    f"is {width}; use model.attention=xla"
+                )
         if self.unroll < 1:
             raise ValueError(f"model.unroll={self.unroll}: at least 1")

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.layers import init
-from vla_jax.layers.attention import attend
+from vla_jax.layers.attention import Backend, BlockMask, attend
 from vla_jax.layers.mlp import GeGLU
 from vla_jax.layers.norm import AdaRMSNorm, RMSNorm
 from vla_jax.layers.rope import apply_rope
-from vla_jax.models.stack import scan_blocks
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
 
 KeysValues = tuple[Float[Array, "layers b t m e"], Float[Array, "layers b t m e"]]
 
@@ -41,13 +41,16 @@ class Tower(nn.Module):
     dtype: jnp.dtype
     remat: str = "none"
     unroll: int = 1
+    attention: Backend = "xla"
+    length: str = "length"
+    """Logical name of the axis of tokens."""
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "bk t d"],
         positions: Int[Array, "bk t"],
-        mask: Bool[Array, "bk t t"],
+        mask: BlockMask | Bool[Array, "bk t t"],
         past: KeysValues | None = None,
         past_mask: Bool[Array, "b s"] | None = None,
         condition: Float[Array, "bk t_or_1 g"] | None = None,
@@ -57,6 +60,9 @@ class Tower(nn.Module):
         Returns the normalised output and the tokens' own keys and values per layer. `condition` modulates the
         norms of an adaptive tower.
         """
+        length = self.length if x.shape[1] > 1 else "length"  # one decoded token cannot be split
+        if self.attention == "xla" and isinstance(mask, BlockMask):
+            mask = mask.dense()  # once, not in every layer
         blocks = scan_blocks(
             Block,
             depth=self.config.depth,
@@ -64,7 +70,7 @@ class Tower(nn.Module):
             unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         )
-        x, keys_values = blocks(self.config, self.dtype, name="layers")(
+        x, keys_values = blocks(self.config, self.dtype, self.attention, length, name="layers")(
             x, past, past_mask, positions, mask, condition
         )
         x, _ = _norm(self.config.adaptive, "final_norm", x, condition)
@@ -76,23 +82,29 @@ class Block(nn.Module):
 
     config: TowerConfig
     dtype: jnp.dtype
+    attention: Backend
+    length: str
 
     @nn.compact
     def __call__(self, x, past, past_mask, positions, mask, condition):
         """One layer; see `Tower.__call__` for the shapes, without the layers axis."""
+        x = named(x, INPUT)
         normed, gate = _norm(self.config.adaptive, "pre_attention_norm", x, condition)
-        out, keys_values = Attention(self.config, name="attn")(normed, past, past_mask, positions, mask)
+        attention = Attention(self.config, self.attention, self.length, name="attn")
+        out, keys_values = attention(normed, past, past_mask, positions, mask)
         x = x + (out if gate is None else out * gate)
         normed, gate = _norm(self.config.adaptive, "pre_ffw_norm", x, condition)
-        out = GeGLU(self.config.width, self.config.mlp, name="mlp")(normed)
+        out = GeGLU(self.config.width, self.config.mlp, self.length, name="mlp")(normed)
         x = x + (out if gate is None else out * gate)
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), keys_values
+        return nn.with_logical_constraint(x, ("batch", self.length, "act_embed")), keys_values
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     config: TowerConfig
+    backend: Backend
+    length: str
 
     @nn.compact
     def __call__(self, x, past, past_mask, positions, mask):
@@ -111,9 +123,10 @@ class Attention(nn.Module):
             (2, *self._shape(self.config.kv_heads)),
             name="kv_einsum",
         )(x)
-        q = nn.with_logical_constraint(apply_rope(q, positions), ("batch", "length", "act_heads", None))
-        k, v = apply_rope(kv[0], positions), kv[1]
-        out = attend(q, k, v, mask, past, past_mask)
+        q = nn.with_logical_constraint(apply_rope(q, positions), ("batch", self.length, "act_heads", None))
+        q, k, v = named(q, PROJECTED), named(apply_rope(kv[0], positions), PROJECTED), named(kv[1], PROJECTED)
+        out = attend(q, k, v, mask, past, past_mask, backend=self.backend, length=self.length)
+        out = named(out, CONTEXT)
         out = Einsum(
             "btne,ned->btd",
             ("heads", "head_dim", "embed"),
@@ -179,11 +192,13 @@ class Gemma(nn.Module):
     dtype: jnp.dtype
     remat: str = "none"
     unroll: int = 1
+    attention: Backend = "xla"
 
     def setup(self):
         """Declares the parts; the tower's parameters lie directly beside the embedder's."""
         self.embedder = Embedder(self.vocab, self.tower.width, self.dtype)
-        self.blocks = Tower(self.tower, self.dtype, self.remat, self.unroll)
+        options = dict(attention=self.attention, length="prefix")
+        self.blocks = Tower(self.tower, self.dtype, self.remat, self.unroll, **options)
         nn.share_scope(self, self.blocks)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vla_jax.layers.attention import prefix_lm_mask, token_positions
+from vla_jax.layers.attention import prefix_lm, token_positions
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.gemma import Gemma, TowerConfig
 from vla_jax.models.siglip import SigLIP
@@ -24,7 +24,7 @@ class PaliGemma(nn.Module):
         """Declares encoder and decoder."""
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
-        self.img = SigLIP(cfg.vision, cfg.text.width, dtype, cfg.remat, cfg.unroll)
+        self.img = SigLIP(cfg.vision, cfg.text.width, dtype, cfg.remat, cfg.unroll, cfg.attention)
         tower = TowerConfig(
             width=cfg.text.width,
             depth=cfg.text.depth,
@@ -33,7 +33,7 @@ class PaliGemma(nn.Module):
             kv_heads=cfg.text.kv_heads,
             head_dim=cfg.text.head_dim,
         )
-        self.llm = Gemma(cfg.text.vocab, tower, dtype, cfg.remat, cfg.unroll)
+        self.llm = Gemma(cfg.text.vocab, tower, dtype, cfg.remat, cfg.unroll, cfg.attention)
 
     def prefill(
         self, batch: Batch, target_visible: Bool[Array, " b"] | None = None
@@ -47,7 +47,7 @@ class PaliGemma(nn.Module):
         images = tokens.shape[1] - batch.tokens.shape[1]
         causal = jnp.concatenate([jnp.zeros_like(mask[:, :images]), batch.token_causal], axis=1)
         positions = token_positions(mask)
-        hidden, (keys, values) = self.llm(tokens, positions, prefix_lm_mask(mask, causal))
+        hidden, (keys, values) = self.llm(tokens, positions, prefix_lm(mask, causal))
         visible = mask & ~causal
         if target_visible is not None:
             visible = visible | (mask & target_visible[:, None])
@@ -109,7 +109,7 @@ class PaliGemma(nn.Module):
         tokens = jnp.concatenate(
             [encoded.reshape(b, -1, encoded.shape[-1]), self.llm.embed(batch.tokens)], axis=1
         )
-        tokens = nn.with_logical_constraint(tokens, ("batch", "length", "act_embed"))
+        tokens = nn.with_logical_constraint(tokens, ("batch", "prefix", "act_embed"))
         return tokens, jnp.concatenate([mask, batch.token_mask], axis=1)
 
 

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from vla_jax.layers import init
+from vla_jax.layers import cudnn, init
+from vla_jax.layers.attention import Backend
 from vla_jax.models.config import VisionConfig
-from vla_jax.models.stack import scan_blocks
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
 
 
 class SigLIP(nn.Module):
@@ -20,6 +21,8 @@ class SigLIP(nn.Module):
     dtype: jnp.dtype
     remat: str = "none"
     unroll: int = 1
+    attention: Backend = "xla"
+    """cudnn: flash attention; splash wants heads of 128 and long sequences, so there it is xla's here."""
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b p d"]:
@@ -45,8 +48,8 @@ class SigLIP(nn.Module):
             init.sincos_2d((None, "patch", "embed"), cfg.image_size // cfg.patch),
             (1, cfg.tokens, cfg.width),
         )
-        x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "length", "act_embed"))
-        x = Transformer(cfg, self.dtype, self.remat, self.unroll, name="Transformer")(x)
+        x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "prefix", "act_embed"))
+        x = Transformer(cfg, self.dtype, self.remat, self.unroll, self.attention, name="Transformer")(x)
         return nn.Dense(
             self.out_width,
             dtype=self.dtype,
@@ -63,12 +66,13 @@ class Transformer(nn.Module):
     dtype: jnp.dtype
     remat: str
     unroll: int
+    attention: Backend
 
     @nn.compact
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         """[b p d] to [b p d]."""
         blocks = scan_blocks(EncoderBlock, depth=self.config.depth, remat=self.remat, unroll=self.unroll)
-        x, _ = blocks(self.config, self.dtype, name="encoderblock")(x)
+        x, _ = blocks(self.config, self.dtype, self.attention, name="encoderblock")(x)
         return _layer_norm(self.dtype, "encoder_norm")(x)
 
 
@@ -77,20 +81,22 @@ class EncoderBlock(nn.Module):
 
     config: VisionConfig
     dtype: jnp.dtype
+    attention: Backend
 
     @nn.compact
     def __call__(self, x: Float[Array, "b p d"]) -> tuple[Float[Array, "b p d"], None]:
         """One block; the second output is what a scan over layers collects: nothing."""
-        x = x + _Attention(self.config, self.dtype, name="MultiHeadDotProductAttention_0")(
-            _layer_norm(self.dtype, "LayerNorm_0")(x)
-        )
+        x = named(x, INPUT)
+        attention = _Attention(self.config, self.dtype, self.attention, name="MultiHeadDotProductAttention_0")
+        x = x + attention(_layer_norm(self.dtype, "LayerNorm_0")(x))
         x = x + _Mlp(self.config, self.dtype, name="MlpBlock_0")(_layer_norm(self.dtype, "LayerNorm_1")(x))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        return nn.with_logical_constraint(x, ("batch", "prefix", "act_embed")), None
 
 
 class _Attention(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
+    backend: Backend
 
     @nn.compact
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
@@ -98,10 +104,15 @@ class _Attention(nn.Module):
         into = dict(
             names=("embed", "heads", "head_dim"), shape=(self.config.width, heads, width), contracted=1
         )
-        q, k, v = (_Projection(**into, name=name)(x) for name in ("query", "key", "value"))
-        q = nn.with_logical_constraint(q, ("batch", "length", "act_heads", None))
-        logits = jnp.einsum("btne,bsne->bnts", q * width**-0.5, k, preferred_element_type=jnp.float32)
-        out = jnp.einsum("bnts,bsne->btne", nn.softmax(logits, axis=-1).astype(self.dtype), v)
+        names = ("query", "key", "value")
+        q, k, v = (named(_Projection(**into, name=name)(x), PROJECTED) for name in names)
+        q = nn.with_logical_constraint(q, ("batch", "prefix", "act_heads", None))
+        if self.backend == "cudnn":
+            out = cudnn.attend_all(q, k, v)
+        else:
+            logits = jnp.einsum("btne,bsne->bnts", q * width**-0.5, k, preferred_element_type=jnp.float32)
+            out = jnp.einsum("bnts,bsne->btne", nn.softmax(logits, axis=-1).astype(self.dtype), v)
+        out = named(out, CONTEXT)
         back = dict(
             names=("heads", "head_dim", "embed"), shape=(heads, width, self.config.width), contracted=2
         )
@@ -139,7 +150,7 @@ class _Mlp(nn.Module):
             bias_init=init.zeros(("mlp",)),
             name="Dense_0",
         )(x)
-        x = nn.with_logical_constraint(nn.gelu(x), ("batch", "length", "act_mlp"))
+        x = nn.with_logical_constraint(nn.gelu(x), ("batch", "prefix", "act_mlp"))
         return nn.Dense(
             self.config.width,
             dtype=self.dtype,

@@ -1,10 +1,55 @@
-"""A stack of equal blocks as one scan: compiled once, parameters stacked along a leading `layers` axis."""
+"""A stack of equal blocks as one scan: compiled once, parameters stacked along a leading `layers` axis.
 
-from collections.abc import Sequence
-from typing import Any
+What the backward pass keeps of each block, and what it computes again, has a name (`model.remat`), from little
+memory to little work:
+
+| name                                | kept on the device                      | computed again                     |
+|-------------------------------------|-----------------------------------------|------------------------------------|
+| offload_inputs                      | nothing: inputs go to the host's memory | everything                         |
+| nothing_saveable                    | the block's input                       | everything                         |
+| save_context                        | + what attention put together           | all but attention's sum            |
+| save_attention                      | + queries, keys, values                 | norms, the feed-forward layer      |
+| offload_dots                        | input; matrix products go to the host   | norms, elementwise operations      |
+| dots_with_no_batch_dims_saveable    | every product with a weight             | norms, elementwise, attention      |
+| none                                | whatever the backward pass reads        | nothing                            |
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+Remat = Literal[
+    "none",
+    "nothing_saveable",
+    "save_context",
+    "save_attention",
+    "dots_with_no_batch_dims_saveable",
+    "offload_inputs",
+    "offload_dots",
+]
+
+INPUT, PROJECTED, CONTEXT = "block_input", "projected", "context"
+"""Names that blocks give with `named`: their input, their queries, keys and values, attention's weighted sum."""
+
+named = checkpoint_name
+
+POLICIES: dict[str, Callable[..., Any]] = {
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "save_context": jax.checkpoint_policies.save_only_these_names(CONTEXT),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(CONTEXT, PROJECTED),
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_inputs": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+"""Name → what `jax.checkpoint` may keep, or send to the host's memory and fetch back."""
 
 
 def scan_blocks(
@@ -13,11 +58,10 @@ def scan_blocks(
     """Turns a block `(x, *inputs) → (x, per-layer output)` into `depth` of them.
 
     `in_axes` has one entry per further input: 0 where it holds one slice per layer, `nn.broadcast` where all
-    layers share it. Per-layer outputs are stacked along axis 0. `remat` names a policy of
-    `jax.checkpoint_policies`, or ``none``.
+    layers share it. Per-layer outputs are stacked along axis 0. `remat` is a name of `POLICIES`, or ``none``.
     """
     if remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=getattr(jax.checkpoint_policies, remat))
+        block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0},

@@ -9,13 +9,23 @@ Parameters: `backbone/img/…`, `backbone/llm/…`, `expert/…`. With `expert.k
 decoder writes the chunk as tokens (`models.action_tokens.generate_actions`).
 """
 
+import dataclasses
+
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vla_jax.layers.attention import runs_on
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.experts.joint import JointExpert
 from vla_jax.models.paligemma import PaliGemma
 from vla_jax.types import Batch, Cache
+
+
+def portable(config: VLAConfig, platform: str) -> VLAConfig:
+    """The same model where attention's kernel may not exist: there XLA computes the same sum."""
+    if runs_on(config.attention, platform):
+        return config
+    return dataclasses.replace(config, attention="xla")
 
 
 class VLA(nn.Module):

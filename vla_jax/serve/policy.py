@@ -29,7 +29,7 @@ from vla_jax.flow.guidance import soft_weights
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.lora import merge
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
-from vla_jax.models.vla import VLA
+from vla_jax.models.vla import VLA, portable
 from vla_jax.serve.executors.base import Running, take
 from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
 from vla_jax.types import Batch, Observation, PyTree
@@ -82,8 +82,8 @@ class Policy:
 
     @property
     def model(self) -> VLA:
-        """The network, without its parameters."""
-        return VLA(self.config.model)
+        """The network, without its parameters; with the training machine's attention kernel where this one has it."""
+        return VLA(portable(self.config.model, jax.default_backend()))
 
     @property
     def config_hash(self) -> str:

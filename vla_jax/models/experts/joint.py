@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vla_jax.layers import init
-from vla_jax.layers.attention import prefix_lm_mask
+from vla_jax.layers.attention import prefix_lm
 from vla_jax.models.config import ExpertConfig, VLAConfig
 from vla_jax.models.gemma import Tower, TowerConfig
 from vla_jax.types import Cache
@@ -35,7 +35,7 @@ class JointExpert(nn.Module):
             head_dim=text.head_dim,
             adaptive=adaptive,
         )
-        self.tower = Tower(tower, dtype, self.config.remat, self.config.unroll)
+        self.tower = Tower(tower, dtype, self.config.remat, self.config.unroll, self.config.attention)
         nn.share_scope(self, self.tower)
         self.action_in_proj = _dense(expert.width, ("action", "embed"), dtype)
         self.action_out_proj = _dense(expert.action_dim, ("embed", "action"), jnp.float32)
@@ -97,7 +97,7 @@ class JointExpert(nn.Module):
         hidden, _ = self.tower(
             tokens,
             positions,
-            prefix_lm_mask(valid, starts),
+            prefix_lm(valid, starts),
             (cache.keys, cache.values),
             cache.visible,
             condition,
