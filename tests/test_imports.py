@@ -21,6 +21,7 @@ PACKAGES = {
     "train": {
         "types", "layers", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config",
     },
+    "aot": {"types", "layers", "models", "flow", "data", "sharding", "config", "train", "serve"},
     "serve": {"types", "layers", "models", "flow", "data", "sharding", "checkpoint", "config"},
     "sim": {"types", "data", "flow", "serve"},
     "toy": {"flow", "models", "sim"},

@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "solver.",
     "model.remat",
+    "model.attention",
     "model.unroll",
     "train.log_every",
     "train.val_",

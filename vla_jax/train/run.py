@@ -18,6 +18,7 @@ from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import index_dataset
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.flow.processes import make_process
+from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.weighting import trunk
@@ -25,6 +26,8 @@ from vla_jax.objectives.weighting.config import OPTIONS
 from vla_jax.sharding import (
     batch_sharding,
     check_batch,
+    check_prefix,
+    check_unsharded,
     distributed,
     local_rows,
     make_mesh,
@@ -69,10 +72,13 @@ def train(
         check_batch(loop.batch_size, loop.accumulate, mesh)
         bundle = prepare_together(config)
         config = resolve(config, bundle)
+        patches = config.model.vision.tokens
+        check_prefix(len(config.model.cameras) * patches + config.data.max_text_tokens, patches, mesh)
         job = make_job(config, bundle, mesh)
         distributed.check_same({"data": job.meta["data_fingerprint"]})
         check_weighting_state(run_dir, config)
         table = placement(job.builder.shapes, job.builder.shardings, mesh)
+        check_unsharded(table, config.mesh.max_unsharded)
         if not jax.process_index():
             print(describe(json.loads(to_json(config))))
             print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
@@ -132,6 +138,7 @@ def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
 def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -> Job:
     """Everything the loop needs, from a resolved configuration."""
     loop = config.train
+    check_backend(config.model.attention, mesh.devices.flat[0].platform)
     rows = local_rows(mesh, loop.batch_size)
     loader = loader_of(config, bundle, "train", rows)
     held_out = loader_of(config, bundle, "val", rows) if loop.val_every else None

@@ -1,0 +1,137 @@
+"""The programs that are compiled ahead of time: exactly those that run, from shapes alone.
+
+`train`: the training step as the loop jits it. `sample`: a policy's chunk of actions. Nothing is ever allocated: the
+state is `eval_shape`d, the batch is a tree of shapes that the configuration gives, so no data set is needed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vla_jax.config import TrainConfig
+from vla_jax.flow.processes import make_process
+from vla_jax.layers.attention import check_backend
+from vla_jax.models.vla import VLA
+from vla_jax.serve.sampling import sample_actions
+from vla_jax.sharding import activate, batch_sharding, check_batch, check_prefix, check_unsharded, placement
+from vla_jax.sharding.report import Placement
+from vla_jax.train.compiled import jit_train_step
+from vla_jax.train.optim import make_optimizer
+from vla_jax.train.run import init_params
+from vla_jax.train.state import StateBuilder, state_builder
+from vla_jax.train.step import make_train_step, policy_of
+from vla_jax.types import Batch
+
+PROGRAMS = ("train", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program before the TPU compiler's work."""
+
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    placement: Placement
+    """Where the state lies (of `sample`: the parameters)."""
+
+
+def lower(config: TrainConfig, mesh: Mesh, program: str) -> Lowered:
+    """Traces and lowers a program for a mesh. Raises ValueError where config and mesh do not go together."""
+    check_sizes(config)
+    check_backend(config.model.attention, mesh.devices.flat[0].platform)
+    check_prefix(prefix_tokens(config), config.model.vision.tokens, mesh)
+    accumulate = config.train.accumulate if program == "train" else 1
+    check_batch(config.train.batch_size, accumulate, mesh)
+    batch = abstract_batch(config, mesh)
+    builder = plan(config, batch, mesh)
+    if program == "train":
+        return _train(config, batch, builder)
+    if program == "sample":
+        return _sample(config, batch, builder)
+    raise ValueError(f"program '{program}' is not known; there are {', '.join(PROGRAMS)}")
+
+
+def plan(config: TrainConfig, batch: Batch, mesh: Mesh) -> StateBuilder:
+    """Shapes and shardings of the training state, as `train.run` makes them."""
+    return state_builder(
+        init_params(VLA(config.model), batch),
+        make_optimizer(config.optim, config.train.steps),
+        ema=config.train.ema_decay is not None,
+        mesh=mesh,
+        weighting=policy_of(config).init,
+    )
+
+
+def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
+    table = placement(builder.shapes, builder.shardings, builder.mesh)
+    check_unsharded(table, config.mesh.max_unsharded)
+    tx = make_optimizer(config.optim, config.train.steps)
+    step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
+    with activate(builder.mesh):
+        return Lowered(jit_train_step(step, builder).lower(builder.shapes, batch), builder.mesh, table)
+
+
+def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
+    """One chunk per observation, with the configuration's solver; the parameters as `serve.Policy` has them."""
+    params = builder.shapes.params
+    table = placement(params, builder.shardings.params, builder.mesh)
+    check_unsharded(table, config.mesh.max_unsharded)
+    observation = batch.replace(actions=None, action_mask=None)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with activate(builder.mesh):
+        lowered = sample_actions.lower(
+            params,
+            observation,
+            key,
+            model=VLA(config.model),
+            process=make_process(config.process),
+            solver=config.solver,
+            samples=1,
+            see_target=False,
+        )
+    return Lowered(lowered, builder.mesh, table)
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Shapes of one global batch, split over the mesh."""
+    model, b, length = config.model, config.train.batch_size, config.data.max_text_tokens
+    expert, size = model.expert, model.vision.image_size
+    sharding = batch_sharding(mesh)
+
+    def shape(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=sharding)
+
+    return Batch(
+        images={camera: shape(jnp.uint8, size, size, 3) for camera in model.cameras},
+        image_mask={camera: shape(jnp.bool_) for camera in model.cameras},
+        state=shape(jnp.float32, expert.state_dim),
+        tokens=shape(jnp.int32, length),
+        token_mask=shape(jnp.bool_, length),
+        token_causal=shape(jnp.bool_, length),
+        token_loss=shape(jnp.bool_, length),
+        actions=shape(jnp.float32, expert.horizon, expert.action_dim),
+        action_mask=shape(jnp.bool_, expert.horizon, expert.action_dim),
+    )
+
+
+def prefix_tokens(config: TrainConfig) -> int:
+    """Image and text tokens of one sample."""
+    return len(config.model.cameras) * config.model.vision.tokens + config.data.max_text_tokens
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Raises ValueError where a size was left to a data set that is not there."""
+    model = config.model
+    sizes = {
+        "model.cameras": (len(model.cameras), "--model.cameras base left_wrist right_wrist"),
+        "model.text.vocab": (model.text.vocab, "--model.text.vocab 257152"),
+        "model.expert.action_dim": (model.expert.action_dim, "--model.expert.action_dim 32"),
+        "model.expert.state_dim": (model.expert.state_dim, "--model.expert.state_dim 32"),
+    }
+    for name, (value, example) in sizes.items():
+        if not value:
+            raise ValueError(
+                f"{name} is left to the data set, which is not read here; give it, e.g. {example}"
+            )

@@ -1,0 +1,256 @@
+"""Plays a compiled program through: when the chip computes, when it waits for the network.
+
+The text of a TPU program is scheduled: instructions start in the order in which they stand, and the compiler wrote its
+own estimate of the cycles beside most of them. Collectives run beside the computation from the instruction that starts
+them to the one that needs them, one after the other; what is not done by then is waiting. Loops run as often as their
+condition says. What is left out: the host, variance between chips, and memory traffic that the estimate forgets.
+"""
+
+import collections
+import dataclasses
+
+from jax.sharding import Mesh
+
+from vla_jax.aot.collectives import Collective, collective
+from vla_jax.aot.hlo import HBM, HOST, Instruction, Program
+from vla_jax.aot.network import Network
+
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "copy-start",
+    "copy-done",
+    "slice-start",
+    "slice-done",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "opt-barrier",
+    "optimization-barrier",
+    "iota",
+}
+"""No work of the compute units: names of things, and copies that run beside them."""
+
+MATRIX = ("convolution", "dot")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Collectives of one kind along the same axes."""
+
+    count: float = 0
+    bytes: float = 0
+    """Received by each chip."""
+    seconds: float = 0
+    """If they ran alone."""
+    waiting: float = 0
+    """Of which the chip waits."""
+    dcn: bool = False
+
+
+@dataclasses.dataclass
+class Timeline:
+    """One pass through a computation."""
+
+    matrix: float = 0.0
+    """Seconds in instructions with a matrix product in them."""
+    kernel: float = 0.0
+    """Seconds in hand-written kernels, of which the compiler gives no estimate: their memory traffic at full rate."""
+    other: float = 0.0
+    """Seconds in all other instructions."""
+    waiting: float = 0.0
+    """Seconds waiting for the network."""
+    hbm: float = 0.0
+    """Bytes read from and written to the chip's memory."""
+    host: float = 0.0
+    """Bytes exchanged with the host's memory."""
+    kernels: float = 0
+    traffic: dict[tuple[str, tuple[str, ...]], Traffic] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(Traffic)
+    )
+    unknown: set[str] = dataclasses.field(default_factory=set)
+    """What could not be read off, for people."""
+
+    @property
+    def seconds(self) -> float:
+        """From start to end, the host's traffic beside it."""
+        return self.matrix + self.kernel + self.other + self.waiting
+
+    def add(self, part: "Timeline", times: float) -> None:
+        """Adds a computation that runs `times` times."""
+        for name in ("matrix", "kernel", "other", "waiting", "hbm", "host", "kernels"):
+            setattr(self, name, getattr(self, name) + times * getattr(part, name))
+        for key, traffic in part.traffic.items():
+            mine = self.traffic[key]
+            mine.dcn |= traffic.dcn
+            for name in ("count", "bytes", "seconds", "waiting"):
+                setattr(mine, name, getattr(mine, name) + times * getattr(traffic, name))
+        self.unknown |= part.unknown
+
+
+class Player:
+    """Plays the computations of one program, each once."""
+
+    def __init__(self, program: Program, mesh: Mesh, network: Network):
+        self.program, self.mesh, self.network = program, mesh, network
+        self.chip = network.topology.chip
+        self._played: dict[str, Timeline] = {}
+
+    def play(self) -> Timeline:
+        """The whole program."""
+        return self._play(self.program.entry)
+
+    def _play(self, name: str) -> Timeline:
+        if name not in self._played:
+            self._played[name] = self._run(name)
+        return self._played[name]
+
+    def _run(self, name: str) -> Timeline:
+        line = Timeline()
+        instructions = self.program.computations[name]
+        started = self._stages(name)
+        last = {key: i for i, keys in started.items() for key, _ in keys}
+        under_way: dict[object, tuple[Collective, float, float]] = {}
+        now, network_free = 0.0, 0.0
+        for i, instruction in enumerate(instructions):
+            for key, found in started.get(i, ()):
+                if key not in under_way and found is not None:
+                    takes = self.network.seconds(found)
+                    network_free = max(network_free, now) + takes
+                    under_way[key] = found, takes, network_free
+            before = line.seconds
+            self._work(name, instruction, line)
+            now += line.seconds - before
+            for key, _ in started.get(i, ()):
+                if last[key] == i and key in under_way:
+                    found, takes, done = under_way.pop(key)
+                    waits = max(0.0, done - now)
+                    now += waits
+                    line.waiting += waits
+                    traffic = line.traffic[found.kind, found.axes]
+                    traffic.count += 1
+                    traffic.bytes += found.bytes
+                    traffic.seconds += takes
+                    traffic.waiting += waits
+                    traffic.dcn |= self.network.crosses(found)
+        return line
+
+    def _stages(self, name: str) -> dict[int, list[tuple[object, Collective | None]]]:
+        """Which instructions start, continue or end which collective: index → (its key, it where it is written)."""
+        stages: dict[int, list] = collections.defaultdict(list)
+        keys: dict[str, object] = {}
+        for i, instruction in enumerate(self.program.computations[name]):
+            if instruction.opcode.endswith(("-done", "-update")):
+                key = keys.get(instruction.operands[0]) if instruction.operands else None
+                if key is not None:
+                    stages[i].append((key, None))
+                    keys[instruction.name] = key
+                continue
+            inside = [(name, instruction)]
+            if instruction.opcode in ("fusion", "async-start", "call"):
+                inside = [(c, x) for c in instruction.called for x in self.program.computations.get(c, ())]
+            for where, candidate in inside:
+                found = collective(candidate, self.mesh, self._inputs(where, candidate))
+                if found is not None:
+                    if instruction.name.startswith(
+                        "all-reduce-scatter"
+                    ):  # a sum of which each keeps its part
+                        found = dataclasses.replace(found, kind="reduce-scatter", bytes=found.bytes / 2)
+                    key = candidate.channel if candidate.channel is not None else instruction.name
+                    stages[i].append((key, found))
+                    keys[instruction.name] = key
+        return stages
+
+    def _inputs(self, where: str, instruction: Instruction) -> float:
+        names = self.program.by_name(where)
+        return sum(names[o].bytes for o in instruction.operands if o in names)
+
+    def _work(self, where: str, instruction: Instruction, line: Timeline) -> None:
+        """Adds what the chip itself does in an instruction."""
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = self.program.trips(where, instruction)
+            if trips is None:
+                line.unknown.add(f"how often the loop {instruction.name} runs (counted once)")
+            line.add(self._play(instruction.attribute("body").strip("%")), trips or 1)
+            return
+        if opcode == "conditional":
+            branches = [self._play(branch) for branch in instruction.called]
+            line.add(max(branches, key=lambda b: b.seconds), 1)
+            return
+        if opcode == "call":
+            line.add(self._play(instruction.called[0]), 1)
+            return
+        if opcode in ("copy-start", "copy-done", "slice-start"):
+            if opcode != "copy-done":
+                line.host += self._copied(where, instruction, HOST)
+                line.hbm += self._copied(where, instruction, HBM)
+            return
+        if opcode in FREE or collective(instruction, self.mesh, 0) or opcode.endswith("-done"):
+            return
+        moved = self._moved(where, instruction, HBM)
+        line.hbm += moved
+        if opcode == "custom-call":
+            if "tpu_custom_call" in instruction.attributes:
+                line.kernels += 1
+                line.kernel += moved / self.chip.hbm_bandwidth
+            return
+        cycles = instruction.cycles
+        seconds = moved / self.chip.hbm_bandwidth if cycles is None else cycles / self.chip.clock
+        if self._has_matrix(instruction):
+            line.matrix += seconds
+        else:
+            line.other += seconds
+
+    def _copied(self, where: str, instruction: Instruction, space: int) -> float:
+        """Bytes of a copy in one memory space; its result names source and destination."""
+        names = self.program.by_name(where)
+        sources = [a for o in instruction.operands if o in names for a in names[o].arrays]
+        return max(
+            sum(a.bytes for a in arrays if a.space == space) for arrays in (sources, instruction.arrays)
+        )
+
+    def _has_matrix(self, instruction: Instruction) -> bool:
+        if instruction.opcode in MATRIX:
+            return True
+        inside = (x for c in instruction.called for x in self.program.computations.get(c, ()))
+        return any(x.opcode in MATRIX or (x.opcode == "fusion" and self._has_matrix(x)) for x in inside)
+
+    def _moved(self, where: str, instruction: Instruction, space: int) -> float:
+        """Bytes of operands and result that lie in a memory space, of sliced arrays only the slice."""
+        names = self.program.by_name(where)
+        called = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
+        inside = self.program.computations.get(called, ()) if called else ()
+        moved = 0.0
+        for position, operand in enumerate(instruction.operands):
+            arrays = names[operand].arrays if operand in names else ()
+            here = sum(a.bytes for a in arrays if a.space == space)
+            moved += min(here, _read(inside, position, here)) if inside else here
+        written = sum(a.bytes for a in instruction.arrays if a.space == space)
+        updates = [x for x in inside if x.opcode == "dynamic-update-slice"]
+        if updates and inside:
+            own = self.program.by_name(called)
+            written = min(written, sum(own[x.operands[1]].bytes for x in updates if x.operands[1] in own))
+        return moved + written
+
+
+def _read(inside: list[Instruction], position: int, whole: float) -> float:
+    """Bytes of a fusion's parameter that are read: of an array that is sliced or updated in place, only the slices."""
+    parameter = next(
+        (x.name for x in inside if x.opcode == "parameter" and x.operands == (str(position),)), None
+    )
+    users = [x for x in inside if parameter in x.operands]
+    if not users or parameter is None:
+        return whole
+    total = 0.0
+    for user in users:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter:
+            total += user.bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter:
+            continue
+        else:
+            return whole
+    return total
