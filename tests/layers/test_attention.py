@@ -67,7 +67,7 @@ def test_splash_equals_xla(kv_heads, draws):
 
 
 def test_a_model_with_splash_predicts_what_it_predicts_with_xla():
-    cfg = dataclasses.replace(small.config(), cameras=("top",))
+    cfg = small.config()
     batch = small.batch(cfg, b=2)
     t = jnp.asarray([0.2, 0.7])
     _, params = small.init(cfg, batch)
