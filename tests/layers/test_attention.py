@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_library
 
 from tests.models import small
-from vla_jax.layers.attention import attend, check_backend, prefix_lm, prefix_lm_mask
+from vla_jax.layers.attention import attend, check_backend, prefix_lm
 from vla_jax.models.vla import VLA, portable
 
 
@@ -32,7 +32,6 @@ def test_reach_says_what_the_dense_mask_says():
     mask = prefix_lm(valid, causal)
     by_reach = (np.arange(17) <= mask.reach()[:, :, None]) & valid[:, None, :] & valid[:, :, None]
     np.testing.assert_array_equal(by_reach, mask.dense())
-    np.testing.assert_array_equal(prefix_lm_mask(valid, causal), mask.dense())
     start = np.argmax(np.asarray(causal), axis=1)
     for i, first in enumerate(start):  # by hand: bidirectional before `first`, causal from there on
         np.testing.assert_array_equal(mask.reach()[i], [*[first - 1] * first, *range(first, 17)])

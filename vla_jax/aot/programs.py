@@ -17,11 +17,13 @@ from vla_jax.models.vla import VLA
 from vla_jax.serve.sampling import sample_actions
 from vla_jax.sharding import activate, batch_sharding, check_batch, check_prefix, check_unsharded, placement
 from vla_jax.sharding.report import Placement
+from vla_jax.train import spikes
 from vla_jax.train.compiled import jit_train_step
 from vla_jax.train.optim import make_optimizer
 from vla_jax.train.run import init_params
 from vla_jax.train.state import StateBuilder, state_builder
-from vla_jax.train.step import make_train_step, policy_of
+from vla_jax.train.step import make_train_step
+from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch
 
 PROGRAMS = ("train", "sample")
@@ -61,6 +63,7 @@ def plan(config: TrainConfig, batch: Batch, mesh: Mesh) -> StateBuilder:
         ema=config.train.ema_decay is not None,
         mesh=mesh,
         weighting=policy_of(config).init,
+        spikes=spikes.first(config.train),
     )
 
 
@@ -75,6 +78,10 @@ def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
 
 def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     """One chunk per observation, with the configuration's solver; the parameters as `serve.Policy` has them."""
+    if config.kind == "tokens":
+        raise ValueError(
+            "program sample compiles solvers; with model.expert.kind=tokens a chunk is written token by token instead"
+        )
     params = builder.shapes.params
     table = placement(params, builder.shardings.params, builder.mesh)
     check_unsharded(table, config.mesh.max_unsharded)
@@ -103,7 +110,16 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     def shape(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=sharding)
 
+    chunk: dict[str, jax.ShapeDtypeStruct] = {}
+    if config.chunk_tokens != "none":
+        g = config.data.fast.max_tokens
+        chunk |= dict(action_tokens=shape(jnp.int32, g))
+        chunk |= dict(action_token_mask=shape(jnp.bool_, g), action_token_loss=shape(jnp.bool_, g))
+    if config.chunk_tokens != "instead":
+        chunk |= dict(actions=shape(jnp.float32, expert.horizon, expert.action_dim))
+        chunk |= dict(action_mask=shape(jnp.bool_, expert.horizon, expert.action_dim))
     return Batch(
+        **chunk,
         images={camera: shape(jnp.uint8, size, size, 3) for camera in model.cameras},
         image_mask={camera: shape(jnp.bool_) for camera in model.cameras},
         state=shape(jnp.float32, expert.state_dim),
@@ -111,8 +127,6 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
         token_mask=shape(jnp.bool_, length),
         token_causal=shape(jnp.bool_, length),
         token_loss=shape(jnp.bool_, length),
-        actions=shape(jnp.float32, expert.horizon, expert.action_dim),
-        action_mask=shape(jnp.bool_, expert.horizon, expert.action_dim),
     )
 
 
@@ -130,6 +144,8 @@ def check_sizes(config: TrainConfig) -> None:
         "model.expert.action_dim": (model.expert.action_dim, "--model.expert.action_dim 32"),
         "model.expert.state_dim": (model.expert.state_dim, "--model.expert.state_dim 32"),
     }
+    if config.chunk_tokens != "none":
+        sizes["data.fast.max_tokens"] = (config.data.fast.max_tokens, "--data.fast.max-tokens 256")
     for name, (value, example) in sizes.items():
         if not value:
             raise ValueError(

@@ -72,11 +72,6 @@ def prefix_lm(valid: Bool[Array, "b t"], causal: Bool[Array, "b t"]) -> BlockMas
     return BlockMask(block=jnp.cumsum(causal, axis=1), valid=valid)
 
 
-def prefix_lm_mask(valid: Bool[Array, "b t"], causal: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """The same as `mask[b, query, key]`."""
-    return prefix_lm(valid, causal).dense()
-
-
 def token_positions(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:
     """Position of each token among the valid ones: padding consumes none."""
     return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)

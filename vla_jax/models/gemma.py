@@ -60,7 +60,7 @@ class Tower(nn.Module):
         Returns the normalised output and the tokens' own keys and values per layer. `condition` modulates the
         norms of an adaptive tower.
         """
-        length = self.length if x.shape[1] > 1 else "length"  # one decoded token cannot be split
+        length = self.length if past is None else "length"  # few tokens after a past: they stay together
         if self.attention == "xla" and isinstance(mask, BlockMask):
             mask = mask.dense()  # once, not in every layer
         blocks = scan_blocks(

@@ -87,7 +87,7 @@ class PaliGemma(nn.Module):
         Each sees what an expert may see of the cache and the tokens before it; the cache stays as it is.
         """
         seen = jnp.sum(cache.visible, axis=1, keepdims=True)
-        causal = prefix_lm_mask(mask, jnp.ones_like(mask))
+        causal = prefix_lm(mask, jnp.ones_like(mask))
         hidden, _ = self.llm(
             self.llm.embed(tokens),
             seen + token_positions(mask),

@@ -23,7 +23,8 @@ from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.checkpoint.paths import Path, is_remote, run_path
-from vla_jax.sharding import activate, batch_sharding, check_batch, replicated
+from vla_jax.sharding import activate, batch_sharding, check_batch
+from vla_jax.train.compiled import jit_train_step
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
 from vla_jax.train.interrupt import StopSignal, Vote
@@ -234,13 +235,7 @@ class _Trainer:
         with self.clock.paused(), self.ledger.spent("compile"), activate(builder.mesh):
             self.progress.say("compiling the training step …")
             start = time.perf_counter()
-            step = jax.jit(
-                self.job.train_step,
-                in_shardings=(builder.shardings, batch_sharding(builder.mesh)),
-                out_shardings=(builder.shardings, replicated(builder.mesh)),
-                donate_argnums=0,
-            )
-            compiled = step.lower(state, batch).compile()
+            compiled = jit_train_step(self.job.train_step, builder).lower(state, batch).compile()
             self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
             return compiled
 
