@@ -36,7 +36,12 @@ def policies(tmp_path_factory) -> dict[str, Policy]:
 def engines(policies) -> dict[str, Engine]:
     return {
         "tabletop": Engine(
-            policies["tabletop"], solver=SOLVER, buckets=(1, 4), samples=(1, 2), guidance=False, compiled=ONE_LENGTH
+            policies["tabletop"],
+            solver=SOLVER,
+            buckets=(1, 4),
+            samples=(1, 2),
+            guidance=False,
+            compiled=ONE_LENGTH,
         ),
         "guided": Engine(policies["tabletop"], solver=SOLVER, buckets=(1, 4), compiled=ONE_LENGTH),
         "pi0": Engine(policies["pi0"], solver=SOLVER, buckets=(1, 4)),
