@@ -9,6 +9,7 @@ import tokenizers
 from scipy import fft
 from tokenizers import trainers
 
+from launch import train_fast as train_fast_launcher
 from tests.data import toy
 from vla_jax.data.bundle import prepare
 from vla_jax.data.config import DataConfig
@@ -229,3 +230,31 @@ def test_batches_hold_tokens_beside_or_instead_of_actions(tmp_path):
     assert prepare(given, action_dim=5, horizon=4, action_tokens="instead") == bundle
     with pytest.raises(ValueError, match="horizon 4, not 6"):
         prepare(given, horizon=6, action_tokens="instead")
+
+
+def test_the_launcher_writes_what_a_run_would_train(tmp_path, monkeypatch, capsys):
+    toy.write(tmp_path / "toy", [toy.make_episode(seed) for seed in range(8)])
+    (tmp_path / "config.py").write_text(
+        "from vla_jax.config import TrainConfig\n"
+        "from vla_jax.data.config import DataConfig\n"
+        "from vla_jax.data.fast.config import FastConfig\n"
+        "from vla_jax.models.config import ExpertConfig, VLAConfig\n"
+        "def get_config():\n"
+        "    return TrainConfig(model=VLAConfig(expert=ExpertConfig(horizon=4)),\n"
+        "        data=DataConfig(vocab_size=300, val_episodes=2, fast=FastConfig(vocab_size=300)))\n"
+    )
+    command = ["train_fast", "--config", str(tmp_path / "config.py"), "--data.path", str(tmp_path / "toy")]
+    out, report = tmp_path / "fast", tmp_path / "report.json"
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(out), "--json", str(report)])
+    train_fast_launcher.main()
+    assert "tokens" in capsys.readouterr().out
+    config = DataConfig(
+        path=str(tmp_path / "toy"), vocab_size=300, val_episodes=2, fast=FastConfig(vocab_size=300)
+    )
+    bundle = prepare(config, horizon=4, action_tokens="instead")
+    assert FastTokenizer.load(out) == bundle.tokenize_actions.fast
+    measured = json.loads(report.read_text())
+    assert measured["rmse"] < 0.5 / 10 and measured["action_dim"] == 3 and measured["tokens_mean"] <= 12
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(out), "--data.fast.path", str(out)])
+    with pytest.raises(ValueError, match="names a tokenizer that exists"):
+        train_fast_launcher.main()
