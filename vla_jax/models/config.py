@@ -3,6 +3,16 @@
 import dataclasses
 from typing import Literal
 
+Remat = Literal[
+    "none",
+    "nothing_saveable",
+    "save_context",
+    "save_attention",
+    "dots_with_no_batch_dims_saveable",
+    "offload_inputs",
+    "offload_dots",
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -108,15 +118,7 @@ class VLAConfig:
     """Cameras in the order of their tokens; empty: all that the data set has, by name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of matrix products; parameters, norms, softmax, logits and losses are float32."""
-    remat: Literal[
-        "none",
-        "nothing_saveable",
-        "save_context",
-        "save_attention",
-        "dots_with_no_batch_dims_saveable",
-        "offload_inputs",
-        "offload_dots",
-    ] = "none"
+    remat: Remat = "none"
     """What the backward pass keeps of each block, on the device or (offload) on the host: models/stack.py's table."""
     attention: Literal["xla", "cudnn", "splash"] = "xla"
     """How attention is computed: xla anywhere, cudnn on NVIDIA GPUs (heads above 128 wide need Hopper), splash on TPUs.
