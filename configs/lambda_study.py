@@ -19,6 +19,7 @@ def get_config() -> TrainConfig:
             vision=VisionConfig(image_size=32, patch=8, width=32, depth=1, mlp=64, heads=2),
             text=TextConfig(width=32, depth=2, mlp=64, heads=2, kv_heads=2, head_dim=16),
             expert=ExpertConfig(width=32, mlp=64, horizon=8),
+            cameras=("top",),
         ),
         objective=ObjectiveConfig(
             noise_draws=2, plan_visible=0.35, diagnostics=DiagnosticsConfig(every=50, stride=2)
@@ -37,12 +38,12 @@ def get_config() -> TrainConfig:
         ),
         train=LoopConfig(
             batch_size=16,
-            steps=1000,
+            steps=800,
             ema_decay=0.98,
             log_every=10,
-            val_every=250,
+            val_every=200,
             val_batches=8,
-            save_every=250,
+            save_every=200,
             tensorboard=False,
         ),
     )

@@ -80,7 +80,7 @@ def test_every_cell_has_a_whole_result(whole):
 
 def test_a_cell_is_what_launch_train_makes_of_its_configuration(whole, tmp_path):
     """One after another, each by the ordinary trainer: the same metrics in every step, the same validation."""
-    chosen = [cells()[i] for i in (1, 5)]  # λ = 0 and λ = 5, second seed
+    chosen = cells()[5:]  # λ = 5, second seed
     store = Store(tmp_path)
     sweep(chosen, store, SweepConfig(group=1, episodes=0, keep_policies=True), {"command": ""})
     for cell in chosen:
