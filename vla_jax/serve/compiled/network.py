@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vla_jax.layers.attention import prefix_lm_mask, token_positions
+from vla_jax.layers.attention import prefix_lm, token_positions
 from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.conditioning import Condition, condition, suffix
 from vla_jax.serve.compiled.config import Rewrites
@@ -99,7 +99,7 @@ class Network:
         if causal is None:
             sees = mask[:, None]  # nobody reads what an invalid token has seen
         else:
-            sees = prefix_lm_mask(mask, jnp.concatenate([jnp.zeros_like(images), causal], axis=1))
+            sees = prefix_lm(mask, jnp.concatenate([jnp.zeros_like(images), causal], axis=1)).dense()
         positions = token_positions(mask)
         block = self._block(positions, sees)
         x, layers = over_layers(
