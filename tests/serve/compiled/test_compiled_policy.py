@@ -212,7 +212,7 @@ def test_on_a_mesh_the_actions_are_the_same():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["gap"] < 1e-5 and found["int8_gap"] < 1e-5
-    assert found["all_reduces"] > 0 and found["all_gathers"] == 0
+    assert found["all_reduces"] > 0
     assert found["share"] < 0.75 and "not divisible" not in done.stderr
     assert "cannot be split into mesh.tensor=4" in found["refused"]
 
