@@ -300,7 +300,9 @@ class _Trainer:
 
 def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     shapes = job.builder.shapes
-    same = {key: job.meta[key] for key in ("config", "data_fingerprint")}
+    same = json.loads(
+        json.dumps({key: job.meta[key] for key in ("config", "data_fingerprint")})
+    )  # tuples are lists in what was saved
     restored = checkpoints.restore_latest(
         shapes.items(), same=same, free=FREE_TO_CHANGE, defaults=job.defaults
     )
