@@ -18,11 +18,11 @@ KEY = jax.random.key(3)
 SOLVER = SolverConfig(num_steps=2)
 PI0, PI05, BOTH = ("mlp", True), ("adarms", False), ("adarms", True)
 CASES = [
-    *((PI0, {name}) for name in Rewrites.names()),
-    (PI05, {"time", "unstack"}),
-    (BOTH, {"state"}),
-    *((model, set(Rewrites.names())) for model in (PI0, PI05, BOTH)),
-    (BOTH, set()),
+    *((PI0, (name,)) for name in Rewrites.names()),
+    (PI05, ("time", "unstack")),
+    (BOTH, ("state",)),
+    *((model, tuple(Rewrites.names())) for model in (PI0, PI05, BOTH)),
+    (BOTH, ()),
 ]
 
 
