@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/tabletop.py")
     parser.add_argument("--data", default="data/tabletop")
     parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--stride", type=int, help="samples compared: every n-th; default: the field's own")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     base = load_config(args.config)
@@ -40,12 +41,15 @@ def main() -> None:
     )
     bundle = prepare_data(base)
     base = resolve(base, bundle)
+    stride = args.stride or DiagnosticsConfig().stride
     mesh = make_mesh(base.mesh)
     loader = loader_of(base, bundle, "train")
     batches = [to_device(loader.batch(i), batch_sharding(mesh)) for i in range(EVERY)]
     steps, states = {}, {}
     for name, every in (("off", 0), ("on", EVERY)):
-        objective = dataclasses.replace(base.objective, diagnostics=DiagnosticsConfig(every=every))
+        objective = dataclasses.replace(
+            base.objective, diagnostics=DiagnosticsConfig(every=every, stride=stride)
+        )
         job = make_job(dataclasses.replace(base, objective=objective), bundle, mesh)
         states[name] = job.builder.init(job.key)
         with activate(mesh):
@@ -66,7 +70,8 @@ def main() -> None:
         "config": args.config,
         "every": EVERY,
         "time_bins": DiagnosticsConfig().time_bins,
-        "stride": DiagnosticsConfig().stride,
+        "stride": stride,
+        "samples_compared": -(-base.train.batch_size // stride),
         "blocks": args.blocks,
         "ms_per_step": {name: round(1e3 * float(np.median(t)), 2) for name, t in taken.items()},
         "cost_percent_median": round(100 * (float(np.median(ratios)) - 1), 1),

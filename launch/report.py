@@ -7,6 +7,9 @@ python -m launch.report --sweep runs/lambda_study --out docs/figures --prefix la
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from launch._main import cli, run
 
@@ -19,6 +22,8 @@ class ReportArgs:
     """Directories of launch.sweep; those of unfinished sweeps are shown as far as they are."""
     out: Path | None = None
     """Directory of the report; default: the first sweep's own, under report."""
+    where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """FIELD=VALUE: only the cells of which this holds; may be given several times."""
     prefix: str = ""
     """What the names of all files begin with."""
 
@@ -28,7 +33,9 @@ def main() -> None:
     args = cli(ReportArgs, description=__doc__)
     from vla_jax.lab.report import write_report  # after parsing: --help need not wait for JAX
 
-    for path in write_report(args.sweep, args.out or args.sweep[0] / "report", prefix=args.prefix):
+    for path in write_report(
+        args.sweep, args.out or args.sweep[0] / "report", prefix=args.prefix, conditions=args.where
+    ):
         print(f"wrote {path}")
 
 

@@ -19,10 +19,15 @@ KEPT = (
 """What is kept of the tabletop's report."""
 
 
-def last_validation(folder: Path, step: int) -> dict[str, Any]:
-    """The validation of the last step in a cell's metrics.jsonl, without the prefix ``val/``."""
+def last_validation(folder: Path, step: int, *, missing: bool = False) -> dict[str, Any]:
+    """The validation of the last step in a cell's metrics.jsonl, without the prefix ``val/``.
+
+    Raises ValueError where there is none, unless that may be `missing`, as where training ended before its time.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["step"] == step and any(k.startswith("val/") for k in line)]
+    if not found and missing:
+        return {}
     if not found:
         raise ValueError(
             f"{folder}/metrics.jsonl has no validation of step {step}; delete the folder and sweep again"

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vla_jax.lab.front import Verdicts
-from vla_jax.lab.table import Mean, Row, Setting
+from vla_jax.lab.front import Verdict, Verdicts, pareto
+from vla_jax.lab.table import Mean, Row, Setting, others_varied
 from vla_jax.sim.figures import style
 from vla_jax.sim.figures.curves import curve, smooth
 
@@ -49,14 +49,17 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
         colour = style.PALETTE[number % len(style.PALETTE)]
         means = [(s.mean(x), s.mean(y)) for s in line]
         _cross(axes, means, colour)
+        places = np.array([(a.mean, b.mean) for a, b in means])
+        axes.plot(*places.T, color=colour, marker="o", ms=4, mfc="white", linewidth=1.4, zorder=2)
+        efficient = places[pareto(places if log else -places)]
         axes.plot(
-            [m[0].mean for m in means],
-            [m[1].mean for m in means],
+            *efficient.T,
             color=colour,
             marker="o",
-            ms=4,
-            linewidth=1.4,
-            label=f"fixed λ, κ = {kappa:g}",
+            ms=6.5,
+            linestyle="none",
+            zorder=3,
+            label=f"fixed λ, κ = {kappa:g} (filled: no λ of this κ is better in both)",
         )
         for s, (a, b) in zip(line, means):
             text = f"{s.weight:g}"
@@ -137,7 +140,7 @@ def draw_policies(verdicts: Verdicts | None) -> Figure | None:
     """Hypervolume and regret of every policy and every fixed λ, with intervals."""
     if verdicts is None or not verdicts.policies:
         return None
-    lines = [*sorted(verdicts.policies, key=lambda v: v.regret.mean), *verdicts.fixed]
+    lines = [*sorted(verdicts.policies, key=by_regret), *verdicts.fixed]
     labels = [
         _policy_name(v.setting) if v.setting.policy != "fixed" else f"fixed λ = {v.setting.weight:g}"
         for v in lines
@@ -164,7 +167,8 @@ def draw_policies(verdicts: Verdicts | None) -> Figure | None:
         if number:
             axes.axvline(0, color=GREY, linewidth=1)
         else:
-            axes.axvline(verdicts.front.mean, color=GREY, linestyle=":", linewidth=1.4)
+            if verdicts.front:
+                axes.axvline(verdicts.front.mean, color=GREY, linestyle=":", linewidth=1.4)
             axes.set_yticks(range(len(lines)), labels)
             axes.invert_yaxis()
         _limit_x(axes, [take(v) for v in lines])
@@ -284,8 +288,7 @@ def _look(number: int, row: Row) -> dict[str, Any]:
         }
     colour = style.PALETTE[(number + 1) % len(style.PALETTE)]
     dashes = ("--", "-.", ":")[number // len(style.PALETTE) % 3]
-    name = row.policy if row.weight == 1 else f"{row.policy} × {row.weight:g}"
-    return {"color": colour, "linestyle": dashes, "linewidth": 1.2, "label": name}
+    return {"color": colour, "linestyle": dashes, "linewidth": 1.2, "label": _name(row)}
 
 
 def _shade(share: float) -> tuple[float, float, float]:
@@ -294,8 +297,19 @@ def _shade(share: float) -> tuple[float, float, float]:
     return tuple(light + share * (dark - light))
 
 
+def by_regret(verdict: Verdict) -> float:
+    """For sorting: those without a regret come last."""
+    return verdict.regret.mean if verdict.regret else float("inf")
+
+
 def _policy_name(setting: Setting) -> str:
-    return setting.policy if setting.weight == 1 else f"{setting.policy} × {setting.weight:g}"
+    return _name(setting.rows[0])
+
+
+def _name(row: Row) -> str:
+    """A policy with its scale and with whatever options of it were varied."""
+    name = row.policy if row.weight == 1 else f"{row.policy} × {row.weight:g}"
+    return " ".join([name, *others_varied(row)])
 
 
 def _cross(axes: Axes, means: Sequence[tuple[Mean, Mean]], colour: str) -> None:

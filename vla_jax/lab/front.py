@@ -33,6 +33,13 @@ def pareto(points: Float[np.ndarray, "n 2"]) -> list[int]:
     return [i for i in range(len(points)) if not dominated(i)]
 
 
+def pareto_settings(settings: Sequence[Setting]) -> list[Setting]:
+    """Settings than which no other one has smaller seed means of both losses."""
+    both = [s for s in settings if all(s.mean(name) for name in LOSSES)]
+    points = np.array([[s.mean(name).mean for name in LOSSES] for s in both]).reshape(-1, 2)
+    return [both[i] for i in pareto(points)]
+
+
 def hypervolume(points: Float[np.ndarray, "n 2"]) -> float:
     """The area in the unit square that is at least as bad as some point in both; lower is better."""
     points = np.clip(np.asarray(points, float).reshape(-1, 2), 0, 1)
@@ -63,7 +70,8 @@ class Verdict(NamedTuple):
     setting: Setting
     hypervolume: Mean
     """Of its one point."""
-    regret: Mean
+    regret: Mean | None
+    """None where no seed is shared with the best fixed λ."""
     success_regret: Mean | None
     """Success of the fixed λ with the highest mean success, minus its own; None without a simulator."""
 
@@ -75,8 +83,8 @@ class Verdicts(NamedTuple):
     best: Setting
     """The fixed λ of the lowest cost."""
     most_successful: Setting | None
-    front: Mean
-    """Hypervolume of all fixed λ together."""
+    front: Mean | None
+    """Hypervolume of all fixed λ together; None where they share no seed."""
     fixed: list[Verdict]
     policies: list[Verdict]
 
@@ -101,16 +109,32 @@ def judge(settings: Sequence[Setting]) -> Verdicts | None:
     able = [s for s in fixed if s.mean("success")]
     winner = max(able, key=lambda s: s.mean("success").mean) if able else None
 
-    def verdict(setting: Setting) -> Verdict:
-        points = scale(setting)
-        seeds = min(len(points), len(best.rows))
-        paired = points[:seeds].mean(axis=1) - scale(best)[:seeds].mean(axis=1)
-        success = setting.mean("success") if winner else None
-        lost = None
-        if success:
-            lost = mean_of(a - b for a, b in zip(winner.mean("success").values, success.values))
-        return Verdict(setting, mean_of(hypervolume(p) for p in points), mean_of(paired), lost)
+    points = {id(s): dict(zip(s.seeds, scale(s))) for s in [*fixed, *others]}
 
-    seeds = min(len(s.rows) for s in fixed)
-    together = mean_of(hypervolume(np.stack([scale(s)[i] for s in fixed])) for i in range(seeds))
-    return Verdicts(scale, best, winner, together, [verdict(s) for s in fixed], [verdict(s) for s in others])
+    def verdict(setting: Setting) -> Verdict:
+        own, reference = points[id(setting)], points[id(best)]
+        regret = [own[seed].mean() - reference[seed].mean() for seed in _shared(setting, best)]
+        lost = None
+        if winner and setting.mean("success") and (seeds := _shared(setting, winner)):
+            most, found = (dict(zip(s.seeds, s.mean("success").values)) for s in (winner, setting))
+            lost = mean_of(most[seed] - found[seed] for seed in seeds)
+        return Verdict(
+            setting, mean_of(hypervolume(p) for p in own.values()), mean_of(regret) if regret else None, lost
+        )
+
+    together = [
+        hypervolume(np.stack([points[id(s)][seed] for s in fixed])) for seed in _shared(*fixed)
+    ]  # a seed counts where every λ has it
+    return Verdicts(
+        scale,
+        best,
+        winner,
+        mean_of(together) if together else None,
+        [verdict(s) for s in fixed],
+        [verdict(s) for s in others],
+    )
+
+
+def _shared(*settings: Setting) -> list[int]:
+    """Seeds that all of them have: the others of an unfinished sweep have nothing to be compared with."""
+    return sorted(set.intersection(*(set(s.seeds) for s in settings)))

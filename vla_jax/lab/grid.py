@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from vla_jax.config import TrainConfig
 
+KAPPA = "objective.insulation"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -37,9 +39,12 @@ def make_cells(base: TrainConfig, grid: Sequence[str], seeds: int) -> list[Cell]
     cells = []
     for values in itertools.product(*axes.values(), range(base.seed, base.seed + seeds)):
         chosen = dict(zip([*axes, "seed"], values))
+        weight = chosen.get("objective.action_weight", base.objective.action_weight)
+        if weight == 0 and chosen.get(KAPPA) != axes.get(KAPPA, [None])[0]:
+            continue  # without an action loss κ scales nothing: one cell stands for all its values
         label = ",".join(f"{names.get(field, field)}={_text(value)}" for field, value in chosen.items())
         changes = {"data.seed": order} | chosen
-        if chosen.get("objective.action_weight", base.objective.action_weight) == 0:
+        if weight == 0:
             changes = {"objective.diagnostics.every": 0} | changes  # there is one gradient only
         config = replaced(base, changes)
         cells.append(Cell(name=label, values=chosen, config=config))

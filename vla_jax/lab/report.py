@@ -8,18 +8,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vla_jax.lab import figures, html
-from vla_jax.lab.front import Verdicts, judge
+from vla_jax.lab.front import Verdicts, judge, pareto_settings
 from vla_jax.lab.store import Store
 from vla_jax.lab.table import (
     METRICS,
     Mean,
     Row,
     Setting,
+    check_comparable,
     read_rows,
     records,
     settings_of,
     to_csv,
     unfinished,
+    where,
 )
 from vla_jax.sim.evaluate import write_json
 from vla_jax.sim.figures import style
@@ -49,9 +51,16 @@ HEADINGS = {
 }
 
 
-def write_report(folders: Sequence[Path], out: Path, *, prefix: str = "") -> list[Path]:
-    """Writes everything to `out`; returns the files. Raises ValueError where there is no finished cell."""
-    rows = read_rows(folders)
+def write_report(
+    folders: Sequence[Path], out: Path, *, prefix: str = "", conditions: Sequence[str] = ()
+) -> list[Path]:
+    """Writes everything to `out`; returns the files.
+
+    Raises ValueError where there is no finished cell of which the `conditions`, ``FIELD=VALUE``, hold, or where they
+    differ in what the figures do not show.
+    """
+    rows = where(read_rows(folders), conditions)
+    check_comparable(rows)
     settings = settings_of(rows)
     verdicts = judge(settings)
     drawn = {name: figure for name, figure in draw_all(rows, settings, verdicts).items() if figure}
@@ -87,6 +96,7 @@ def summary(rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts
 
     found = {
         "cells": records(rows),
+        "pareto": [s.label for s in pareto_settings(settings)],
         "settings": [
             {
                 "policy": s.policy,
@@ -176,7 +186,7 @@ def _page(
 
 def verdict_table(verdicts: Verdicts) -> list[Mapping[str, str]]:
     """Hypervolume and regrets, for people."""
-    lines = [*sorted(verdicts.policies, key=lambda v: v.regret.mean), *verdicts.fixed]
+    lines = [*sorted(verdicts.policies, key=figures.by_regret), *verdicts.fixed]
     return [
         {
             "policy": f"{v.setting.policy}, λ={v.setting.weight:g}",

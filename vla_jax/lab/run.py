@@ -22,6 +22,7 @@ from vla_jax.lab.together import pick
 from vla_jax.lab.train import Interrupted, compile_step, make_group_job, train_group
 from vla_jax.serve.policy import Policy
 from vla_jax.sharding.report import human
+from vla_jax.train.loop import TrainingDiverged
 from vla_jax.train.run import resolve, train
 
 
@@ -144,14 +145,18 @@ def run_group(group: Group, store: Store, config: SweepConfig) -> None:
 
 def run_alone(cell: Cell, store: Store, config: SweepConfig) -> None:
     """One cell as launch.train trains it, on all devices and with its own mesh."""
-    folder = store.cell(cell.name)
-    train(cell.config, folder)
+    folder, diverged = store.cell(cell.name), False
+    try:
+        train(cell.config, folder)
+    except TrainingDiverged as error:  # a result like any other: the cells after it are still to come
+        say(f"{cell.name}: {error}")
+        diverged = True
     if jax.process_index():
         return
     policy = Policy.load(folder)
-    if policy.step < cell.config.train.steps:
+    if policy.step < cell.config.train.steps and not diverged:
         raise Interrupted(f"stopped and saved at step {policy.step} of {cell.config.train.steps}")
-    judge(cell, policy, store, config, {"skipped": None, "diverged": False, "together": 1})
+    judge(cell, policy, store, config, {"skipped": None, "diverged": diverged, "together": 1})
     if not config.keep_policies:
         shutil.rmtree(folder / "checkpoints")
 
@@ -165,7 +170,7 @@ def judge(cell: Cell, policy: Policy, store: Store, config: SweepConfig, trainin
         "evaluation": config.evaluation,
         "step": policy.step,
         **training,
-        "val": last_validation(store.cell(cell.name), policy.step),
+        "val": last_validation(store.cell(cell.name), policy.step, missing=training["diverged"]),
         "closed_loop": closed_loop(policy, config.episodes),
         "versions": versions(),
     }

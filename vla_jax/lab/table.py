@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from vla_jax.config import TrainConfig, config_hash, from_json
-from vla_jax.lab.grid import value_of
+from vla_jax.checkpoint.manager import flatten
+from vla_jax.config import TrainConfig, config_hash, from_json, to_json
+from vla_jax.lab.grid import parse_grid, value_of
 from vla_jax.lab.store import Store
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -29,6 +30,11 @@ METRICS: dict[str, tuple[str, str]] = {
 """Column → where it stands in a cell's result."""
 
 LOSSES = ("ce", "action_loss")
+
+TOLD_APART = (
+    "objective.action_weight", "objective.insulation", "objective.weighting.", "objective.diagnostics.",
+)  # fmt: skip
+"""Fields (beginnings of them) in which the cells of one report may differ, besides the seed."""
 
 
 class Mean(NamedTuple):
@@ -97,6 +103,11 @@ class Setting:
         """κ."""
         return self.rows[0].kappa
 
+    @property
+    def seeds(self) -> list[int]:
+        """In the order of the rows."""
+        return [row.config.seed for row in self.rows]
+
     def mean(self, name: str) -> Mean | None:
         """A column's mean over seeds; None where some cell lacks it."""
         values = [row.metric(name) for row in self.rows]
@@ -137,6 +148,43 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     return list(rows.values())
 
 
+def where(rows: Sequence[Row], conditions: Sequence[str]) -> list[Row]:
+    """The rows of which all ``FIELD=VALUE`` hold. Raises ValueError where a field is unknown or no row is left."""
+    for condition in conditions:
+        for field, (value,) in _single(parse_grid([condition])):
+            found = sorted({str(value_of(row.config, field)) for row in rows})
+            rows = [row for row in rows if value_of(row.config, field) == value]
+            if not rows:
+                raise ValueError(f"--where {condition}: no cell; {field} is {', '.join(found)}")
+    return list(rows)
+
+
+def _single(axes: dict[str, list[Any]]) -> Iterable[tuple[str, list[Any]]]:
+    for field, values in axes.items():
+        if len(values) != 1:
+            raise ValueError(f"--where {field}: one value, not {len(values)}")
+        yield field, values
+
+
+def check_comparable(rows: Sequence[Row]) -> None:
+    """Raises ValueError where the cells differ in more than what the figures tell apart.
+
+    A line through the fixed λ, and a best one among them, mean nothing across learning rates or data sets.
+    """
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for field, value in flatten(json.loads(to_json(row.config))).items():
+            if field != "seed" and not field.startswith(TOLD_APART):
+                values.setdefault(field, set()).add(json.dumps(value))
+    for field, found in values.items():
+        if len(found) > 1:
+            some = ", ".join(sorted(found)[:4])
+            raise ValueError(
+                f"the cells differ in {field} ({some}), which no figure shows: report one value at a time with "
+                f"--where {field}=VALUE"
+            )
+
+
 def unfinished(folders: Sequence[Path]) -> list[str]:
     """Cells that were asked for and have no result."""
     return [
@@ -150,14 +198,13 @@ def unfinished(folders: Sequence[Path]) -> list[str]:
 
 def settings_of(rows: Sequence[Row]) -> list[Setting]:
     """The rows by everything but the seed, in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[TrainConfig, list[Row]] = {}
     for row in rows:
-        values = {k: v for k, v in row.result["values"].items() if k != "seed"}
-        groups.setdefault(json.dumps(values), []).append(row)
+        groups.setdefault(dataclasses.replace(row.config, seed=0), []).append(row)
     return [
         Setting(
             label=", ".join(row_label(group[0])),
-            rows=tuple(sorted(group, key=lambda r: r.result["values"]["seed"])),
+            rows=tuple(sorted(group, key=lambda r: r.config.seed)),
         )
         for group in groups.values()
     ]
@@ -165,10 +212,14 @@ def settings_of(rows: Sequence[Row]) -> list[Setting]:
 
 def row_label(row: Row) -> list[str]:
     """What distinguishes a setting, for people: policy, λ, κ, and whatever else was varied."""
+    return [row.policy, f"λ={row.weight:g}", f"κ={row.kappa:g}", *others_varied(row)]
+
+
+def others_varied(row: Row) -> list[str]:
+    """What the sweep varied besides policy, λ, κ and seed: ``name=value``."""
     short = {"objective.weighting.policy", "objective.action_weight", "objective.insulation", "seed"}
-    label = [row.policy, f"λ={row.weight:g}", f"κ={row.kappa:g}"]
     rest = {k: v for k, v in row.result["values"].items() if k not in short}
-    return label + [f"{k.split('.')[-1]}={v}" for k, v in rest.items()]
+    return [f"{k.split('.')[-1]}={v}" for k, v in rest.items()]
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -58,13 +58,15 @@ def _refuse_fine_tuning(config: TrainConfig) -> None:
     }
     for name, value in unused.items():
         if value:
-            raise ValueError(f"cells that are trained together do not know {name}={value}; use --submit")
+            raise ValueError(f"cells that are trained together do not know {name}={value}; use --group 1")
 
 
 def make_group_job(group: Group) -> GroupJob:
     """Reads the data set of the group's configuration. Raises ValueError where it does not fit."""
     if jax.process_count() > 1:
-        raise ValueError("cells are trained together on one host only; use --submit for larger models")
+        raise ValueError(
+            "cells are trained together on one host only; use --group 1, or --submit for a job per cell"
+        )
     _refuse_fine_tuning(group.config)
     bundle = prepare_data(group.config)
     config = resolve(group.config, bundle)
@@ -102,6 +104,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
     meta = {
         "config": json.loads(to_json(job.config)),
         "cells": [cell.name for cell in job.group.cells],
+        "cells_with_padding": len(together.knobs.seed),  # a multiple of the number of devices
         "data_fingerprint": job.data_fingerprint,
     }
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,8 @@ class DiagnosticsConfig:
     time_bins: int = 4
     """Bins of the flow time; each costs a backward pass of the samples compared."""
     stride: int = 8
-    """Compare on every n-th sample of the batch: divides cost and memory; 1: on all of them."""
+    """Compare on every n-th sample of the batch: divides cost and memory; 1: on all of them. Fewer samples make
+    noisier, and so longer, gradients: norms, λ_eff and cosine are then the subsample's."""
 
     def __post_init__(self):
         if self.every < 0:

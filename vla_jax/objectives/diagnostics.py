@@ -55,9 +55,9 @@ class Report(NamedTuple):
     layers: dict[str, Comparison]
     """Per group of parameters; `[layers]` for stacked ones, else scalars."""
     by_time: Comparison
-    """`[bins]`."""
+    """`[bins]`; NaN where no sample's t fell into a bin, which is not the same as a gradient of zero."""
     layers_by_time: dict[str, Comparison]
-    """`[bins layers]` or `[bins]`."""
+    """`[bins layers]` or `[bins]`; NaN like `by_time`."""
 
 
 class _Sums(NamedTuple):
@@ -103,7 +103,10 @@ def diagnose(
         whole = _compare(_add([_over_layers(s, axis) for s in sums.values()]), weights)
         return whole, {name: _compare(s, weights) for name, s in sums.items()}
 
-    return Report(*compare(at_once, 0), *compare(by_time, 1))
+    def drawn(x: Float[Array, "bins ..."]) -> Float[Array, "bins ..."]:
+        return jnp.where(jnp.expand_dims(share > 0, range(1, x.ndim)), x, jnp.nan)
+
+    return Report(*compare(at_once, 0), *jax.tree.map(drawn, compare(by_time, 1)))
 
 
 def as_metrics(report: Report) -> dict[str, Array]:
