@@ -78,6 +78,7 @@ def _search(config, topology, args: CompileArgs) -> list:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    topology.devices()  # no compiler, no search: one error instead of one for every mesh
     ranked = search.search(config, topology, compiles=args.compiles, say=say)
     print("\nbest first")
     for candidate, report in ranked:

@@ -133,6 +133,31 @@ def test_search_passes_over_what_must_be_too_large_and_ranks_by_mfu(monkeypatch)
         search.search(tiny.get_config(), parse("v5e:4x4"), compiles=2, say=lambda line: None)
 
 
+def test_search_passes_over_meshes_that_cannot_be_made_and_says_how_many(monkeypatch):
+    tried, said = [], []
+
+    def measure(config, topology):
+        tried.append(config.mesh)
+        if config.mesh.tensor > 1:
+            raise ValueError(f"mesh.tensor={config.mesh.tensor} cannot be laid out")
+        return report(config, 0.5)
+
+    monkeypatch.setattr(search, "measure", measure)
+    config, topology = tiny.get_config(), parse("v5e:4x4")
+    ordered = search.candidates(config, topology)
+    ranked = search.search(config, topology, compiles=len(ordered), say=said.append)
+    possible = [c for c in ordered if c.config.mesh.tensor == 1]
+    assert len(ranked) == len(possible) < len(ordered)
+    impossible = {c.config.mesh for c in ordered if c.config.mesh.tensor > 1}
+    assert [tried.count(mesh) for mesh in impossible] == [1] * len(impossible)
+    assert said[-1] == (
+        f"{len(impossible)} meshes ({len(ordered) - len(possible)} candidates) were passed over"
+    )
+    monkeypatch.setattr(search, "measure", lambda *_: (_ for _ in ()).throw(ValueError("cannot be laid out")))
+    with pytest.raises(ValueError, match=r"no mesh of v5e:4x4 goes with this model; .*cannot be laid out"):
+        search.search(config, topology, compiles=2, say=said.append)
+
+
 def test_predictions_of_a_report():
     config = tiny.get_config()
     found = report(config, 0.5)

@@ -197,11 +197,26 @@ def test_only_data_crosses_slices(monkeypatch):
         make_mesh(MeshConfig(data=1, fsdp=8), devices_of(2))
 
 
+def test_axes_may_be_parts_of_torus_sides(monkeypatch):
+    """4×4 chips as 2 × 8: no side has 2, and jax.make_mesh would refuse it for this chip."""
+    monkeypatch.setattr(mesh_module, "Mesh", lambda devices, names, **_: devices)
+    chips = [
+        SimpleNamespace(
+            id=4 * x + y, coords=(x, y, 0), core_on_chip=0, platform="tpu", device_kind="TPU v6 lite"
+        )
+        for x in range(4)
+        for y in range(4)
+    ]
+    placed = make_mesh(MeshConfig(data=2, fsdp=8), chips)
+    assert placed.shape == (2, 8, 1, 1)
+    assert {chip.id for chip in placed.flat} == set(range(16))
+
+
 def test_a_mesh_that_does_not_tile_the_torus(monkeypatch):
     def refuse(*args, **kwargs):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 0")
 
-    monkeypatch.setattr(jax, "make_mesh", refuse)
+    monkeypatch.setattr(mesh_module.mesh_utils, "create_device_mesh", refuse)
     with pytest.raises(ValueError, match=r"mesh.fsdp=4.* cannot be laid out on a torus of 2×2×1 chips"):
         make_mesh(MeshConfig(fsdp=4), devices_of(1))
 

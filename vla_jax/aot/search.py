@@ -160,8 +160,8 @@ def search(
 ) -> list[tuple[Candidate, Report]]:
     """Compiles up to `compiles` candidates and returns those that fit, best MFU first.
 
-    A candidate is passed over where another one on the same mesh did not fit that should need less. Raises ValueError
-    where none fits.
+    A candidate is passed over where another one on the same mesh did not fit that should need less, and where its mesh
+    cannot be made or goes with the model badly; `say` tells which and how many. Raises ValueError where none fits.
     """
     ordered = candidates(config, topology, remats)
     if not ordered:
@@ -172,28 +172,39 @@ def search(
     say(f"{len(ordered)} candidates on {topology}; compiling up to {compiles}")
     fitting: list[tuple[Candidate, Report]] = []
     too_large: list[Candidate] = []
-    done = 0
+    refused: dict[MeshConfig, str] = {}
     for candidate in ordered:
-        if done == compiles:
+        mesh = candidate.config.mesh
+        if len(fitting) + len(too_large) == compiles:
             break
-        if any(x.config.mesh == candidate.config.mesh and x.bytes <= candidate.bytes for x in too_large):
+        if mesh in refused or any(x.config.mesh == mesh and x.bytes <= candidate.bytes for x in too_large):
             continue
-        done += 1
         try:
             report = measure(candidate.config, topology)
         except DoesNotFit as error:
             say(f"  {candidate.name}: {error.over / GIB:.2f} GiB too much")
             too_large.append(candidate)
             continue
+        except ValueError as error:  # this mesh and this model do not go together; another may
+            refused[mesh] = str(error)
+            say(f"  {candidate.name}: passed over: {error}")
+            continue
         say(
             f"  {candidate.name}: MFU {report.mfu:.1%}, {1e3 * report.seconds:.0f} ms, "
             f"{report.memory.total / GIB:.2f} GiB"
         )
         fitting.append((candidate, report))
+    if refused:
+        left_out = sum(candidate.config.mesh in refused for candidate in ordered)
+        say(f"{len(refused)} meshes ({left_out} candidates) were passed over")
+    if not fitting and refused and not too_large:
+        raise ValueError(
+            f"no mesh of {topology} goes with this model; the last: {list(refused.values())[-1]}"
+        )
     if not fitting:
         raise ValueError(
-            f"none of the {done} candidates compiled for {topology} fits; allow more with --compiles, or use a smaller "
-            "train.batch_size"
+            f"none of the {len(too_large)} candidates compiled for {topology} fits; allow more with --compiles, or use "
+            "a smaller train.batch_size"
         )
     return sorted(fitting, key=lambda pair: -pair[1].mfu)
 

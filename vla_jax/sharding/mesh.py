@@ -46,12 +46,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     try:
         if slices > 1:
             return Mesh(_across_slices(sizes, slices, devices), tuple(sizes), axis_types=types)
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        # As jax.make_mesh, but on every TPU an axis may take a part of a torus side where no whole sides multiply to
+        # it (make_mesh allows that on v5e only): such an axis has lines instead of rings, but it works.
+        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(placed, tuple(sizes), axis_types=types)
     except NotImplementedError as error:  # how mesh_utils says that the axes do not tile the torus
         torus = "×".join(str(1 + max(c)) for c in zip(*(device.coords for device in devices)))
         wanted = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"{wanted} cannot be laid out on a torus of {torus} chips; every axis must be a product of whole sides"
+            f"{wanted} cannot be laid out on a torus of {torus} chips; every axis must be a product of sides, or of "
+            "parts of them"
         ) from error
 
 
@@ -70,8 +74,7 @@ def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Dev
         )
     inside = (sizes["data"] // slices, *list(sizes.values())[1:])
     over = (slices, *(1 for _ in inside[1:]))
-    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")  # as jax.make_mesh does
-    return mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=split)
+    return mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
