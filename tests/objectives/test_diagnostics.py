@@ -71,7 +71,10 @@ def by_hand(text, actions, share, weights):
             layers[group] = np.array(found)
         return compare([(text[name], action[name]) for name in text]), layers
 
-    return report(whole), [report(a) for a in actions]
+    def unknown(found):  # of a bin into which no t fell
+        return found[0] * np.nan, {group: value * np.nan for group, value in found[1].items()}
+
+    return report(whole), [report(a) if s else unknown(report(a)) for s, a in zip(share, actions)]
 
 
 def difference(report, hand, conflicts=0.0) -> float:
