@@ -106,7 +106,7 @@ def measure(config, mesh, steps: int, repeats: int) -> dict | None:
         raise ValueError("the loss is not a number: the timing would mean nothing")
     seconds = statistics.median(times[1:])
     peak = total_peak(mesh.devices.reshape(-1).tolist())
-    rate = config.train.batch_size / seconds
+    rate, flops = config.train.batch_size / seconds, train_flops(config, builder.shapes)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -118,8 +118,8 @@ def measure(config, mesh, steps: int, repeats: int) -> dict | None:
         "fastest": min(times[1:]),
         "slowest": max(times[1:]),
         "samples_per_second": rate,
-        "sample_flops": train_flops(config),
-        "mfu": None if peak is None else rate * train_flops(config) / peak,
+        "sample_flops": flops,
+        "mfu": None if peak is None else rate * flops / peak,
         "peak_flops": peak,
         "loss": float(metrics["loss"]),
         "compile_seconds": compile_seconds,

@@ -13,7 +13,7 @@ from vla_jax.aot.programs import check_sizes, prefix_tokens
 from vla_jax.aot.report import Report, too_large
 from vla_jax.aot.schedule import Timeline
 from vla_jax.train.flops import model_flops
-from vla_jax.train.run import train_flops
+from vla_jax.train.run import count_flops
 
 GIB = 2**30
 
@@ -72,7 +72,9 @@ def test_pretraining_configs_need_no_data(module, tokens):
     check_sizes(config)
     assert prefix_tokens(config) == tokens
     assert config.model.expert.horizon == 50 and config.model.expert.action_dim == 32
-    assert train_flops(config) == pytest.approx(1.2e13, rel=0.3)  # 6 · parameters · tokens, roughly
+    assert count_flops(config).train_sample(1) == pytest.approx(
+        1.2e13, rel=0.3
+    )  # 6 · parameters · tokens, roughly
 
 
 def test_meshes_divide_the_model_and_the_pod():
@@ -167,4 +169,4 @@ def test_predictions_of_a_report():
     assert slow.seconds == pytest.approx(4) and "host" in slow.limit()
     waiting = dataclasses.replace(found, timeline=Timeline(matrix=1.1, other=0.2, waiting=0.9))
     assert waiting.limit() == "waiting for the network"
-    assert model_flops(config.model, text_tokens=32, target_tokens=8).train_sample(1) == train_flops(config)
+    assert model_flops(config.model, text_tokens=32, target_tokens=8) == count_flops(config)

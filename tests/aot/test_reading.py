@@ -131,6 +131,30 @@ def test_a_fused_collective_counts_once_from_its_first_stage_to_its_last():
     assert found.waiting == pytest.approx(3 * (one - (15 + 1500 + 30) / V5E.clock))
 
 
+KERNELS = """HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,8,896,256], k: bf16[2,896,256]) -> bf16[2,8,896,256] {
+  %q = bf16[2,8,896,256]{3,2,1,0} parameter(0)
+  %k = bf16[2,896,256]{2,1,0} parameter(1)
+  %splash_mqa_dkv_segmented_no_residuals.1 = (bf16[2,896,256]{2,1,0}, bf16[2,896,256]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  %small = bf16[8,128]{1,0} constant({...})
+  %mine.2 = bf16[8,128]{1,0} custom-call(%small), custom_call_target="tpu_custom_call"
+  ROOT %splash_mqa_fwd_segmented_residuals.1 = bf16[2,8,896,256]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_attention_kernels_take_their_products_where_those_are_longer_than_their_traffic():
+    mesh = mesh_of(data=2, fsdp=4)
+    line = Player(Program(KERNELS), mesh, Network(parse("v5e:2x4"), mesh)).play()
+    one = 2 * 2 * 8 * 896 * 896 * 256  # one product of queries and keys, over batch and heads
+    traffic = 2 * 8 * 128 * 2 / V5E.hbm_bandwidth  # of a kernel whose work nobody knows
+    assert line.kernel == pytest.approx((2 + 4) * one / V5E.flops + traffic)
+    assert line.kernels == 3 and line.unknown == {
+        "FLOPs of the kernel mine.2 (its memory traffic is counted)"
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -10,18 +10,24 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.aot import tiny
 from tests.data import toy as toy_data
 from tests.models import small
+from vla_jax.aot import programs
 from vla_jax.checkpoint import load, read_meta
 from vla_jax.config import TrainConfig, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
 from vla_jax.data.loader import Loader
+from vla_jax.flow.processes import make_process
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.models.vla import VLA
-from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.sharding import MeshConfig, make_mesh
+from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.flops import model_flops
-from vla_jax.train.run import train
+from vla_jax.train.optim import make_optimizer
+from vla_jax.train.run import count_flops, train, train_flops
+from vla_jax.train.step import make_train_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,3 +187,35 @@ def test_flops_of_pi0_are_the_published_order():
 
     found = model_flops(pi0(), text_tokens=48, target_tokens=0).train_sample(1)
     assert found == pytest.approx(1.2e13, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "rank"),
+    [
+        ((), 0),
+        (("backbone/img/**",), 0),
+        (("backbone/**",), 0),
+        (("backbone/llm/**",), 0),
+        (("expert/**", "backbone/img/**"), 4),
+    ],
+)
+def test_flops_of_a_training_step_that_leaves_parts_alone(freeze, rank):
+    """Against the products of the true step's trace, which has one gradient less for every frozen matrix."""
+    config = tiny.get_config()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="none"),
+        optim=dataclasses.replace(config.optim, freeze=freeze),
+        lora=LoraConfig(rank=rank, modules=("backbone/llm/layers/**",)),
+    )
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    batch = programs.abstract_batch(config, mesh)
+    state = programs.plan(config, batch, mesh).shapes
+    assert (state.frozen is not None) == bool(freeze or rank)
+    tx = make_optimizer(config.optim, config.train.steps)
+    step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
+    counted = products(jax.make_jaxpr(step)(state, batch).jaxpr)
+    found = config.train.batch_size * train_flops(config, state)
+    assert found == pytest.approx(counted, rel=0.06)
+    everything = config.train.batch_size * count_flops(config).train_sample(1)
+    assert (found == everything) == (not freeze)

@@ -17,13 +17,12 @@ from vla_jax.models.vla import VLA
 from vla_jax.serve.sampling import sample_actions
 from vla_jax.sharding import activate, batch_sharding, check_batch, check_prefix, check_unsharded, placement
 from vla_jax.sharding.report import Placement
-from vla_jax.train import spikes
 from vla_jax.train.compiled import jit_train_step
+from vla_jax.train.config import LoraConfig
 from vla_jax.train.optim import make_optimizer
-from vla_jax.train.run import init_params
-from vla_jax.train.state import StateBuilder, state_builder
+from vla_jax.train.run import count_flops, init_params, plan_state, train_flops
+from vla_jax.train.state import StateBuilder
 from vla_jax.train.step import make_train_step
-from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch
 
 PROGRAMS = ("train", "sample")
@@ -37,6 +36,8 @@ class Lowered:
     mesh: Mesh
     placement: Placement
     """Where the state lies (of `sample`: the parameters)."""
+    sample_flops: float
+    """The model's FLOPs for one sample (training) or one chunk (sampling)."""
 
 
 def lower(config: TrainConfig, mesh: Mesh, program: str) -> Lowered:
@@ -47,24 +48,16 @@ def lower(config: TrainConfig, mesh: Mesh, program: str) -> Lowered:
     accumulate = config.train.accumulate if program == "train" else 1
     check_batch(config.train.batch_size, accumulate, mesh)
     batch = abstract_batch(config, mesh)
-    builder = plan(config, batch, mesh)
     if program == "train":
-        return _train(config, batch, builder)
+        return _train(config, batch, plan(config, batch, mesh))
     if program == "sample":
-        return _sample(config, batch, builder)
+        return _sample(config, batch, plan(_all_trained(config), batch, mesh))
     raise ValueError(f"program '{program}' is not known; there are {', '.join(PROGRAMS)}")
 
 
 def plan(config: TrainConfig, batch: Batch, mesh: Mesh) -> StateBuilder:
     """Shapes and shardings of the training state, as `train.run` makes them."""
-    return state_builder(
-        init_params(VLA(config.model), batch),
-        make_optimizer(config.optim, config.train.steps),
-        ema=config.train.ema_decay is not None,
-        mesh=mesh,
-        weighting=policy_of(config).init,
-        spikes=spikes.first(config.train),
-    )
+    return plan_state(config, init_params(VLA(config.model), batch), mesh)
 
 
 def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
@@ -73,7 +66,14 @@ def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     tx = make_optimizer(config.optim, config.train.steps)
     step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
     with activate(builder.mesh):
-        return Lowered(jit_train_step(step, builder).lower(builder.shapes, batch), builder.mesh, table)
+        lowered = jit_train_step(step, builder).lower(builder.shapes, batch)
+    return Lowered(lowered, builder.mesh, table, train_flops(config, builder.shapes))
+
+
+def _all_trained(config: TrainConfig) -> TrainConfig:
+    """For sampling: a policy merges LoRA when it is loaded, and does not know what was frozen."""
+    optim = dataclasses.replace(config.optim, freeze=())
+    return dataclasses.replace(config, optim=optim, lora=LoraConfig())
 
 
 def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
@@ -98,7 +98,7 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
             samples=1,
             see_target=False,
         )
-    return Lowered(lowered, builder.mesh, table)
+    return Lowered(lowered, builder.mesh, table, count_flops(config).chunk(config.solver.nfe or 1))
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

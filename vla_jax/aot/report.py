@@ -13,7 +13,6 @@ from vla_jax.aot.topology import Topology
 from vla_jax.config import TrainConfig
 from vla_jax.sharding import make_mesh
 from vla_jax.sharding.report import human
-from vla_jax.train.run import count_flops, train_flops
 
 ASSUMPTIONS = (
     "MFU counts the model's own FLOPs (train/flops.py: attention whole, padding counted, nothing for what is computed "
@@ -21,7 +20,8 @@ ASSUMPTIONS = (
     "instructions take the cycles that the TPU compiler estimates for them, in the order in which it scheduled them",
     "a collective takes its bytes over the links of the torus sides that it spans, both ways where they close to a "
     "ring, one after the other, beside the computation between its start and its end; the rest is waiting",
-    "hand-written kernels take the time of their memory traffic; the host, input and stragglers take none",
+    "attention kernels take their memory traffic or their products at peak, whichever is longer; the host, input and "
+    "stragglers take no time",
 )
 
 
@@ -73,7 +73,8 @@ class Report:
         return {
             "model FLOPs at peak": self.chip_flops / chip.flops,
             "matrix products": line.matrix,
-            "other operations": line.other + line.kernel,
+            "attention kernels": line.kernel,
+            "other operations": line.other,
             "memory traffic": line.hbm / chip.hbm_bandwidth,
             **network,
             "waiting for the network": line.waiting,
@@ -86,8 +87,8 @@ class Report:
         if self.terms()["host"] > line.seconds:
             return "the link to the host's memory (offloading)"
         beyond = {
-            "matrix products computed again, or below peak": max(0.0, line.matrix - ideal),
-            "operations that are no matrix products": line.other + line.kernel,
+            "matrix products computed again, or below peak": max(0.0, line.matrix + line.kernel - ideal),
+            "operations that are no matrix products": line.other,
             "waiting for the network": line.waiting,
         }
         return max(beyond, key=beyond.get)
@@ -202,7 +203,6 @@ def measure(
     if found.headroom < 0:
         raise too_large(config, topology, lowered, found.total, found.limit, program)
     timeline = Player(Program(text), mesh, Network(topology, mesh)).play()
-    flops = train_flops(config) if program == "train" else count_flops(config).chunk(config.solver.nfe or 1)
     model = config.model
     parts = f", {config.train.accumulate} microbatches" if program == "train" else f", {config.solver.method}"
     return Report(
@@ -213,7 +213,7 @@ def measure(
         batch=config.train.batch_size,
         memory=found,
         unsharded=lowered.placement.unsharded_share,
-        sample_flops=flops,
+        sample_flops=lowered.sample_flops,
         timeline=timeline,
         seconds_to_compile=seconds,
     )

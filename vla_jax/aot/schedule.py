@@ -8,6 +8,8 @@ condition says. What is left out: the host, variance between chips, and memory t
 
 import collections
 import dataclasses
+import math
+import re
 
 from jax.sharding import Mesh
 
@@ -35,6 +37,9 @@ FREE = {
 """No work of the compute units: names of things, and copies that run beside them."""
 
 MATRIX = ("convolution", "dot")
+
+SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Products of size queries × keys × head dim in each of splash attention's kernels (`splash_mqa_fwd_…`)."""
 
 
 @dataclasses.dataclass
@@ -195,8 +200,13 @@ class Player:
         line.hbm += moved
         if opcode == "custom-call":
             if "tpu_custom_call" in instruction.attributes:
+                flops = self._kernel_flops(where, instruction)
+                if flops is None:
+                    line.unknown.add(
+                        f"FLOPs of the kernel {instruction.name} (its memory traffic is counted)"
+                    )
                 line.kernels += 1
-                line.kernel += moved / self.chip.hbm_bandwidth
+                line.kernel += max(moved / self.chip.hbm_bandwidth, (flops or 0.0) / self.chip.flops)
             return
         cycles = instruction.cycles
         seconds = moved / self.chip.hbm_bandwidth if cycles is None else cycles / self.chip.clock
@@ -204,6 +214,15 @@ class Player:
             line.matrix += seconds
         else:
             line.other += seconds
+
+    def _kernel_flops(self, where: str, instruction: Instruction) -> float | None:
+        """Of a splash kernel, whose first operands are queries [… t e] and keys [… s e]; None for any other."""
+        kind = re.match(r"splash_m[qh]a_(\w+?)_", instruction.name)
+        if kind is None or kind[1] not in SPLASH:
+            return None
+        names = self.program.by_name(where)
+        queries, keys = (names[o].arrays[0].shape for o in instruction.operands[:2])
+        return SPLASH[kind[1]] * 2.0 * math.prod(queries) * keys[-2]
 
     def _copied(self, where: str, instruction: Instruction, space: int) -> float:
         """Bytes of a copy in one memory space; its result names source and destination."""

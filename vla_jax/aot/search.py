@@ -48,7 +48,7 @@ class Candidate:
 
 def candidates(config: TrainConfig, topology: Topology, remats: tuple[str, ...] = REMAT) -> list[Candidate]:
     """All sensible ways to run a configuration's batch on a pod, by estimated time; hopeless ones are left out."""
-    found = []
+    found, partly = [], bool(config.optim.freeze or config.lora.rank)
     for mesh in meshes(topology, config):
         shards = mesh.data * mesh.fsdp
         for accumulate in (1, 2, 4, 8):
@@ -62,7 +62,8 @@ def candidates(config: TrainConfig, topology: Topology, remats: tuple[str, ...] 
                     train=dataclasses.replace(config.train, accumulate=accumulate),
                 )
                 seconds, size = estimate(changed, topology)
-                if size < 1.3 * topology.chip.hbm:  # rough: leave the compiler to decide about near ones
+                # Rough: leave the compiler to decide about near ones, and where not everything is trained.
+                if partly or size < 1.3 * topology.chip.hbm:
                     found.append(Candidate(config=changed, seconds=seconds, bytes=size))
     return sorted(found, key=lambda c: c.seconds)
 
@@ -86,7 +87,7 @@ def meshes(topology: Topology, config: TrainConfig) -> Iterator[MeshConfig]:
 
 
 def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
-    """(seconds, bytes per chip) of a training step, by hand: for the order in which to compile only.
+    """(seconds, bytes per chip) of a training step that trains all, by hand: for the order in which to compile only.
 
     Work: forward, backward and what is computed again, at 85 % of peak. Traffic: every microbatch gathers the
     parameters in bf16 twice and reduces gradients in float32 once over fsdp, and sums two activations per layer over

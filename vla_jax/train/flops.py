@@ -4,7 +4,10 @@ XLA's own count sees the body of a scan once, so it is useless for stacked layer
 
 - a multiply-add is 2 FLOPs; only matrix products and attention are counted;
 - attention is counted whole (every query with every key), as it is computed: a prefix-LM is not causal;
-- training is 3 forward passes (the backward pass is two); what rematerialisation computes again is not counted;
+- training is 3 forward passes: the forward one, the activations' gradient, the weights' gradient. Of frozen matrices
+  there is no weights' gradient, and before the first trained parameter none of activations (`Trained`). LoRA's factors
+  are merged before use, so the whole matrix has a gradient and counts as trained; their own product is not counted;
+- what rematerialisation computes again is not counted;
 - padding is counted: it is computed.
 """
 
@@ -38,6 +41,23 @@ PEAK_FLOPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Share of each part's matrix elements that have a gradient; None where the part has no trained parameter at all.
+
+    Attention's own products, which have no weights, are counted as if they were matrices of their part.
+    """
+
+    vision: float | None = 1.0
+    decoder: float | None = 1.0
+    """Without the token table."""
+    table: float | None = 1.0
+    """The token table: logits, and embeddings before the decoder."""
+    expert: float | None = 1.0
+    through: bool = True
+    """Whether the expert's loss reaches the backbone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Flops:
     """Forward FLOPs of one sample, by part."""
@@ -53,10 +73,21 @@ class Flops:
     chunk_tokens: int = 0
     """The chunk as FAST tokens through the language model, with their logits."""
 
-    def train_sample(self, noise_draws: int) -> int:
+    def train_sample(self, noise_draws: int, trained: Trained = Trained()) -> float:
         """Forward and backward of one training sample with so many draws of noise."""
-        once = self.vision + self.decoder + self.logits + self.chunk_tokens
-        return 3 * (once + noise_draws * self.expert)
+        images = trained.vision is not None
+        backbone = images or trained.decoder is not None or trained.table is not None
+        suffix = trained.expert is not None or (backbone and trained.through)
+
+        def passes(reached: bool, share: float | None) -> float:
+            return 1 + reached + (share or 0.0)
+
+        return (
+            self.vision * passes(images, trained.vision)
+            + (self.decoder + self.chunk_tokens) * passes(backbone, trained.decoder)
+            + self.logits * passes(backbone, trained.table)
+            + noise_draws * self.expert * passes(suffix, trained.expert)
+        )
 
     def chunk(self, evaluations: int) -> int:
         """Sampling one chunk: the prefix once, the expert `evaluations` times; no text is decoded."""

@@ -6,19 +6,22 @@ the matrices that it adapts to the second.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jaxtyping import PRNGKeyArray
 
-from vla_jax.checkpoint.tree import join
+from vla_jax.checkpoint.tree import flatten, join
 from vla_jax.config import TrainConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
+from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Model
+from vla_jax.train.flops import Trained
 from vla_jax.train.patterns import choose, leaf_names
-from vla_jax.train.state import InitParams
+from vla_jax.train.state import InitParams, TrainState
 from vla_jax.types import PyTree
 
 LORA_KEY = 0x10FA
@@ -69,3 +72,29 @@ class _Network:
         """The model's own, with all parameters. What a method does not read of them is not computed either."""
         params = join(variables["params"], self.frozen)
         return self.model.apply({"params": lora.merge(params, self.scale)}, *args, **kwargs)
+
+
+def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
+    """What of each part has a gradient, from the shapes of a state; for the count of FLOPs."""
+    shapes, trained = flatten(state.whole(averaged=False)), flatten(state.params).keys()
+    if not objective.text and objective.insulation == 0:  # nothing that is learned depends on the backbone
+        trained = {name for name in trained if name.startswith("expert/")}
+
+    def has_gradient(name: str) -> bool:
+        return name in trained or f"{name}{lora.SUFFIX}/a" in trained
+
+    def share(*prefixes: str) -> float | None:
+        names = [name for name in shapes if name.startswith(prefixes)]
+        if not any(name in trained for name in names):
+            return None
+        sizes = {name: math.prod(shapes[name].shape) for name in names if matrix_axes(name) is not None}
+        return sum(n for name, n in sizes.items() if has_gradient(name)) / max(1, sum(sizes.values()))
+
+    table = "backbone/llm/embedder/input_embedding"
+    return Trained(
+        vision=share("backbone/img/"),
+        decoder=share("backbone/llm/layers/", "backbone/llm/final_norm/"),
+        table=1.0 if table in trained else None,
+        expert=share("expert/"),
+        through=objective.insulation > 0,
+    )

@@ -40,9 +40,9 @@ from vla_jax.train.hosts import code_hash
 from vla_jax.train.init_from import read_start
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
-from vla_jax.train.parts import make_parts
+from vla_jax.train.parts import make_parts, trained_shares
 from vla_jax.train.profile import Steps
-from vla_jax.train.state import StateBuilder, state_builder
+from vla_jax.train.state import InitParams, StateBuilder, TrainState, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
 from vla_jax.train.watchdog import Watchdog
 from vla_jax.train.weigh import policy_of
@@ -144,17 +144,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
     held_out = loader_of(config, bundle, "val", rows) if loop.val_every else None
     model, process = VLA(config.model), make_process(config.process)
     tx = make_optimizer(config.optim, loop.steps)
-    parts = make_parts(init_params(model, loader.example_batch(), loop.batch_size), config)
-    builder = state_builder(
-        parts.init,
-        tx,
-        ema=loop.ema_decay is not None,
-        mesh=mesh,
-        weighting=policy_of(config).init,
-        spikes=spikes.first(loop),
-        frozen=parts.frozen,
-        frozen_dtype=config.optim.frozen_dtype,
-    )
+    builder = plan_state(config, init_params(model, loader.example_batch(), loop.batch_size), mesh)
     check_trunks(config.objective, builder.shapes.params)
 
     def start() -> dict[str, Any] | None:
@@ -181,11 +171,26 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
             "data": bundle.to_json(),
             "data_fingerprint": index_dataset(loader.source).fingerprint,
         },
-        sample_flops=train_flops(config),
+        sample_flops=train_flops(config, builder.shapes),
         sample_tokens=sample_tokens(config),
         key=jax.random.key(config.seed),
         defaults=json.loads(to_json(TrainConfig())),
         start=start,
+    )
+
+
+def plan_state(config: TrainConfig, init: InitParams, mesh: jax.sharding.Mesh) -> StateBuilder:
+    """Shapes and shardings of a run's state: what is trained, what is frozen, the optimiser's and the average."""
+    parts = make_parts(init, config)
+    return state_builder(
+        parts.init,
+        make_optimizer(config.optim, config.train.steps),
+        ema=config.train.ema_decay is not None,
+        mesh=mesh,
+        weighting=policy_of(config).init,
+        spikes=spikes.first(config.train),
+        frozen=parts.frozen,
+        frozen_dtype=config.optim.frozen_dtype,
     )
 
 
@@ -263,10 +268,14 @@ def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilde
     return validate
 
 
-def train_flops(config: TrainConfig) -> int:
-    """Analytic FLOPs of one training sample; terms of weight zero are not computed and not counted."""
+def train_flops(config: TrainConfig, state: TrainState) -> float:
+    """Analytic FLOPs of one training sample; terms of weight zero are not computed and not counted.
+
+    `state` (its shapes will do) says what is trained.
+    """
     objective = config.objective
-    return count_flops(config).train_sample(objective.noise_draws if objective.action_weight else 0)
+    draws = objective.noise_draws if objective.action_weight else 0
+    return count_flops(config).train_sample(draws, trained_shares(state, objective))
 
 
 def sample_tokens(config: TrainConfig) -> int:
