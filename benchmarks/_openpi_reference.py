@@ -11,8 +11,9 @@ What is kept as published (openpi's models/pi0.py, models/gemma.py, policies/pol
 - the call around it: arrays to the device one by one, uint8 images to [-1, 1], the key split, the state normalised and
   actions brought back with numpy.
 
-Our parameters are used as they are. Our time runs from noise (0) to data (1): the time MLP is given 1 - t and the
-result's sign is turned, which costs nothing and makes the actions comparable.
+Our parameters are used as they are. Our velocity points from noise to data, so that the result's sign is turned, and the
+time MLP is given the time by the clock that the parameters were made for (`expert.clock`; that of the presets pi0 and
+pi05 is openpi's). Both cost nothing and make the actions comparable.
 """
 
 import functools
@@ -133,7 +134,8 @@ def _embed_suffix(
     cfg: VLAConfig, w: PyTree, state: Array, x: Array, time: Array, dtype: str
 ) -> tuple[Float[Array, "b t d"], Bool[Array, " t"], Float[Array, "b d"] | None]:
     b, width = x.shape[0], cfg.expert.width
-    embedded = _posemb(jnp.broadcast_to(1 - time, (b,)), width).astype(dtype)
+    clock = time if cfg.expert.clock == "reversed" else 1 - time
+    embedded = _posemb(jnp.broadcast_to(clock, (b,)), width).astype(dtype)
     actions = _linear(w["action_in_proj"], x.astype(dtype))
     starts = jnp.arange(cfg.expert.horizon) == 0
     if cfg.expert.time == "adarms":

@@ -16,22 +16,28 @@ from vla_jax.serve.policy import Policy
 
 KEY = jax.random.key(3)
 SOLVER = SolverConfig(num_steps=2)
-PI0, PI05, BOTH = ("mlp", True), ("adarms", False), ("adarms", True)
+PI0, PI05, BOTH = ("mlp", True, "forward"), ("adarms", False, "forward"), ("adarms", True, "reversed")
+PUBLIC = ("mlp", True, "reversed")
+INPUTS = ("cameras", "prompt", "embeddings")
+"""What the network is given; `shape` below says that each of them did something."""
+ALL = tuple(Rewrites.names())
 CASES = [
-    *((PI0, (name,)) for name in Rewrites.names()),
+    *((PI0, (name,)) for name in ALL if name not in (*INPUTS, "reuse")),  # reuse: one robot, test_compiled_policy.py
+    (PI0, INPUTS),
     (PI05, ("time", "unstack")),
     (BOTH, ("state",)),
-    *((model, tuple(Rewrites.names())) for model in (PI0, PI05, BOTH)),
+    (PUBLIC, ("time",)),
+    *((model, ALL) for model in (PI0, PI05, BOTH)),
     (BOTH, ()),
 ]
 
 
 @functools.cache
-def plain(time: str, state_token: bool) -> tuple[Policy, np.ndarray]:
+def plain(time: str, state_token: bool, clock: str) -> tuple[Policy, np.ndarray]:
     """A policy whose robot has fewer dimensions than the model, and its actions."""
     cfg = toy.config()
     expert = dataclasses.replace(
-        cfg.model.expert, time=time, state_token=state_token, action_dim=5, state_dim=4
+        cfg.model.expert, time=time, state_token=state_token, clock=clock, action_dim=5, state_dim=4
     )
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, expert=expert, unroll=1))
     transforms = tuple(

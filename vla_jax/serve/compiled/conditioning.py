@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from vla_jax.flow.config import ADAPTIVE, SolverConfig
 from vla_jax.flow.processes import Process
 from vla_jax.models.config import VLAConfig
-from vla_jax.models.experts.joint import embed_time
+from vla_jax.models.experts.joint import embed_clock
 from vla_jax.types import PyTree
 
 
@@ -28,7 +28,7 @@ class Condition(NamedTuple):
 
 def condition(weights: PyTree, model: VLAConfig, t: Float[Array, "r t"]) -> Condition:
     """The conditioning at times t, one per row and token. `weights` are the expert's."""
-    embedded = embed_time(t, model.expert.width)
+    embedded = embed_clock(t, model.expert)
     if model.expert.time == "mlp":
         return Condition(bias=_dense(weights["time"], embedded))
     inner = jax.nn.swish(_dense(weights["time"]["time_mlp_in"], embedded))

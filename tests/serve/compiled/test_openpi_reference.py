@@ -1,0 +1,29 @@
+"""openpi's algorithm, as benchmarks/_openpi_reference.py writes it, gives the actions of the public models' twins."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks._openpi_reference import Reference
+from launch._random_policy import observe, random_policy
+from vla_jax.config import TrainConfig
+from vla_jax.flow.config import SolverConfig
+from vla_jax.models import presets
+from vla_jax.serve.compiled.config import CompileConfig
+from vla_jax.serve.compiled.policy import CompiledPolicy
+
+KEY = jax.random.key(3)
+SOLVER = SolverConfig(num_steps=2)
+
+
+@pytest.mark.parametrize("preset", ["pi0_tiny", "pi05_tiny"])
+def test_actions_are_those_of_openpis_loop(preset):
+    """Two robots without a third camera; the clock is the presets' own, which is openpi's."""
+    policy = random_policy(TrainConfig(model=presets.PRESETS[preset]()), cameras=3, batch_size=2)
+    assert policy.config.model.expert.clock == "reversed"
+    observation = observe(policy.bundle, 2, seed=1, cameras=2)
+    expected = Reference(policy, num_steps=2, dtype="float32").infer(observation, KEY)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(policy.act(observation, KEY, solver=SOLVER), expected, atol=1e-5)
+    compiled = CompiledPolicy(policy, CompileConfig(buckets=(2,)))
+    np.testing.assert_allclose(compiled.act(observation, KEY, solver=SOLVER), expected, atol=1e-5)
