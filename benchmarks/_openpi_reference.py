@@ -11,9 +11,9 @@ What is kept as published (openpi's models/pi0.py, models/gemma.py, policies/pol
 - the call around it: arrays to the device one by one, uint8 images to [-1, 1], the key split, the state normalised and
   actions brought back with numpy.
 
-Our parameters are used as they are. Our velocity points from noise to data, so that the result's sign is turned, and the
-time MLP is given the time by the clock that the parameters were made for (`expert.clock`; that of the presets pi0 and
-pi05 is openpi's). Both cost nothing and make the actions comparable.
+Our parameters are used as they are. Our velocity points from noise to data, so the result's sign is turned, and the
+time MLP is given the time by the clock of the parameters (`expert.clock`; that of the presets pi0 and pi05
+is openpi's). Both cost nothing and make the actions comparable.
 """
 
 import functools

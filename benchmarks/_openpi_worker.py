@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks._openpi_reference import Reference
+from launch import _roofline
 from launch._random_policy import observe, random_policy
 from vla_jax.config import TrainConfig
 from vla_jax.flow.config import SolverConfig
@@ -24,6 +25,7 @@ from vla_jax.serve.compiled.cache import keep_programs
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
+from vla_jax.types import Observation
 
 CAMERAS = ("base", "left_wrist", "right_wrist")
 
@@ -58,8 +60,14 @@ def main(side: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
     if side == "rewrites":
         return head | {"variants": variants(policy, settings, solver)}
-    infer = _infer(side, policy, settings, solver)
-    return head | {"cases": [_case(infer, policy, settings, *case) for case in settings["cases"]]}
+    best = _roofline.peak(jax.devices()[0], dtype=settings["dtype"])
+    head["peak"] = None if best is None else dataclasses.asdict(best)
+    infer, length_of = _infer(side, policy, settings, solver)
+    cases = [_case(infer, policy, settings, *case) for case in settings["cases"]]
+    for row in cases:
+        row["text_tokens"] = length_of(_seen(policy, row["batch"], row["cameras"]))
+        row["roofline_ms"] = None if best is None else _least(best, policy, settings, row, solver)
+    return head | {"cases": cases}
 
 
 def make_policy(settings: dict[str, Any]) -> Policy:
@@ -70,13 +78,29 @@ def make_policy(settings: dict[str, Any]) -> Policy:
     return random_policy(TrainConfig(model=model), cameras=3, text_tokens=settings["text_tokens"])
 
 
-def _infer(side: str, policy: Policy, settings: dict[str, Any], solver: SolverConfig) -> Callable:
+def _least(
+    best: _roofline.Peak, policy: Policy, settings: dict[str, Any], row: dict[str, Any], solver: SolverConfig
+) -> float:
+    """Milliseconds that the device needs for what the row's cameras and text ask."""
+    itemsize = {"float32": 4, "bfloat16": 2}[settings["dtype"]]
+    shape = {"batch": row["batch"], "cameras": row["cameras"], "length": row["text_tokens"]}
+    work = _roofline.work(policy.config.model, **shape, samples=1, evaluations=solver.nfe, itemsize=itemsize)
+    return 1e3 * sum(best.seconds(part) for part in work.values())
+
+
+def _infer(
+    side: str, policy: Policy, settings: dict[str, Any], solver: SolverConfig
+) -> tuple[Callable[[Observation], np.ndarray], Callable[[Observation], int]]:
+    """What computes actions, and to how many text tokens it pads."""
     key = jax.random.key(0)
     if side == "openpi":
         reference = Reference(policy, num_steps=solver.num_steps, dtype=settings["dtype"])
-        return lambda observation: reference.infer(observation, key)
+        return lambda seen: reference.infer(seen, key), lambda seen: settings["text_tokens"]
     compiled = CompiledPolicy(policy, compile_config(settings))
-    return lambda observation: compiled.act(observation, key, solver=solver)
+    return (
+        lambda seen: compiled.act(seen, key, solver=solver),
+        lambda seen: compiled.length_of(compiled.encode(seen)),
+    )
 
 
 def compile_config(settings: dict[str, Any], **off: bool) -> CompileConfig:
@@ -89,7 +113,7 @@ def compile_config(settings: dict[str, Any], **off: bool) -> CompileConfig:
 def _case(
     infer: Callable, policy: Policy, settings: dict[str, Any], batch: int, cameras: int
 ) -> dict[str, Any]:
-    observation = observe(policy.bundle, batch, seed=1, cameras=cameras)
+    observation = _seen(policy, batch, cameras)
     start = time.perf_counter()
     actions = infer(observation)
     compiled = time.perf_counter() - start
@@ -102,6 +126,10 @@ def _case(
     }
 
 
+def _seen(policy: Policy, batch: int, cameras: int) -> Observation:
+    return observe(policy.bundle, batch, seed=1, cameras=cameras)
+
+
 def variants(policy: Policy, settings: dict[str, Any], solver: SolverConfig) -> dict[str, list[list[float]]]:
     """Milliseconds by variant and round: all rewrites, none, and all but one; built and dropped in turns."""
     names = [name for name in Rewrites.names() if name != "reuse"]
@@ -110,7 +138,7 @@ def variants(policy: Policy, settings: dict[str, Any], solver: SolverConfig) -> 
     wanted = settings["variants"] or list(chosen)
     taken: dict[str, list[list[float]]] = {name: [] for name in wanted}
     batch, cameras = settings["cases"][0]
-    observation, key = observe(policy.bundle, batch, seed=1, cameras=cameras), jax.random.key(0)
+    observation, key = _seen(policy, batch, cameras), jax.random.key(0)
     for _ in range(settings["rounds"]):
         for name in wanted:
             compiled = CompiledPolicy(policy, compile_config(settings, **chosen[name]))

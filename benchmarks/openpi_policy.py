@@ -8,7 +8,9 @@
 
 openpi's side is written from its description (benchmarks/_openpi_reference.py). `quarter` is π0 with every width a
 quarter and all depths, heads and token counts its own. Each side runs in a process of its own; they alternate, round by
-round. A ratio is openpi's time over ours, of the medians over all calls. The two sides' actions are compared.
+round. A ratio is openpi's time over ours, of the medians over all calls. The two sides' actions are compared. Our
+roofline (launch/_roofline.py) is for our program's own text length, openpi's for its padded prompt; fraction: roofline
+over p50. π0.5's prompt holds the state in words, so that openpi pads it to 200 tokens.
 Programs are kept on disk between rounds, so that only the first one compiles. Writes
 benchmarks/results/openpi_policy_SIZE.json (…_rewrites.json) and prints tables.
 """
@@ -47,8 +49,8 @@ class OpenpiArgs:
     """Euler steps."""
     unroll: int = 1
     """Of our loop over the steps."""
-    text_tokens: int = 48
-    """The longest prompt, to which openpi pads."""
+    text_tokens: int | None = None
+    """The longest prompt, to which openpi pads; default: its own, 48 for π0 and 200 for π0.5."""
     rounds: int = 5
     """How often each side's process runs; they alternate."""
     repeats: int = 10
@@ -101,14 +103,18 @@ def compare(args: OpenpiArgs, settings: dict[str, Any]) -> dict[str, Any]:
                 "min_ms": min(times),
                 "rounds_ms": [statistics.median(case["ms"]) for case in found],
                 "first_call_s": found[0]["first_call_s"],
+                "text_tokens": found[0]["text_tokens"],
+                "roofline_ms": found[0]["roofline_ms"],
             }
+            if found[0]["roofline_ms"] is not None:
+                row[side]["fraction"] = found[0]["roofline_ms"] / row[side]["p50_ms"]
         ours, theirs = (np.asarray(runs[side][0]["cases"][index]["actions"]) for side in ("ours", "openpi"))
         row["gap"] = float(np.abs(ours - theirs).max())
         row["scale"] = float(np.abs(theirs).max())
         row["ratio"] = row["openpi"]["p50_ms"] / row["ours"]["p50_ms"]
         row["ratio_min"] = row["openpi"]["min_ms"] / row["ours"]["min_ms"]
         cases.append(row)
-    head = {key: runs["ours"][0][key] for key in ("device", "parameters", "jax")}
+    head = {key: runs["ours"][0][key] for key in ("device", "parameters", "jax", "peak")}
     return {"settings": settings | {"cache": None}, **head, "cases": cases}
 
 
@@ -116,15 +122,23 @@ def table(report: dict[str, Any]) -> str:
     """The comparison in markdown."""
     lines = [
         "| batch | cameras | openpi ms, p50 (p95) | ours ms, p50 (p95) | openpi / ours (of minima) | goal |"
-        " largest gap of actions |",
-        "|---|---|---|---|---|---|---|",
+        " roofline ms (fraction reached): openpi | ours | largest gap of actions |",
+        "|" + "---|" * 9,
     ]
     for row in report["cases"]:
         times = [f"{row[side]['p50_ms']:.4g} ({row[side]['p95_ms']:.4g})" for side in ("openpi", "ours")]
         goal = GOALS.get(row["cameras"], "") if row["batch"] == 1 else ""
-        cells = (row["batch"], row["cameras"], *times, f"{row['ratio']:.2f} ({row['ratio_min']:.2f})", goal)
+        bounds = [_bound(row[side]) for side in ("openpi", "ours")]
+        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f})"
+        cells = (row["batch"], row["cameras"], *times, ratio, goal, *bounds)
         lines.append(f"| {' | '.join(map(str, cells))} | {row['gap']:.1e} of {row['scale']:.1f} |")
     return "\n".join(lines)
+
+
+def _bound(side: dict[str, Any]) -> str:
+    if side["roofline_ms"] is None:
+        return ""
+    return f"{side['roofline_ms']:.3g} ({side['fraction']:.0%}), {side['text_tokens']} text tokens"
 
 
 def rewrites_table(report: dict[str, Any]) -> str:
@@ -143,6 +157,7 @@ def main() -> None:
     out = args.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     fields = ("size", "dtype", "num_steps", "unroll", "text_tokens", "rounds", "repeats")
     settings = {field: getattr(args, field) for field in fields}
+    settings["text_tokens"] = args.text_tokens or (200 if args.size == "pi05" else 48)
     settings |= {"cases": args.cases(), "variants": [v for v in args.variants.split(",") if v]}
     with tempfile.TemporaryDirectory() as directory:
         settings["cache"] = str(args.cache or directory)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.solver_front --checkpoint runs/tabletop --episodes 256 --json FILE --plot FILE
     python -m benchmarks.solver_front --checkpoint runs/mt3 --episodes 20 --execute 8 --name metaworld
+    python -m benchmarks.solver_front --join FILE FILE --plot FILE        # several reports in one picture, a row each
 
 Error: root mean square difference of normalised chunks from 100 midpoint steps of the plain float32 policy, same noise,
 over the reference's own size; at the first observations of held-out episodes. Success: held-out episodes with the
@@ -15,6 +16,7 @@ up to the best solver's rate.
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from launch import _report
+from launch._benchmark import in_float32
 from launch._main import UsageError, cli, run
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
@@ -37,6 +40,7 @@ from vla_jax.sim.tabletop import TabletopEnv
 from vla_jax.types import Observation
 
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
+RESULTS = Path("benchmarks/results")
 ROBOTS = 64
 """Environments in one batch."""
 
@@ -45,8 +49,10 @@ ROBOTS = 64
 class FrontArgs:
     """What to compare."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """Run directory, or one step in it."""
+    join: tuple[Path, ...] = ()
+    """Reports of earlier runs, to be drawn below one another; nothing is measured."""
     solvers: str = "euler:1,2,3,5,10,20 midpoint:1,2,3,5,10 heun:2,5 rk4:1,2"
     """Solvers and their numbers of steps."""
     episodes: int = 128
@@ -66,7 +72,11 @@ class FrontArgs:
     json: Path | None = None
     """Default: benchmarks/results/solver_front_NAME.json."""
     plot: Path | None = None
-    """Default: benchmarks/results/solver_front_NAME.png."""
+    """Default: benchmarks/results/solver_front_NAME.png; with --join solver_front.png there."""
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (not self.join):
+            raise UsageError("give one of --checkpoint and --join")
 
     def chosen(self) -> list[SolverConfig]:
         """The solvers. Raises UsageError."""
@@ -82,14 +92,24 @@ class FrontArgs:
 
 
 def main() -> None:
-    """Measures, writes, prints."""
+    """Measures, writes, prints; or draws what was measured."""
     args = cli(FrontArgs, description=__doc__)
+    if args.join:
+        plot = args.plot or RESULTS / "solver_front.png"
+        draw([json.loads(path.read_text()) for path in args.join], plot)
+        print(f"wrote {plot}")
+    else:
+        measure(args)
+
+
+def measure(args: FrontArgs) -> None:
+    """One policy."""
     solvers = args.chosen()
     policy = Policy.load(args.checkpoint, batch_size=32)
     kind, tasks = _report.environment_of(policy, args.env)
     name = args.name or kind
     out, plot = (
-        given or Path("benchmarks/results") / f"solver_front_{name}.{end}"
+        given or RESULTS / f"solver_front_{name}.{end}"
         for given, end in ((args.json, "json"), (args.plot, "png"))
     )
     for path in (out, plot):
@@ -119,7 +139,7 @@ def main() -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, plot)
+    draw([report], plot)
     print(f"\nrecommended: {best}\nwrote {out} and {plot}")
 
 
@@ -137,9 +157,8 @@ def errors(
 ) -> list[dict[str, Any]]:
     """Relative error of each solver's chunks."""
     key = jax.random.key(7)
-    model = dataclasses.replace(policy.config.model, dtype="float32")
-    plain = dataclasses.replace(policy, config=dataclasses.replace(policy.config, model=model))
-    reference = plain.act(observation, key, solver=REFERENCE) / policy.action_scale
+    with jax.default_matmul_precision("highest"):
+        reference = in_float32(policy).act(observation, key, solver=REFERENCE) / policy.action_scale
     size = np.sqrt(np.mean(reference**2))
     rows = []
     for solver in solvers:
@@ -203,27 +222,26 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Error and success against latency, a line per solver."""
-    best = report["recommended"]
-    figure = style.new_figure(
-        11.5, 4.8, f"{report['name']}: {best['solver']} with {best['num_steps']} steps is recommended"
-    )
-    left, right = figure.subplots(1, 2)
-    _lines(left, report["solvers"], "error")
-    left.set(xscale="log", yscale="log")
-    left.axhline(report["tolerance"], color=style.FAINT, linestyle="--", linewidth=1)
-    style.tidy(
-        left, xlabel="median latency of a call (ms)", ylabel="relative error of the chunk",
-        title="Against 100 midpoint steps; numbers are steps",
-    )  # fmt: skip
-    _lines(right, report["solvers"], "success")
-    right.set(xscale="log")
-    style.tidy(
-        right, xlabel="median latency of a call (ms)", ylabel="success",
-        title=f"{report['episodes']} held-out episodes, 95 % intervals",
-    )  # fmt: skip
-    left.legend(frameon=False)
+def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
+    """Error and success against latency, a line per solver; a row per report."""
+    bests = [(report["name"], report["recommended"]) for report in reports]
+    told = "; ".join(f"{name}: {best['solver']} with {best['num_steps']} steps" for name, best in bests)
+    figure = style.new_figure(11.5, 4.8 * len(reports), f"Recommended: {told}")
+    for (left, right), report in zip(figure.subplots(len(reports), 2, squeeze=False), reports):
+        _lines(left, report["solvers"], "error")
+        left.set(xscale="log", yscale="log")
+        left.axhline(report["tolerance"], color=style.FAINT, linestyle="--", linewidth=1)
+        style.tidy(
+            left, xlabel="median latency of a call (ms)", ylabel="relative error of the chunk",
+            title=f"{report['name']}: against 100 midpoint steps; numbers are steps",
+        )  # fmt: skip
+        _lines(right, report["solvers"], "success")
+        right.set(xscale="log")
+        style.tidy(
+            right, xlabel="median latency of a call (ms)", ylabel="success",
+            title=f"{report['name']}: {report['episodes']} held-out episodes, 95 % intervals",
+        )  # fmt: skip
+        left.legend(frameon=False)
     style.save(figure, path)
 
 

@@ -14,7 +14,7 @@ from launch import _roofline
 from launch._main import UsageError, load_config
 from launch._mesh import mesh_of
 from launch._random_policy import observe, random_policy
-from launch._report import check_writable
+from launch._report import check_writable, tabletop_of
 from vla_jax.config import TrainConfig
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.models import presets
@@ -24,8 +24,10 @@ from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.parts import Parts
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.compiled.quantize import size_bytes
+from vla_jax.serve.executors import take
 from vla_jax.serve.policy import Policy
-from vla_jax.sim.evaluate import write_json
+from vla_jax.sim.evaluate import EvaluateConfig, write_json
+from vla_jax.sim.tabletop import TabletopEnv
 from vla_jax.types import Observation
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
 PARTS = ("vision", "prefill", "denoise")
+SCENES = 8
+"""Of the tabletop, at which the error is measured."""
 
 
 class Case(NamedTuple):
@@ -61,9 +65,11 @@ def benchmark(args: "BenchmarkArgs") -> None:
     print(_head(report))
     cases = _cases(args, policy)
     report["cases"] = _measure(args, compiled, cases)
+    report["device_peak_bytes"] = _device_peak()
     if args.errors:
+        seen, report["error_on"] = _seen(policy)
         for case, row in zip(cases, report["cases"]):
-            row["error"] = _error(policy, compiled, case.solver)
+            row["error"] = _error(policy, compiled, case.solver, seen)
     print(table(report))
     if args.json is not None:
         write_json(report, args.json)
@@ -101,13 +107,13 @@ def _compile_config(args: "BenchmarkArgs") -> CompileConfig:
 
 
 def _cases(args: "BenchmarkArgs", policy: Policy) -> list[Case]:
+    for method in args.words("solver"):
+        if method not in FIXED:
+            raise UsageError(f"--solver {method}: use one of {', '.join(FIXED)}")
     known = len(policy.bundle.cameras)
     cameras = args.numbers("cameras") or (known,)
     if max(cameras) > known:
         raise UsageError(f"--cameras {max(cameras)}: this policy has {known}")
-    for method in args.words("solver"):
-        if method not in FIXED:
-            raise UsageError(f"--solver {method}: use one of {', '.join(FIXED)}")
     solvers = [
         SolverConfig(method=method, num_steps=steps, unroll=args.unroll)
         for method in args.words("solver")
@@ -194,26 +200,33 @@ def _whole(compiled: CompiledPolicy, case: Case, observation: Observation, sampl
 
 
 def _memory(executable: Any) -> dict[str, int]:
-    """Bytes, by XLA's account of the program and, where the device keeps one, by its own."""
+    """Bytes while the case's program runs, by XLA's account of it: weights and inputs, results, scratch."""
     found = {}
     analysis = executable.memory_analysis()
     if analysis is not None:
         for name in ("argument", "output", "temp"):
             found[name] = int(getattr(analysis, f"{name}_size_in_bytes"))
         found["peak"] = sum(found.values())
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        found["device_peak"] = int(stats["peak_bytes_in_use"])
     return found
+
+
+def _device_peak() -> int | None:
+    """The most bytes in use on the first device since the process began, where the device counts them.
+
+    It covers all cases together, their parts and the loading, because nothing sets the count back.
+    """
+    stats = jax.devices()[0].memory_stats()
+    return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else None
 
 
 def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: int) -> dict[str, Any] | None:
     """Least milliseconds per part."""
     mesh, model = compiled.compiler.mesh, compiled.policy.config.model
-    best = _peak(1 if mesh is None else mesh.size)
+    dtype = compiled.config.dtype or model.dtype
+    best = _peak(1 if mesh is None else mesh.size, dtype)
     if best is None:
         return None
-    itemsize = {"float32": 4, "bfloat16": 2}[compiled.config.dtype or model.dtype]
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
     work = _roofline.work(
         model,
         batch=case.batch,
@@ -222,6 +235,7 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
         samples=args.samples,
         evaluations=case.solver.nfe,
         itemsize=1 if args.int8 else itemsize,
+        cache_itemsize=itemsize,
     )
     ms = {name: 1e3 * best.seconds(part) for name, part in work.items()}
     return {
@@ -231,40 +245,57 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
     }
 
 
-_PEAKS: dict[int, _roofline.Peak | None] = {}
+_PEAKS: dict[tuple[int, str], _roofline.Peak | None] = {}
 
 
-def _peak(devices: int) -> _roofline.Peak | None:
+def _peak(devices: int, dtype: str) -> _roofline.Peak | None:
     """Measured once; simulated devices share the cores of one machine."""
-    if devices not in _PEAKS:
-        _PEAKS[devices] = _roofline.peak(jax.devices()[0], devices)
-    return _PEAKS[devices]
+    if (devices, dtype) not in _PEAKS:
+        _PEAKS[devices, dtype] = _roofline.peak(jax.devices()[0], devices, dtype)
+    return _PEAKS[devices, dtype]
 
 
-def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig) -> float:
+class _Seen(NamedTuple):
+    """Where the error is measured: one robot at a time, each with noise of its own."""
+
+    observations: list[Observation]
+    keys: list[jax.Array]
+    references: list[Float[np.ndarray, "1 k a"]]
+
+
+def _seen(policy: Policy) -> tuple[_Seen, str]:
+    """Observations with their reference, and in words what they are."""
+    if policy.bundle.schema.robot == "tabletop":
+        scenes = TabletopEnv(tabletop_of(policy)).reset(EvaluateConfig(episodes=SCENES).seeds())
+        observations, what = (
+            [take(scenes, [row]) for row in range(SCENES)],
+            f"{SCENES} held-out tabletop scenes",
+        )
+    else:
+        observations, what = [observe(policy.bundle, 1, seed=2)], "pictures of random noise"
+    keys = [jax.random.key(1 + number) for number in range(len(observations))]
+    plain = in_float32(policy)
+    with jax.default_matmul_precision("highest"):
+        references = [plain.act(o, key, solver=REFERENCE) for o, key in zip(observations, keys)]
+    return _Seen(observations, keys, references), what
+
+
+def in_float32(policy: Policy) -> Policy:
+    """The policy computing in float32; in `jax.default_matmul_precision("highest")` its products are so, too."""
+    model = dataclasses.replace(policy.config.model, dtype="float32")
+    return dataclasses.replace(policy, config=dataclasses.replace(policy.config, model=model))
+
+
+def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig, seen: _Seen) -> float:
     """Root mean square error of normalised chunks from the reference, over the reference's root mean square."""
-    observation, key = observe(policy.bundle, 1, seed=2), jax.random.key(1)
-    reference = _reference(policy, observation, key)
-    found = compiled.act(observation, key, solver=solver)
-    scale = policy.action_scale
-    return float(np.sqrt(np.mean(((found - reference) / scale) ** 2) / np.mean((reference / scale) ** 2)))
-
-
-_REFERENCES: dict[int, Float[np.ndarray, "b k a"]] = {}
-
-
-def _reference(policy: Policy, observation: Observation, key: jax.Array) -> Float[np.ndarray, "b k a"]:
-    """The plain policy in float32 with 100 midpoint steps."""
-    if id(policy) not in _REFERENCES:
-        model = dataclasses.replace(policy.config.model, dtype="float32")
-        plain = dataclasses.replace(policy, config=dataclasses.replace(policy.config, model=model))
-        _REFERENCES[id(policy)] = plain.act(observation, key, solver=REFERENCE)
-    return _REFERENCES[id(policy)]
+    found = [compiled.act(o, key, solver=solver) for o, key in zip(seen.observations, seen.keys)]
+    found, reference = (np.concatenate(chunks) / policy.action_scale for chunks in (found, seen.references))
+    return float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))
 
 
 def _report_head(args: "BenchmarkArgs", policy: Policy, compiled: CompiledPolicy) -> dict[str, Any]:
-    mesh = compiled.compiler.mesh
-    best = _peak(1 if mesh is None else mesh.size)
+    mesh, dtype = compiled.compiler.mesh, compiled.config.dtype or policy.config.model.dtype
+    best = _peak(1 if mesh is None else mesh.size, dtype)
     return {
         "what": str(args.checkpoint or args.config or args.model),
         "random_parameters": args.checkpoint is None,
@@ -275,7 +306,7 @@ def _report_head(args: "BenchmarkArgs", policy: Policy, compiled: CompiledPolicy
         "peak": None if best is None else dataclasses.asdict(best),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(policy.params)),
         "weight_bytes": size_bytes(compiled.compiler.weights),
-        "dtype": compiled.config.dtype or policy.config.model.dtype,
+        "dtype": dtype,
         "weights": compiled.config.weights,
         "rewrites": dataclasses.asdict(compiled.config.rewrites),
         "protocol": {"rounds": args.rounds, "repeats": args.repeats, "samples": args.samples},
@@ -313,10 +344,18 @@ def table(report: dict[str, Any]) -> str:
             f"{row['per_second']:.4g}",
             *(f"{ms[name]:.4g}" for name in (*PARTS, "overhead")),
             f"{row['compile_s']:.2f}",
-            f"{row['memory'].get('device_peak', row['memory'].get('peak', 0)) / 1e6:.4g}",
+            f"{row['memory'].get('peak', 0) / 1e6:.4g}",
             "" if bound is None else f"{bound['ms']['total']:.3g}",
             "" if bound is None else f"{bound['reached']:.0%}",
             "" if error is None else f"{error:.1e}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if report.get("device_peak_bytes") is not None:
+        most = report["device_peak_bytes"] / 1e6
+        lines += [
+            "",
+            f"Most in use on the device, all cases, their parts and loading together: {most:.4g} MB",
+        ]
+    if "error_on" in report:
+        lines += ["", f"Errors on {report['error_on']}"]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from vla_jax.config import TrainConfig
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
 from vla_jax.data.tokenizer import train_tokenizer
@@ -28,18 +29,21 @@ def random_policy(
 ) -> Policy:
     """A policy of the configured model; sizes left to the data set become π0's (32 dimensions).
 
-    The model gets `cameras` cameras. Parameters are normal of variance 1/fan-in, biases and scales small but not zero,
+    The model gets `cameras` cameras. Where the expert has no state token the prompt tells the state (π0.5), which takes
+    some 140 tokens of openpi's 200. Parameters are normal of variance 1/fan-in, biases and scales small but not zero,
     so that no rewrite can hide behind a zero.
     """
     expert = base.model.expert
     dims = (expert.state_dim or 32, expert.action_dim or 32)
     names = (*base.model.cameras, *(f"camera{i}" for i in range(cameras)))[:cameras]
+    prompt = Prompt(form="paligemma" if expert.state_token or expert.kind == "tokens" else "pi05")
     data = dataclasses.replace(
         base.data,
         image_size=base.model.vision.image_size,
-        max_text_tokens=text_tokens or base.data.max_text_tokens,
+        prompt=prompt.form,
+        max_text_tokens=text_tokens or (200 if prompt.uses_state else base.data.max_text_tokens),
     )
-    bundle = _bundle(names, *dims, data.image_size, data.max_text_tokens)
+    bundle = _bundle(names, *dims, data.image_size, data.max_text_tokens, prompt)
     model = dataclasses.replace(base.model, cameras=names)
     config = dataclasses.replace(base, model=model, data=data).resolve(
         cameras=names, state_dim=dims[0], action_dim=dims[1], vocab=bundle.tokenizer.vocab_size
@@ -101,7 +105,9 @@ def observe(bundle: DataBundle, robots: int, *, seed: int, cameras: int | None =
     )
 
 
-def _bundle(cameras: tuple[str, ...], state: int, action: int, image: int, text_tokens: int) -> DataBundle:
+def _bundle(
+    cameras: tuple[str, ...], state: int, action: int, image: int, text_tokens: int, prompt: Prompt
+) -> DataBundle:
     schema = DatasetSchema(
         name="random",
         robot="random",
@@ -118,11 +124,12 @@ def _bundle(cameras: tuple[str, ...], state: int, action: int, image: int, text_
         )  # fmt: skip
 
     statistics = Statistics(state=field(state), action=field(action))
+    tokenizer = train_tokenizer(tuple(prompt.training_texts([PROMPT], state)), 384)
     transforms = (
         tf.SelectCameras(dict(schema.cameras)),
         tf.ResizeImages(image, image),
         Normalize(method="zscore", group="dataset", statistics={"": statistics}),
-        tf.Tokenize(train_tokenizer((PROMPT,), 384), text_tokens, min(24, text_tokens)),
+        tf.Tokenize(tokenizer, text_tokens, min(24, text_tokens), prompt),
         tf.PadDims(state_dim=state, action_dim=action, robot_action_dim=action),
     )
     return DataBundle(schema=schema, transforms=transforms)

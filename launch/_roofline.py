@@ -61,9 +61,21 @@ class Peak:
 
 
 def work(
-    model: VLAConfig, *, batch: int, cameras: int, length: int, samples: int, evaluations: int, itemsize: int
+    model: VLAConfig,
+    *,
+    batch: int,
+    cameras: int,
+    length: int,
+    samples: int,
+    evaluations: int,
+    itemsize: int,
+    cache_itemsize: int | None = None,
 ) -> dict[str, Work]:
-    """Vision, prefill and denoise of one call. `length`: text tokens; `itemsize`: bytes of a weight."""
+    """Vision, prefill and denoise of one call.
+
+    `length`: text tokens; `itemsize`: bytes of a weight; `cache_itemsize`: of a key or value, where it is another one
+    (int8 is for weights only).
+    """
     vision, text, expert = model.vision, model.text, model.expert
     patches, prefix = vision.tokens, cameras * vision.tokens + length
     heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
@@ -80,7 +92,7 @@ def work(
 
     depth = text.depth - 1
     decoder = depth * layer(text.width, text.mlp) + 2 * text.width * kv
-    cache = batch * prefix * text.depth * 2 * kv * itemsize
+    cache = batch * prefix * text.depth * 2 * kv * (cache_itemsize or itemsize)
     parts["prefill"] = Work(
         2 * batch * prefix * (decoder + depth * 2 * prefix * heads), itemsize * decoder + cache
     )
@@ -95,15 +107,22 @@ def work(
     return parts
 
 
-def peak(device: jax.Device, devices: int = 1) -> Peak | None:
-    """Of so many devices together; None where the kind is not known. CPUs are measured, now."""
+def peak(device: jax.Device, devices: int = 1, dtype: str = "bfloat16") -> Peak | None:
+    """Of so many devices together for products of a dtype; None where the kind is not known. CPUs are measured, now.
+
+    XLA multiplies float32 on a TPU by rounding to bfloat16, and on an NVIDIA GPU as TF32, at half the rate of bfloat16
+    (both unless a higher `jax_default_matmul_precision` is asked for).
+    """
     if device.platform == "cpu":
         return Peak(_matmul(), _copy(), "measured: float32 matrix product of 2048, copy of 256 MB")
     kind = device.device_kind
     if kind not in PEAK_FLOPS or kind not in BANDWIDTH:
         return None
+    slower, unit = (2, "tf32") if dtype == "float32" and kind.startswith("NVIDIA") else (1, "bf16")
     return Peak(
-        PEAK_FLOPS[kind] * devices, BANDWIDTH[kind] * devices, f"data sheet of {devices} × {kind}, bf16"
+        PEAK_FLOPS[kind] * devices / slower,
+        BANDWIDTH[kind] * devices,
+        f"data sheet of {devices} × {kind}, {unit}",
     )
 
 

@@ -12,7 +12,10 @@ python -m launch.benchmark --config configs/tabletop.py --mesh data=4,tensor=2 -
 round; a call ends when its actions are on the host. Times are medians and percentiles over all rounds. Parts (vision,
 prefill, denoise) are timed as programs of their own; overhead is what the whole call takes beyond them, and may be
 negative where XLA gains by seeing the parts together. Errors are those of normalised chunks: root mean square
-difference from 100 midpoint steps of the plain float32 policy with the same noise, over the reference's own size.
+difference from 100 midpoint steps of the plain float32 policy with the same noise, over the reference's own size. They
+are measured at the first observations of held-out scenes where the checkpoint is one of the tabletop, otherwise on one
+picture of random noise per camera, which says how the program rounds more than how the policy behaves (with a simulated
+robot benchmarks/solver_front.py measures that). Memory is XLA's account of the case's program.
 """
 
 import dataclasses
@@ -59,7 +62,7 @@ class BenchmarkArgs:
     max_seconds: float = 20.0
     """Of calls per case and round; fewer calls where they take longer."""
     errors: bool = True
-    """Compare with the reference; it is run on one observation."""
+    """Compare with the reference: tabletop checkpoints at scenes, others on random pictures."""
     compilation_cache: Path | None = None
     """Directory that keeps compiled programs; compile times are then those of reading them."""
     json: Path | None = None

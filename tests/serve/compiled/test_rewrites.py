@@ -22,7 +22,9 @@ INPUTS = ("cameras", "prompt", "embeddings")
 """What the network is given; `shape` below says that each of them did something."""
 ALL = tuple(Rewrites.names())
 CASES = [
-    *((PI0, (name,)) for name in ALL if name not in (*INPUTS, "reuse")),  # reuse: one robot, test_compiled_policy.py
+    *(
+        (PI0, (name,)) for name in ALL if name not in (*INPUTS, "reuse")
+    ),  # reuse: one robot, test_compiled_policy.py
     (PI0, INPUTS),
     (PI05, ("time", "unstack")),
     (BOTH, ("state",)),
