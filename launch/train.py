@@ -16,7 +16,7 @@ saves and stops.
 
 On several hosts the same command runs on each of them; Cloud TPU, GKE, SLURM and Open MPI are recognised, elsewhere
 --coordinator, --num-processes and --process-id say who is who (docs/pods.md). Exit codes: 0 finished, or stopped
-and saved; 2 an error that can be mended; 3 another process is gone, start all of them again.
+and saved; 2 an error that can be mended; 3 another process is gone or never came, start all of them again.
 """
 
 import dataclasses
@@ -48,6 +48,8 @@ class TrainArgs:
     """How many processes the run has, where no cluster is recognised."""
     process_id: int | None = None
     """This process's number, from 0 on, where no cluster is recognised."""
+    start_timeout: float = 300.0
+    """Seconds to wait at the start until all processes are there; then those that came end with code 3."""
 
 
 def adapt(config: Any, argv: Sequence[str]) -> Any:
@@ -73,7 +75,9 @@ def main() -> None:
     from vla_jax.train import profile
 
     steps = None if args.profile is None else profile.parse(args.profile)
-    distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    distributed.initialize(
+        args.coordinator, args.num_processes, args.process_id, start_timeout=args.start_timeout
+    )
     from vla_jax.train.run import train
 
     train(config, args.run_dir, dry_run=args.dry_run, profile=steps, begun=_BEGUN)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,3 +187,87 @@ def test_local_sh_trains_the_real_model_and_passes_a_signal_on(tmp_path):
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def two(options, *differing) -> list[subprocess.CompletedProcess]:
+    """Two processes of the real launcher at once; `differing` are further options and variables of each."""
+    running = []
+    for i, (more, environment) in enumerate(differing):
+        cluster = ("--num-processes", "2", "--process-id", str(i))
+        environment = {"JAX_PLATFORMS": "cpu", "PYTHON": sys.executable} | environment
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "launch.train", *options, *cluster, *more],
+                env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended = []
+    for process in running:
+        _, said = process.communicate(timeout=600)
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, "", said))
+    return ended
+
+
+def errors_of(ended: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(
+    ("differs", "environment", "message"),
+    [
+        (
+            ("--train.batch-size", "8"),
+            {},
+            r"another config than .*: train\.batch_size=8 instead of train\.batch_size=4;",
+        ),
+        (
+            (),
+            {"JAX_NUM_CPU_DEVICES": "2"},
+            r"another number of devices than .*: '2 × cpu' instead of '1 × cpu';",
+        ),
+        (("--data.path", "{other}"), {}, r"another data than .*: '\w+' instead of '\w+';"),
+    ],
+    ids=["config", "devices", "data"],
+)
+def test_a_host_that_was_started_differently_is_named_in_one_line(tmp_path, differs, environment, message):
+    data = toy_data.write(tmp_path / "toy", [toy_data.make_episode(seed) for seed in range(4)])
+    other = toy_data.write(tmp_path / "other", [toy_data.make_episode(seed) for seed in range(1, 5)])
+    config, run_dir = tmp_path / "config.py", tmp_path / "run"
+    config.write_text(CONFIG.format(path=str(data)))
+    options = (
+        "--config",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+        "--coordinator",
+        f"localhost:{free_port()}",
+    )
+    differs = tuple(option.format(other=other) for option in differs)
+    ended = two(options, ((), {}), (differs, environment))
+    for one in ended:
+        assert one.returncode in (2, 3), one.stderr[-3000:]  # 3 where the other's error was heard of first
+        (error,) = errors_of(one)
+        assert re.search(r"process 1 \(.+\) has " + message, error)
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_process_that_never_comes_ends_the_others_in_one_line(tmp_path):
+    """One waits as the coordinator, another for a coordinator that is not there."""
+    options = ("--config", "configs/tabletop.py", "--run-dir", str(tmp_path / "run"), "--start-timeout", "3")
+    here, nowhere = (("--coordinator", f"localhost:{free_port()}") for _ in range(2))
+    for i, one in enumerate(two(options, (here, {}), (nowhere, {}))):
+        assert one.returncode == 3, one.stderr[-3000:]
+        (error,) = errors_of(one)
+        assert f"process {i} of 2" in error and "not all processes came together within 3 s" in error
+        assert ("does not answer" if i else "another process was not started") in error
+        assert "start all of them again" in error and "Check failure" not in one.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]

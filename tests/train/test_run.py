@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.models.vla import VLA
 from vla_jax.sharding import MeshConfig, make_mesh
+from vla_jax.train import run
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.flops import model_flops
 from vla_jax.train.optim import make_optimizer
@@ -87,6 +90,42 @@ def test_a_crashed_run_continues_with_the_same_bytes(config, whole, tmp_path, mo
     train(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert read_meta(tmp_path)["fingerprints"] == read_meta(whole)["fingerprints"]
+
+
+def test_microbatches_may_change_when_a_run_is_continued(config, whole, tmp_path, monkeypatch):
+    """As a smaller layout may need: the losses are the same but for rounding."""
+    batch = Loader.batch
+    monkeypatch.setattr(Loader, "batch", lambda self, step: batch(self, step) if step < 4 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path)
+    monkeypatch.setattr(Loader, "batch", batch)
+    assert read_meta(tmp_path)["step"] == 3
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
+    train(more, tmp_path)
+    for ours, theirs in zip(*(metrics_of(run_dir) for run_dir in (tmp_path, whole)), strict=True):
+        assert ours["step"] == theirs["step"]
+        np.testing.assert_allclose(ours.get("loss", 0), theirs.get("loss", 0), rtol=1e-4)
+
+
+def metrics_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_politely(config, tmp_path, monkeypatch, capsys):
+    """Not with the process's death, which is what SIGTERM is where nobody handles it."""
+    prepare = run.prepare_together
+
+    def interrupted(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(config)
+
+    monkeypatch.setattr(run, "prepare_together", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    train(config, tmp_path)
+    said = capsys.readouterr()
+    assert "stopped before step 1; run the same command to continue" in said.out + said.err
+    assert not (tmp_path / "metrics.jsonl").exists() and "compiling" not in said.out + said.err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_checkpoint_holds_all_that_a_policy_needs(config, whole):

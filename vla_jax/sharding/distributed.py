@@ -6,10 +6,13 @@ a small key-value store in process 0, never through the devices: it works while 
 """
 
 import collections
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -17,8 +20,14 @@ from jax._src import distributed as _jax_distributed  # the store and its barrie
 
 from vla_jax.sharding import last_words
 
-_INIT_TIMEOUT = 300
+LOST = 3
+"""Exit code where another process is the reason: start all of them again."""
+
+START_TIMEOUT = 300.0
 """Seconds that the processes wait for each other at the start."""
+
+_GRACE = 60
+"""Seconds that JAX may wait longer than we do: its own timeout ends the process with a C++ stack trace."""
 
 _HEARTBEAT_TIMEOUT = 1800
 """JAX's own detection of dead processes ends them without a word about which; ours (train/watchdog.py) is far
@@ -31,7 +40,11 @@ _calls: collections.Counter[str] = collections.Counter()
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    start_timeout: float = START_TIMEOUT,
 ) -> None:
     """Joins the cluster, if there is one: that of the arguments, or what JAX finds in the environment.
 
@@ -39,8 +52,11 @@ def initialize(
     ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` stand for the arguments. On CPU the
     processes' collectives run over gloo.
 
-    Raises ValueError where only some of the three are known, and where the others cannot be reached.
+    Raises ValueError where only some of the three are known. Where not all processes are there after `start_timeout`
+    seconds, says so in one line and ends this one with the exit code LOST.
     """
+    if start_timeout <= 0:
+        raise ValueError(f"--start-timeout {start_timeout}: must be above 0 seconds")
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(num_processes, "JAX_NUM_PROCESSES")
     process_id = _number(process_id, "JAX_PROCESS_ID")
@@ -58,27 +74,71 @@ def initialize(
     # Stopping is agreed upon by the training loop itself; JAX's handler would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=_INIT_TIMEOUT,
-            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
-            shutdown_timeout_seconds=60,
-        )
+        with _together_within(start_timeout):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if missing else "deactivate",
+                initialization_timeout=int(start_timeout) + _GRACE,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=60,
+            )
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
         return  # no cluster: one process
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"process {process_id} of {num_processes} found no cluster at {coordinator} within "
-            f"{_INIT_TIMEOUT} s: {first}; are all processes started, with the same --coordinator?"
-        ) from error
     if process_count() > 1:
         last_words.leave(me(), _jax_distributed.global_state.coordinator_address)
+
+
+@contextlib.contextmanager
+def _together_within(seconds: float) -> Iterator[None]:
+    """Ends this process where the body, in which it waits for the others, takes longer."""
+    together = threading.Event()
+
+    def watch() -> None:
+        if not together.wait(seconds):
+            _give_up(seconds)
+
+    threading.Thread(target=watch, name="start", daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        _give_up(seconds, str(error).strip().splitlines()[0])
+    finally:
+        together.set()
+
+
+def _give_up(seconds: float, reason: str = "") -> NoReturn:
+    """Says who did not come, as far as that can be known: the coordinator answers or it does not."""
+    state = _jax_distributed.global_state
+    where = f"the coordinator, process 0 at {state.coordinator_address}"
+    if not process_index():
+        time.sleep(
+            min(2.0, seconds)
+        )  # the others may have begun to wait later, and want to say so themselves
+        found = reason or "another process was not started, or ended before it came"
+    elif _answers(state.coordinator_address):
+        found = reason or f"{where}, is there, but another process was not started, or ended before it came"
+    else:
+        found = f"{where}, does not answer"
+    print(
+        f"error: [{me()}] not all processes came together within {seconds:.0f} s (--start-timeout): {found}; "
+        "start all of them again, with the same --coordinator",
+        file=sys.stderr,
+        flush=True,
+    )
+    leave_at_once(LOST)
+
+
+def _answers(address: str | None) -> bool:
+    host, _, port = (address or "").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def shutdown() -> None:

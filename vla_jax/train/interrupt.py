@@ -4,6 +4,7 @@ With several processes a signal may reach one of them only, at any moment, yet a
 every step they vote: a maximum over all devices of 0 or 1, which all read at the same place of the loop.
 """
 
+import os
 import signal
 import threading
 import time
@@ -21,7 +22,8 @@ from vla_jax.sharding import replicated
 class StopSignal:
     """Inside the context, SIGTERM and SIGINT set `requested` instead of ending the process.
 
-    The loop looks at it between steps, saves and returns. A second signal raises KeyboardInterrupt at once.
+    The loop looks at it before its first step and between steps, saves and returns. A second signal raises
+    KeyboardInterrupt at once.
     """
 
     def __init__(self):
@@ -44,6 +46,8 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested, self.since = True, time.monotonic()
+        # Not print: the signal may have interrupted one.
+        os.write(2, b"stopping once the state can be saved; a second signal stops at once\n")
 
 
 class Vote:

@@ -23,7 +23,7 @@ from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.checkpoint.paths import Path, is_remote, run_path
-from vla_jax.sharding import activate, batch_sharding, check_batch
+from vla_jax.sharding import activate, batch_sharding, check_batch, distributed
 from vla_jax.train.compiled import jit_train_step
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
@@ -46,6 +46,7 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.attention",
     "model.unroll",
+    "train.accumulate",
     "train.log_every",
     "train.val_",
     "train.save_every",
@@ -108,14 +109,15 @@ def fit(
     run_dir: str | os.PathLike,
     *,
     watchdog: Watchdog | None = None,
+    stop: StopSignal | None = None,
     profile: Steps | None = None,
     begun: float | None = None,
 ) -> TrainState:
     """Trains until `loop.steps`, or until told to stop, and returns the last state.
 
     Everything goes to `run_dir`, a directory that all processes share; where it holds a checkpoint, training
-    continues from it. `begun` is when the command began (`time.monotonic`). Raises ValueError where that
-    checkpoint belongs to another config, and TrainingDiverged.
+    continues from it. `stop` is given where signals were to be heeded before this; `begun` is when the command began
+    (`time.monotonic`). Raises ValueError where that checkpoint belongs to another config, and TrainingDiverged.
     """
     begun = time.monotonic() if begun is None else begun
     run_dir, mesh = run_path(run_dir), job.builder.mesh
@@ -124,7 +126,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         if watchdog is None:
             watchdog = stack.enter_context(_watchdog(loop))
-        stop = stack.enter_context(StopSignal())
+        if stop is None:
+            stop = stack.enter_context(StopSignal())
         stack.enter_context(_only_one(run_dir))
         checkpoints = Checkpoints(run_dir, keep=loop.keep)
         stack.callback(checkpoints.close)
@@ -135,6 +138,9 @@ def fit(
         stack.callback(progress.close)
         if start >= loop.steps:
             progress.say(f"{run_dir} is finished: step {start} of {loop.steps}")
+            return state
+        if not distributed.all_agree("begin", not stop.requested):
+            progress.say(f"stopped before step {start + 1}; run the same command to continue")
             return state
         if start:
             progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")

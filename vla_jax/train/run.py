@@ -38,6 +38,7 @@ from vla_jax.train import spikes
 from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.hosts import code_hash
 from vla_jax.train.init_from import read_start
+from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.parts import make_parts, trained_shares
@@ -66,7 +67,10 @@ def train(
     """
     begun = time.monotonic() if begun is None else begun
     loop = config.train
-    with Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout) as watchdog:
+    with (
+        StopSignal() as stop,
+        Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout) as watchdog,
+    ):
         check_hosts(config)
         mesh = make_mesh(config.mesh)
         check_batch(loop.batch_size, loop.accumulate, mesh)
@@ -83,7 +87,7 @@ def train(
             print(describe(json.loads(to_json(config))))
             print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
         if not dry_run:
-            fit(job, loop, run_dir, watchdog=watchdog, profile=profile, begun=begun)
+            fit(job, loop, run_dir, watchdog=watchdog, stop=stop, profile=profile, begun=begun)
 
 
 def check_hosts(config: TrainConfig) -> None:

@@ -23,9 +23,6 @@ import jax
 
 from vla_jax.sharding import distributed
 
-LOST = 3
-"""Exit code where another process is the reason: start all of them again."""
-
 FAILED = 2
 """Exit code where this process failed in a way that a person can mend."""
 
@@ -232,7 +229,7 @@ class Watchdog:
         if self._client is not None:
             with contextlib.suppress(Exception):
                 self._wait_until_seen()
-        distributed.leave_at_once(LOST)
+        distributed.leave_at_once(distributed.LOST)
 
 
 def _broken_collective(error: BaseException | None) -> bool:
