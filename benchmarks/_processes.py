@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,15 +37,26 @@ class Group:
     - `module`: what to run, with `options`.
     - `devices`: simulated CPU devices of each.
     - `cache`: a folder of compiled programs, shared by all groups.
+    - `variables`: further ones of their environment.
     """
 
-    def __init__(self, module: str, options: Sequence[str], *, processes: int, devices: int, cache: Path):
+    def __init__(
+        self,
+        module: str,
+        options: Sequence[str],
+        *,
+        processes: int,
+        devices: int,
+        cache: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
+            **variables,
         }
         environment.pop("XLA_FLAGS", None)
         with socket.socket() as one:

@@ -1,10 +1,11 @@
-"""The same training run in 1 process × 8 devices, 2 × 4 and 4 × 2: batches, losses and parameters compared.
+"""The same training run in 1 process × 8 devices, 2 × 4 and 4 × 2: batches, metrics and parameters compared.
 
 python -m benchmarks.hosts --json benchmarks/results/hosts.json
 
-The real program (launch.train, configs/tabletop.py in float32, AdamW) on real demonstrations, 20 steps. The losses
-must be equal to 1e-5 and the parameters to 1e-4 relative to the largest of their array. A fourth run is stopped half
-way under 2 × 4 and continued under 4 × 2.
+The real program (launch.train, configs/tabletop.py in float32, AdamW) on real demonstrations, 20 steps. Every row of
+every batch must be the same, the losses equal to 1e-5, every other number of metrics.jsonl, validations' too, to 1e-4
+and the parameters to 1e-4 of the largest of their array; else this fails. A fourth run is stopped half way under 2 × 4
+and continued under 4 × 2: none of its batches may be lost or repeated.
 """
 
 import dataclasses
@@ -34,27 +35,67 @@ class HostsArgs:
     """Where to write the report."""
 
 
-def losses(run_dir: Path) -> np.ndarray:
-    """Of all steps, in order."""
+BARS = {"losses": 1e-5, "metrics": 1e-4, "parameters": 1e-4}
+"""Largest relative differences."""
+
+
+def metrics(run_dir: Path) -> list[dict[str, np.ndarray]]:
+    """The numbers of every line of metrics.jsonl, in order."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return np.asarray([line["loss"] for line in lines if "loss" in line])
+    return [{name: np.asarray(value, float) for name, value in line.items()} for line in lines]
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of two arrays, over the largest of them; what is not a number in both is equal."""
+    if not np.array_equal(np.isnan(ours), np.isnan(theirs)):
+        return float("inf")
+    gap = np.nanmax(np.abs(ours - theirs), initial=0)
+    return float(gap / max(np.nanmax(np.abs(theirs), initial=0), 1e-9))
 
 
 def apart(one: Path, other: Path) -> dict[str, float]:
-    """The largest relative differences of losses and of parameters."""
+    """The largest relative differences of losses, of all other metrics and of parameters."""
     import jax
 
     from vla_jax.checkpoint import load
 
-    a, b = losses(one), losses(other)
-    pairs = zip(*(jax.tree.leaves(load(path, "params")) for path in (one, other)))
-    parameters = [float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-9)) for x, y in pairs]
-    return {"losses": float(np.abs(a / b - 1).max()), "parameters": max(parameters)}
+    found = {"losses": 0.0, "metrics": 0.0}
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        if ours.keys() != theirs.keys():
+            raise ValueError(f"{one} and {other} have other metrics: {sorted(ours.keys() ^ theirs.keys())}")
+        for name in ours:
+            kind = "losses" if name.endswith("loss") else "metrics"
+            found[kind] = max(found[kind], relative(ours[name], theirs[name]))
+    leaves = zip(*(jax.tree.leaves(load(path, "params")) for path in (one, other)), strict=True)
+    return found | {"parameters": max(relative(np.asarray(x), np.asarray(y)) for x, y in leaves)}
+
+
+def batches(*records: Path, until: int) -> dict[tuple[int, int], str]:
+    """(step, row) → digest, of all processes; raises ValueError where two have another row of the same name."""
+    found: dict[tuple[int, int], str] = {}
+    for path in (path for record in records for path in sorted(record.glob("*.jsonl"))):
+        for line in map(json.loads, path.read_text().splitlines()):
+            for row, digest in line["rows"].items():
+                place = line["step"], int(row)
+                if line["step"] <= until and found.setdefault(place, digest) != digest:
+                    raise ValueError(f"row {row} of step {line['step']} is another one in {path.name}")
+    return found
+
+
+def check(name: str, report: dict) -> None:
+    """Raises ValueError where a layout is over a bar."""
+    over = [
+        f"{what} {report[what]:.2g} (at most {bar:g})" for what, bar in BARS.items() if report[what] > bar
+    ]
+    if over or not report["same_batches"]:
+        raise ValueError(f"{name}: {', '.join(over) or 'other batches'}")
 
 
 def main() -> None:
     """Collects demonstrations, trains four times, compares, prints, writes."""
     args = cli(HostsArgs, description=__doc__)
+    from vla_jax.checkpoint import read_meta
+
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
 
@@ -66,23 +107,36 @@ def main() -> None:
         collect = ["--env", "tabletop", "--episodes", "32", "--out", base / "data"]
         finish(Group("launch.collect", collect, processes=1, devices=1, cache=base / "cache"))
 
-        def start(run_dir: Path, processes: int, devices: int) -> Group:
+        def start(run_dir: Path, processes: int, devices: int, record: Path) -> Group:
             options = ["--config", "configs/tabletop.py", "--run-dir", run_dir, "--data.path", base / "data"]
             options += ["--train.steps", args.steps, "--train.log_every", 1, "--train.val_every", 10]
             options += ["--train.save_every", 1000, "--optim.algorithm", "adamw", "--mesh.fsdp", args.fsdp]
-            return Group("launch.train", options, processes=processes, devices=devices, cache=base / "cache")
+            return Group(
+                "benchmarks._recorded_train",
+                options,
+                processes=processes,
+                devices=devices,
+                cache=base / "cache",
+                variables={"VLA_RECORD": str(record)},
+            )
 
-        report, first = {"steps": args.steps, "mesh": f"data={8 // args.fsdp} × fsdp={args.fsdp}"}, None
+        report, first, whole = (
+            {"steps": args.steps, "mesh": f"data={8 // args.fsdp} × fsdp={args.fsdp}"},
+            None,
+            {},
+        )
         for processes, devices in LAYOUTS:
             name = f"{processes}x{devices}"
-            begun = time.monotonic()
-            finish(start(base / name, processes, devices))
-            first = first or base / name
-            report[name] = apart(base / name, first) | {"seconds": time.monotonic() - begun}
+            begun, record = time.monotonic(), base / "record" / name
+            finish(start(base / name, processes, devices, record))
+            seen = batches(record, until=args.steps)
+            first, whole = first or base / name, whole or seen
+            report[name] = {"seconds": time.monotonic() - begun, "same_batches": seen == whole}
+            report[name] |= apart(base / name, first) | {"rows_compared": len(seen)}
             print(name, report[name], flush=True)
 
-        mixed = base / "mixed"
-        group = start(mixed, 2, 4)
+        mixed, records = base / "mixed", (base / "record" / "before", base / "record" / "after")
+        group = start(mixed, 2, 4, records[0])
         path = mixed / "metrics.jsonl"
         while group.running() and not (
             path.exists() and len(path.read_text().splitlines()) >= args.steps // 2
@@ -90,13 +144,25 @@ def main() -> None:
             time.sleep(0.05)
         group.signal(1, signal.SIGTERM)
         finish(group)
-        stopped = len(losses(mixed))
-        finish(start(mixed, 4, 2))
-        report["2x4, continued as 4x2"] = apart(mixed, first) | {"stopped_at": stopped}
+        stopped = read_meta(mixed)["step"]
+        finish(start(mixed, 4, 2, records[1]))
+        before, after = (
+            batches(record, until=until) for record, until in zip(records, (stopped, args.steps))
+        )
+        same = before | after == whole and not before.keys() & after.keys()
+        mixed_report = apart(mixed, first) | {"same_batches": same, "stopped_at": stopped}
+        report["2x4, continued as 4x2"] = mixed_report
     print(json.dumps(report, indent=2))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    for name, found in report.items():
+        if isinstance(found, dict):
+            check(name, found)
+    if not args.steps > stopped > 0:
+        raise ValueError(
+            f"the mixed run was stopped at step {stopped} of {args.steps}: nothing was continued"
+        )
 
 
 if __name__ == "__main__":

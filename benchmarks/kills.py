@@ -3,10 +3,11 @@
 python -m benchmarks.kills --json benchmarks/results/kills.json        # 30 kills, 4 requests to stop
 
 Two processes train a small network on a real data set with the real loop, loader and checkpoints, saving every third
-step. At a random moment after a random start a random one gets SIGKILL. What is measured: after how many seconds the
-survivor ended, with which code and message; and whether the run, started again until it is finished, ends with the
-same bytes (parameters, moments, EMA and metrics) as one that was left alone. Then the same with SIGTERM: both must
-end with 0 and the same last step.
+step. At a random moment a random one gets SIGKILL: every third time inside a save, which is waited for, else mostly in
+training. What is measured: after how many seconds the survivor ended, with which code and message; and whether the run,
+started again until it is finished, ends with the same bytes (parameters, moments, EMA and metrics) as one that was
+left alone. Then the same with SIGTERM: both must end with 0 and the same last step. Fails where a run ends with other
+bytes, or a survivor takes a minute or more.
 """
 
 import dataclasses
@@ -62,39 +63,51 @@ def saving(run_dir: Path) -> bool:
 
 
 def same(run_dir: Path, whole: Path) -> bool:
-    """Whether two finished runs have the same bytes, metrics included."""
-    from vla_jax.checkpoint import read_meta
+    """Whether two finished runs have the same arrays, element by element, and the same bytes of metrics."""
+    import jax
+    import numpy as np
+
+    from vla_jax.checkpoint import load, read_meta
 
     metas = [read_meta(path) for path in (run_dir, whole)]
+    if any(metas[0][key] != metas[1][key] for key in ("step", "items")):
+        return False
     texts = [(path / "metrics.jsonl").read_bytes() for path in (run_dir, whole)]
-    keys = ("step", "fingerprints")
-    return all(metas[0][key] == metas[1][key] for key in keys) and texts[0] == texts[1]
+    trees = [{item: load(path, item) for item in metas[0]["items"]} for path in (run_dir, whole)]
+    if jax.tree.structure(trees[0]) != jax.tree.structure(trees[1]) or texts[0] != texts[1]:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, trees)))
 
 
 def wait_for(condition, patience: float) -> None:
     """Returns when it is true, or after `patience` seconds."""
     end = time.monotonic() + patience
     while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
+        time.sleep(0.002)
 
 
-def strike(group: Group, run_dir: Path, rng: random.Random, number: int, span: float) -> dict:
-    """Sends a signal to a random process at a random moment of the start or, mostly, of the training."""
+def strike(group: Group, run_dir: Path, rng: random.Random, number: int, span: float, aim: str) -> dict:
+    """Sends a signal to a random process at a random moment of the start, of the training, or of a save."""
     before = (run_dir / "perf.jsonl").stat().st_size if (run_dir / "perf.jsonl").exists() else 0
-    victim, in_training = rng.randrange(len(group.processes)), number == signal.SIGTERM or rng.random() < 0.8
+    victim = rng.randrange(len(group.processes))
+
+    def over() -> bool:
+        return len(group.running()) < len(group.processes)
 
     def begun() -> bool:
         path = run_dir / "perf.jsonl"
-        return not group.running() or (path.exists() and path.stat().st_size > before)
+        return over() or (path.exists() and path.stat().st_size > before)
 
-    if in_training:
+    if aim != "start":
         wait_for(begun, 600)
-    wait_for(lambda: len(group.running()) < len(group.processes), rng.uniform(0, span))
+    wait_for(over, rng.uniform(0, span))
+    if aim == "save":
+        wait_for(lambda: over() or saving(run_dir), 60)
     if victim not in group.running():
         return {"victim": None}
     inside_save = saving(run_dir)
     group.signal(victim, number)
-    return {"victim": victim, "at": time.monotonic(), "inside_save": inside_save, "in_training": in_training}
+    return {"victim": victim, "at": time.monotonic(), "inside_save": inside_save, "aim": aim}
 
 
 def main() -> None:
@@ -121,7 +134,8 @@ def main() -> None:
         while len(struck) < args.kills:
             run_dir = base / f"run{len(finished)}"
             group = start(run_dir)
-            entry = strike(group, run_dir, rng, signal.SIGKILL, span)
+            aim = "save" if len(struck) % 3 == 2 else "training" if rng.random() < 0.8 else "start"
+            entry = strike(group, run_dir, rng, signal.SIGKILL, span, aim)
             ended = group.wait(600)
             if entry["victim"] is None:
                 all_well(ended)
@@ -137,7 +151,7 @@ def main() -> None:
         for i in range(args.stops):
             run_dir = base / f"stop{i}"
             group = start(run_dir)
-            entry = strike(group, run_dir, rng, signal.SIGTERM, span)
+            entry = strike(group, run_dir, rng, signal.SIGTERM, span, "training")
             ended = group.wait(600)
             steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
             seconds = max(one.at for one in ended) - entry["at"] if entry["victim"] is not None else None
@@ -151,7 +165,7 @@ def main() -> None:
     named = [e for e in struck if "is gone" in e["message"]]
     report = {
         "kills": len(struck),
-        "in_training": sum(e["in_training"] for e in struck),
+        "aimed": {aim: sum(e["aim"] == aim for e in struck) for aim in ("start", "training", "save")},
         "inside_save": sum(e["inside_save"] for e in struck),
         "survivors_that_said_who": len(named),
         "slowest_survivor_seconds": max(e["survivor_seconds"] for e in struck),
@@ -165,6 +179,10 @@ def main() -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if not all(finished) or not all(stop["same"] for stop in stops):
+        raise ValueError("a run that was struck ended with other bytes than one that was left alone")
+    if report["slowest_survivor_seconds"] >= 60:
+        raise ValueError(f"a survivor took {report['slowest_survivor_seconds']:.0f} s to end")
 
 
 if __name__ == "__main__":
