@@ -11,6 +11,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -35,6 +36,10 @@ STEP = "in the training step"
 STARTING, RESTORING, COMPILING = "starting", "restoring or initialising", "compiling"
 SLOW = {STARTING, RESTORING, COMPILING}
 """Phases that may take four times as long as the others before they count as stuck."""
+
+_STATUS = re.compile(
+    "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
 
 _BEAT, _ERROR, _VERDICT, _SEEN = "vla/beat", "vla/error", "vla/verdict", "vla/seen"
 
@@ -233,10 +238,15 @@ class Watchdog:
 
 
 def _broken_collective(error: BaseException | None) -> bool:
-    """Whether the devices' runtime is behind an exception, but not for want of memory."""
+    """Whether the devices' runtime is behind an exception, but not for want of memory.
+
+    Where results are awaited as arrays, its errors come as ValueErrors that begin with the status.
+    """
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)
+        if _STATUS.match(str(error)):
+            return True
         error = error.__cause__
     return False
 
