@@ -70,6 +70,8 @@ def test_a_constant_delay_is_the_simulated_executor(kind, delay, execute):
     np.testing.assert_array_equal(got, np.concatenate(pieces, axis=1))
     assert background.starved == 0 and set(background.delays) == {delay}
     assert background.switches == [s for s in executor.switches if s < 6 * execute]
+    if kind != "async":
+        assert real.told.pop(1) is not None  # the discarded continuation that compiles
     assert len(real.told) == len(simulated.told) == 6
     for mine, theirs in zip(real.told, simulated.told):
         assert (mine is None) == (theirs is None)
@@ -86,7 +88,21 @@ def test_measured_delays_are_left_out_and_the_longest_is_expected():
     # The counting policy plans the absolute index of each step: any step lost or run twice would show.
     np.testing.assert_array_equal(got[0, :, 0], np.arange(1, 21))
     assert list(executor.delays) == [1, 3, 2, 2]
-    assert [told.delay for told in policy.told[1:]] == [0, 1, 3, 3]
+    assert [told.delay for told in policy.told[2:]] == [0, 1, 3, 3]
+
+
+def test_what_continues_is_compiled_before_the_episode_and_once_per_number_of_robots():
+    policy = RunningPolicy(horizon=10)
+    executor = Background(
+        policy, ExecutorConfig(kind="rtc", execute=2), solver=SOLVER, key=KEY, pool=SlowPool(0, 1)
+    )
+    continued = []
+    for robots in (2, 2, 1):
+        before = len(policy.told)
+        executor.reset(observe(np.zeros((robots, 1))))
+        continued.append([told is not None for told in policy.told[before:]])
+    assert continued == [[False, True], [False], [False, True]]
+    assert policy.told[1].actions.shape == (2, 10, 1) and executor.starved == 0
 
 
 def test_a_robot_waits_when_a_prediction_takes_longer_than_its_chunk():

@@ -50,6 +50,7 @@ class Background(ChunkExecutor):
         super().__init__(policy, config, solver=solver, key=key, keeps=keeps)
         self._pool = pool or ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._pending: Future | None = None
+        self._warm: set[int] = set()
         self.delays: collections.deque[int] = collections.deque(maxlen=REMEMBERED)
         """The last predictions' delays, in steps."""
         self.starved = 0
@@ -62,7 +63,7 @@ class Background(ChunkExecutor):
             self._pending = None
         super().reset(observation, plan)
         self.starved, self._asked = 0, 0
-        self._chunk, self._origin = self._pool.submit(self._predict, observation, None).result(), 0
+        self._chunk, self._origin = self._pool.submit(self._first, observation).result(), 0
         self._last = np.zeros_like(self._chunk[:, 0])
 
     def step(self, observation: Observation) -> Float[np.ndarray, "b a"]:
@@ -92,6 +93,20 @@ class Background(ChunkExecutor):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _first(self, observation: Observation) -> Float[np.ndarray, "b k a"]:
+        """The episode's first chunk, and for the first so many robots one that continues it and is thrown away.
+
+        A continuation is a program of its own. Compiled at its first use, which takes longer than a chunk lasts, it
+        would leave the robot without actions in the middle of the episode.
+        """
+        chunk, calls, robots = self._predict(observation, None), self._calls, len(observation.instruction)
+        told = running(self._config, chunk, self._expected(), self._policy.horizon)
+        if told is not None and robots not in self._warm:
+            self._predict(observation, None, told)
+            self._calls = calls  # its noise is for the first continuation that counts
+            self._warm.add(robots)
+        return chunk
 
     def _ask(self, observation: Observation) -> None:
         passed = self._steps - self._origin
