@@ -82,14 +82,14 @@ def benchmark(args: "BenchmarkArgs") -> None:
 
 def _policy(args: "BenchmarkArgs") -> Policy:
     if args.checkpoint is not None:
-        return Policy.load(args.checkpoint)
+        return Policy.load(args.checkpoint, host=True)
     if args.config is not None:
         base = load_config(args.config)
     else:
         sizes: VLAConfig = getattr(presets, args.model)()
         base = TrainConfig(model=sizes)
     most = max(args.numbers("cameras"), default=len(base.model.cameras) or 2)
-    return random_policy(base, cameras=most)
+    return random_policy(base, cameras=most, host=True)
 
 
 def _compile_config(args: "BenchmarkArgs") -> CompileConfig:
@@ -274,7 +274,7 @@ def _seen(policy: Policy) -> tuple[_Seen, str]:
     else:
         observations, what = [observe(policy.bundle, 1, seed=2)], "pictures of random noise"
     keys = [jax.random.key(1 + number) for number in range(len(observations))]
-    plain = in_float32(policy)
+    plain = in_float32(policy).on_device()
     with jax.default_matmul_precision("highest"):
         references = [plain.act(o, key, solver=REFERENCE) for o, key in zip(observations, keys)]
     return _Seen(observations, keys, references), what

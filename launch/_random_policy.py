@@ -25,13 +25,19 @@ PROMPT = "pick up the red cup and put it on the blue plate"
 
 
 def random_policy(
-    base: TrainConfig, *, cameras: int, seed: int = 0, text_tokens: int | None = None, batch_size: int = 32
+    base: TrainConfig,
+    *,
+    cameras: int,
+    seed: int = 0,
+    text_tokens: int | None = None,
+    batch_size: int = 32,
+    host: bool = False,
 ) -> Policy:
     """A policy of the configured model; sizes left to the data set become π0's (32 dimensions).
 
     The model gets `cameras` cameras. Where the expert has no state token the prompt tells the state (π0.5), which takes
     some 140 tokens of openpi's 200. Parameters are normal of variance 1/fan-in, biases and scales small but not zero,
-    so that no rewrite can hide behind a zero.
+    so that no rewrite can hide behind a zero; with `host` they lie in the host's memory (`Policy.on_host`).
     """
     expert = base.model.expert
     dims = (expert.state_dim or 32, expert.action_dim or 32)
@@ -48,12 +54,12 @@ def random_policy(
     config = dataclasses.replace(base, model=model, data=data).resolve(
         cameras=names, state_dim=dims[0], action_dim=dims[1], vocab=bundle.tokenizer.vocab_size
     )
-    params = random_params(config.model, bundle, seed)
+    params = random_params(config.model, bundle, seed, host=host)
     return Policy(config=config, bundle=bundle, params=params, step=0, batch_size=batch_size)
 
 
-def random_params(model: VLAConfig, bundle: DataBundle, seed: int) -> PyTree:
-    """Parameters by shape and name alone."""
+def random_params(model: VLAConfig, bundle: DataBundle, seed: int, *, host: bool = False) -> PyTree:
+    """Parameters by shape and name alone. `host`: each leaves the device as soon as it is drawn."""
     batch = bundle.observation_batch(observe(bundle, 1, seed=0))
     noise = jnp.zeros((1, model.expert.horizon, model.expert.action_dim))
     shapes = nn.meta.unbox(
@@ -80,7 +86,10 @@ def random_params(model: VLAConfig, bundle: DataBundle, seed: int) -> PyTree:
             inputs = leaf.shape[-1:]
         return jax.random.normal(draw, leaf.shape) * float(np.prod(inputs)) ** -0.5
 
-    return jax.tree_util.tree_map_with_path(make, shapes)
+    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
+        return np.asarray(make(path, leaf)) if host else make(path, leaf)
+
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def hash_of(name: str) -> int:

@@ -4,9 +4,10 @@ python -m launch.replay --record requests --checkpoint runs/tabletop
 
 python -m launch.replay --record requests --url ws://127.0.0.1:8000 --tolerance 1e-4
 
-Requests keep their seeds. A checkpoint is asked at the recorded batch size too, so that the same policy on the same
-kind of machine gives the same bits; a server chooses its own batch size, and rounds accordingly. The exit code is 1
-where an action differs by more than the tolerance.
+Requests keep their seeds. A checkpoint is asked at the recorded batch size too, compiled as it was for the recorded
+server (types, rewrites, sets of cameras, mesh), so that the same policy on the same kind of machine gives the same
+bits; a server chooses its own batch size, and rounds accordingly. The exit code is 1 where an action differs by more
+than the tolerance.
 """
 
 import dataclasses
@@ -112,19 +113,31 @@ def _of_server(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
 def _of_policy(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
     from launch._report import solver_of
     from vla_jax.flow.config import SolverConfig
+    from vla_jax.serve.compiled.config import CompileConfig
     from vla_jax.serve.policy import Policy
+    from vla_jax.serve.server.backends import SERVED
     from vla_jax.serve.server.config import ServeConfig
     from vla_jax.serve.server.engine import Engine
     from vla_jax.serve.server.recording import read_metadata
     from vla_jax.serve.server.request import parse
+    from vla_jax.sharding import MeshConfig, make_mesh
 
     then: dict[str, Any] = read_metadata(args.record)
-    policy = Policy.load(args.checkpoint, weights=args.weights)
+    policy = Policy.load(args.checkpoint, weights=args.weights, host=True)
     if args.solver is None and args.num_steps is None and then["solver"] is not None:
         solver = SolverConfig(**then["solver"])
     else:
         solver = solver_of(policy, args.solver, args.num_steps)
-    engine = Engine(policy, solver=solver, buckets=then["buckets"], samples=then["samples"])
+    compiled, mesh = then["compiled"], then["mesh"]
+    engine = Engine(
+        policy,
+        solver=solver,
+        buckets=then["buckets"],
+        samples=then["samples"],
+        compiled=SERVED if compiled is None else CompileConfig.from_dict(compiled),
+        camera_sets=then["camera_sets"] or (),
+        mesh=None if mesh is None else make_mesh(MeshConfig(**mesh)),
+    )
     renames = ServeConfig(rename=args.rename).renames
 
     def ask(row: dict, answered: dict) -> np.ndarray:

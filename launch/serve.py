@@ -42,9 +42,11 @@ class ServeArgs(ServeConfig):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of weights and activations; default: the model's."""
     int8: bool = False
-    """Keep matrices as 8-bit integers: a quarter of the memory, slightly other actions (docs/inference.md)."""
+    """Keep matrices as 8-bit integers, a quarter of float32's memory, for slightly other actions. A policy that offers
+    plans keeps the plain parameters on the device too, see --actions-only (docs/inference.md)."""
     unroll: int = 1
-    """Solver steps per iteration of the compiled loop; more compile longer and may run faster."""
+    """Solver steps per iteration of the compiled loop; more compile longer and may run faster. Not for policies that
+    write their actions as tokens."""
     prompts: tuple[int, ...] = ()
     """Text lengths, in tokens, that are compiled; default: 16, 32, … and the longest of training."""
     camera_sets: tuple[str, ...] = ()
@@ -55,7 +57,7 @@ class ServeArgs(ServeConfig):
     compilation_cache: Path | None = None
     """Directory that keeps compiled programs for the next start."""
     actions_only: bool = False
-    """Offer no plans: fewer programs to compile at the start."""
+    """Offer no plans: fewer programs to compile at the start, and no plain parameters on the device."""
     no_guidance: bool = False
     """Offer no guidance (policies trained with objective.prompt_dropout do): half of the programs to compile."""
     seed: int = 0
@@ -88,7 +90,7 @@ def main() -> None:
         check_writable(args.record)
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
-    policy = Policy.load(args.checkpoint, weights=args.weights)
+    policy = Policy.load(args.checkpoint, weights=args.weights, host=True)
     compiled = dataclasses.replace(
         SERVED, dtype=args.dtype, weights="int8" if args.int8 else "same", prompts=args.prompts
     )

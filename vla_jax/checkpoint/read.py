@@ -65,6 +65,7 @@ def load_params(
     item: str | None = None,
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    device: jax.Device | None = None,
 ) -> Loaded:
     """All parameters of a checkpoint, those that were frozen with them.
 
@@ -72,7 +73,8 @@ def load_params(
 
     - `item`: ``params`` or ``ema``; None: the averaged ones where the run has them.
     - `shardings`: where to put which array, by path (``backbone/img/…``), on one mesh. What it does not name or
-      divide goes to every device; None: all to the first one.
+      divide goes to every device; None: all to one.
+    - `device`: which one that is; default: the first.
 
     Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item.
     """
@@ -85,7 +87,8 @@ def load_params(
             raise ValueError(f"{step_dir} has no '{trained}'; it has {', '.join(has)}")
         names = [trained] + (["frozen"] if "frozen" in has else [])
         targets = {
-            name: _attempt(lambda name=name: _placed(step_dir / name, shardings or {})) for name in names
+            name: _attempt(lambda name=name: _placed(step_dir / name, shardings or {}, device))
+            for name in names
         }
         parts = restore_items(step_dir, targets, meta, together=bool(shardings))
         return Loaded(join(parts[trained], parts.get("frozen")), trained)
@@ -199,15 +202,17 @@ def _locate(path: Path) -> list[Path]:
     raise FileNotFoundError(f"no checkpoint in {path}: give a run's directory, or one of its {FOLDER}/<step>")
 
 
-def _saved_shapes(item_dir: Path) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _saved_shapes(item_dir: Path, device: jax.Device | None = None) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     saved = ocp.StandardCheckpointHandler().metadata(item_dir).tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
 
 
-def _placed(item_dir: Path, shardings: Mapping[str, jax.sharding.Sharding]) -> Any:
+def _placed(
+    item_dir: Path, shardings: Mapping[str, jax.sharding.Sharding], device: jax.Device | None = None
+) -> Any:
     """The saved shapes with the shardings that are wanted."""
-    saved = _saved_shapes(item_dir)
+    saved = _saved_shapes(item_dir, device)
     if not shardings:
         return saved
     everywhere = jax.sharding.NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())

@@ -59,10 +59,12 @@ class Policy:
         *,
         weights: Literal["ema", "params"] | None = None,
         batch_size: int = 32,
+        host: bool = False,
     ) -> "Policy":
         """Reads a policy from a run's directory (the newest whole checkpoint) or from one step of it.
 
-        `weights`: the averaged parameters or the raw ones; None: averaged ones where the run has them.
+        `weights`: the averaged parameters or the raw ones; None: averaged ones where the run has them. `host`: they
+        stay in the host's memory, see `on_host`.
         Raises FileNotFoundError or ValueError, each in one line.
         """
         meta = read_meta(path)
@@ -73,12 +75,23 @@ class Policy:
             )
         config = from_json(json.dumps(meta["config"]))
         bundle = DataBundle.from_json(meta["data"])
-        params = load_params(path, weights).params
+        params = load_params(path, weights, device=jax.devices("cpu")[0] if host else None).params
         if config.lora.rank:
             params = jax.jit(merge, static_argnums=1)(params, config.lora.scale)
         policy = cls(config=config, bundle=bundle, params=params, step=meta["step"], batch_size=batch_size)
         policy.check_params(path)
-        return policy
+        return policy.on_host() if host else policy
+
+    def on_host(self) -> "Policy":
+        """The same with its parameters in the host's memory: they are on the device for the time of a call only.
+
+        For whoever computes with other weights that were made of them (`serve.compiled`) and needs the memory.
+        """
+        return dataclasses.replace(self, params=jax.tree.map(np.asarray, self.params))
+
+    def on_device(self) -> "Policy":
+        """The same with its parameters on the device to stay."""
+        return dataclasses.replace(self, params=jax.device_put(self.params))
 
     @property
     def model(self) -> VLA:

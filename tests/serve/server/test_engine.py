@@ -97,6 +97,13 @@ def test_nothing_compiles_after_the_warm_up(engines, name, options):
     assert metrics.value("vla_compilations_total") == compiled
 
 
+def test_plain_parameters_are_on_the_device_for_plans_only(policies, engines):
+    alone = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), plans=False)
+    for engine, kind in ((engines["tabletop"], jax.Array), (alone, np.ndarray)):
+        leaves = jax.tree.leaves(engine.policy.policy.params)
+        assert leaves and all(isinstance(leaf, kind) for leaf in leaves)
+
+
 @pytest.mark.parametrize("shape", ["tabletop", "pi0"])
 def test_a_request_alone_gets_exactly_the_policys_actions(policies, engines, shape):
     """Those of the compiled policy to the bit, and those of the plain one up to rounding."""

@@ -1,4 +1,8 @@
-"""PyPI's openpi-client 0.1.2, unchanged, in an environment of its own (it needs numpy < 2), against launch.serve."""
+"""PyPI's openpi-client 0.1.2, unchanged, in an environment of its own (it needs numpy < 2), against launch.serve.
+
+The one file of tests that needs the network: it installs the client from the package index each time, and fails rather
+than skips where it cannot, because CI is to say whether robots' own clients still work. `--deselect` it offline.
+"""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,19 @@ class CompileConfig:
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: use float32 or bfloat16")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CompileConfig":
+        """Of `dataclasses.asdict`, also after a way through JSON."""
+        sizes = {name: tuple(values[name]) for name in ("buckets", "prompts")}
+        return cls(**{**values, **sizes, "rewrites": Rewrites(**values["rewrites"])})
+
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
-        """The text lengths that are compiled, up to the longest of training."""
+        """The text lengths that are compiled, up to the longest of training. Raises ValueError."""
+        if max(self.prompts, default=0) > longest:
+            raise ValueError(
+                f"prompts={self.prompts}: no text of this policy has more than {longest} tokens "
+                f"(data.max_text_tokens); leave out {max(self.prompts)}"
+            )
         if not self.rewrites.prompt:
             return (longest,)
         chosen = self.prompts or tuple(16 * 2**i for i in range(16))

@@ -4,10 +4,12 @@
     compiled.warm_up(SolverConfig())
     actions = compiled.act(observation, jax.random.key(0), solver=SolverConfig())
 
-It stands in for a `Policy` wherever chunks are asked for (executors, evaluation, the server). `Policy` itself stays
-the plain path that it is compared with.
+It stands in for a `Policy` wherever chunks are asked for: the server, executors, `sim.evaluate.Runner` (so
+benchmarks/solver_front.py). `Policy` itself stays the plain path that it is compared with, and the one that
+launch.evaluate runs.
 """
 
+import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +48,12 @@ class _Kept(NamedTuple):
 
 
 class CompiledPolicy:
-    """Programs, weights on the device, prompts; what it remembers between calls never changes an answer."""
+    """Programs, weights on the device, prompts; what it remembers between calls never changes an answer.
+
+    The policy stays beside it for plans and continuations. Where neither is asked for, give it `on_host`: its
+    parameters then take no memory of the device, not even while they are rewritten. For a mesh they are always
+    rewritten on the host, so that no device holds more than its own part.
+    """
 
     def __init__(self, policy: Policy, config: CompileConfig | None = None, *, mesh: Mesh | None = None):
         if policy.config.kind == "tokens":
@@ -58,16 +65,22 @@ class CompiledPolicy:
         model, bundle, rewrites = policy.config.model, policy.bundle, self.config.rewrites
         params = nn.meta.unbox(policy.params)
         split = mesh is not None and mesh.shape["tensor"] > 1
-        weights = rewrite(
-            params,
-            model,
-            self.config,
+        make = functools.partial(
+            rewrite,
+            model=model,
+            config=self.config,
             state_dims=len(bundle.schema.state_names),
             action_dims=len(bundle.schema.action_names),
             split_qkv=split,
         )
-        if mesh is not None:
-            weights = shard_weights(weights, mesh)
+        if mesh is None and not all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+            weights = make(params)
+        else:
+            with jax.default_device(jax.devices("cpu")[0]):
+                weights = make(jax.tree.map(np.asarray, params))
+            weights = (
+                jax.device_put(weights, jax.devices()[0]) if mesh is None else shard_weights(weights, mesh)
+            )
         network = Network(model, rewrites, self.config.dtype or model.dtype)
         program = Program(network, make_process(policy.config.process), scaling_of(bundle))
         self.compiler = Compiler(program, weights, mesh)

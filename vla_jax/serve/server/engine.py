@@ -74,23 +74,34 @@ class Engine:
                 raise ValueError(f"{name}={tuple(sizes)}: give at least one, and none below 1")
         if policy.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
+        tokens, writes = policy.config.kind == "tokens", plans and policy.writes_plans
+        # The plain parameters are for what the compiled programs do not do; otherwise they need not be on the device.
+        policy = policy.on_device() if tokens or writes else policy.on_host()
         self.buckets = tuple(sorted(set(buckets)))
         self.policy: Policy | CompiledPolicy = policy
         """What computes: called directly it gives the served actions bit for bit (alone: those of bucket 1)."""
         self._plain, self._solver = policy, solver
-        if policy.config.kind == "tokens":
-            if compiled != SERVED or camera_sets or mesh is not None:
+        if tokens:
+            if compiled != SERVED or camera_sets or mesh is not None or solver.unroll != 1:
                 raise ValueError(
                     "a policy that writes its actions as tokens is served by its plain programs: leave out dtype, "
-                    "int8, prompts, camera_sets and mesh"
+                    "int8, unroll, prompts, camera_sets and mesh"
                 )
+            about: dict[str, Any] = {"compiled": None, "camera_sets": None, "mesh": None}
             self._backend: Backend = TokensBackend(policy, solver)
         else:
             config = dataclasses.replace(compiled, buckets=self.buckets)
             self.policy = CompiledPolicy(policy, config, mesh=mesh)
             self._backend = CompiledBackend(self.policy, solver, camera_sets)
-        self._planners = {size: dataclasses.replace(policy, batch_size=size) for size in self.buckets}
-        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance)
+            about = {
+                "compiled": dataclasses.asdict(config),
+                "camera_sets": [list(names) for names in self._backend.camera_sets],
+                "mesh": None if mesh is None else dict(mesh.shape),
+            }
+        self._planners = {
+            size: dataclasses.replace(policy, batch_size=size) for size in self.buckets if writes
+        }
+        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance, about)
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
@@ -170,17 +181,20 @@ class Engine:
     def _any_prompt(self) -> str:
         return next(iter(self._plain.bundle.normalize.task_of), "go")
 
-    def _spec(self, policy: Policy, samples: tuple[int, ...], plans: bool, guidance: bool) -> Spec:
+    def _spec(
+        self, policy: Policy, samples: tuple[int, ...], plans: bool, guidance: bool, about: dict[str, Any]
+    ) -> Spec:
         schema = policy.bundle.schema
         solver: dict[str, Any] | None = dataclasses.asdict(self._solver)
         if policy.config.kind in ("regression", "tokens"):
             solver = None if policy.config.kind == "regression" else {"temperature": self._solver.temperature}
-        about: dict[str, Any] = {
+        about = {
             "robot": schema.robot,
             "config_hash": policy.config_hash,
             "step": policy.step,
             "buckets": list(self.buckets),
             "solver": solver,
+            **about,
         }
         return Spec(
             cameras={camera: schema.cameras[camera] for camera in policy.bundle.cameras},

@@ -39,7 +39,9 @@ class Recorder:
         known = folder / "server.json"
         text = json.dumps(metadata, indent=2)
         if known.exists() and known.read_text() != text:
-            raise ValueError(f"{folder} holds requests to another policy; record into another directory")
+            raise ValueError(
+                f"{folder} holds requests to another policy or to other settings; record into another directory"
+            )
         known.write_text(text)
         number = len(list(folder.glob("requests-*.msgpack")))
         self._file = (folder / f"requests-{number:05d}.msgpack").open("xb")
