@@ -16,8 +16,10 @@ from launch._random_policy import random_params
 from tests.serve import toy
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites, batch_bucket
+from vla_jax.serve.compiled.encode import Encoder
 from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
-from vla_jax.serve.compiled.quantize import dequantize, multiply, quantize
+from vla_jax.serve.compiled.prompts import Prompts
+from vla_jax.serve.compiled.quantize import dequantize, multiply, quantize, size_bytes
 from vla_jax.serve.executors.base import take
 from vla_jax.serve.policy import Policy
 
@@ -55,6 +57,8 @@ def same(policy, compiled, observation, atol=1e-5, **how):
     "solver",
     [
         SolverConfig(method="rk4", num_steps=3, unroll=2),
+        SolverConfig(method="heun", num_steps=2),
+        SolverConfig(method="midpoint", num_steps=2),
         SolverConfig(method="midpoint", num_steps=3, grid="edm"),
     ],
     ids=lambda solver: f"{solver.method}-{solver.grid}",
@@ -158,6 +162,35 @@ def test_an_unchanged_prefix_is_used_again_and_a_changed_one_never(policy, compi
     assert asked[-1] == (False, 2)
 
 
+def test_prompts_are_kept_one_by_one_and_up_to_a_limit(policy):
+    """Their embeddings are the table's rows, whoever comes together, and what is forgotten is made again."""
+    table = np.asarray(policy.params["backbone"]["llm"]["embedder"]["input_embedding"])
+    tokenize = Encoder(policy.bundle)
+    texts = [row.text for row in tokenize(toy.observe(4), None, null_prompt=False)]
+    made, one = [], 32 * (4 * table.shape[1] + 1)
+
+    class Counted(Prompts):
+        def _make(self, rows, length, sees):
+            made.append(len(rows))
+            return super()._make(rows, length, sees)
+
+    prompts = Counted(table, "float32", lambda text: text, most_bytes=3 * one)
+
+    def asked(*order):
+        found = prompts.batch([texts[i] for i in order], 32, False)
+        for row, i in enumerate(order):
+            np.testing.assert_array_equal(
+                found.tokens[row], table[texts[i].tokens[:32]] * table.shape[1] ** 0.5
+            )
+            np.testing.assert_array_equal(found.mask[row], texts[i].mask[:32])
+        assert prompts.kept_bytes <= 3 * one
+        return len(made)
+
+    assert [asked(0, 1), asked(1, 0), asked(0), asked(1, 1, 2)] == [2, 2, 2, 3]
+    assert asked(3) == 4  # 0 was asked for before 1 and 2, so it goes
+    assert [asked(1, 2), asked(0), asked(3)] == [4, 5, 6]
+
+
 def test_warm_up_compiles_all_that_act_asks_for(policy):
     compiled = CompiledPolicy(policy, CompileConfig(buckets=(1, 2), prompts=(32,)))
     assert compiled.lengths == (32, 48)
@@ -176,6 +209,14 @@ def test_keys_and_buckets():
         batch_bucket((1, 8, 32), 33)
     with pytest.raises(ValueError, match="buckets"):
         CompileConfig(buckets=(0,))
+    assert CompileConfig(prompts=(32, 48)).prompt_lengths(48) == (32, 48)
+    with pytest.raises(ValueError, match="no text of this policy has more than 48 tokens"):
+        CompileConfig(prompts=(16, 64)).prompt_lengths(48)
+
+
+def test_configurations_survive_json():
+    config = CompileConfig(rewrites=Rewrites(fuse=False), dtype="bfloat16", buckets=(2, 4), prompts=(32,))
+    assert CompileConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_int8_is_the_nearest_grid_and_bfloat16_and_int8_stay_close(policy):
@@ -200,6 +241,41 @@ def test_int8_is_the_nearest_grid_and_bfloat16_and_int8_stay_close(policy):
         )
         error = np.sqrt(np.mean(((found - expected) / policy.action_scale) ** 2)) / scale
         assert low < error < high
+
+
+def test_of_parameters_on_the_host_the_device_holds_the_rewritten_ones_alone(policy):
+    config = CompileConfig(dtype="bfloat16", buckets=(2,))
+    before = {id(array) for array in jax.live_arrays()}
+    compiled = CompiledPolicy(policy.on_host(), config)
+    made = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    weights = size_bytes(compiled.compiler.weights)
+    assert weights <= made < 1.1 * weights < 0.8 * size_bytes(policy.params)
+    expected = CompiledPolicy(policy, config).act(toy.observe(2), KEY, solver=SOLVER)
+    np.testing.assert_array_equal(compiled.act(toy.observe(2), KEY, solver=SOLVER), expected)
+
+
+def test_a_second_process_reads_programs_in_place_of_compiling_them(tmp_path):
+    """Even small ones, which JAX by itself would not keep."""
+    code = """
+import sys, jax
+from vla_jax.serve.compiled.cache import keep_programs
+counts = {"hits": 0, "misses": 0}
+def count(event, **how):
+    if event.startswith("/jax/compilation_cache/cache_"):
+        counts[event.rpartition("_")[2]] += 1
+jax.monitoring.register_event_listener(count)
+keep_programs(sys.argv[1])
+print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.full((3, 3), 2.0))), counts["hits"], counts["misses"])
+"""
+    folder, printed = tmp_path / "programs", []
+    for _ in range(2):
+        command = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append((*done.stdout.split(), sum(path.name.endswith("-cache") for path in folder.iterdir())))
+    (value, hits, misses, files), again = printed
+    assert (value, hits, int(misses)) == ("108.0", "0", files) and files > 0
+    assert again == ("108.0", misses, "0", files)
 
 
 def test_on_a_mesh_the_actions_are_the_same():

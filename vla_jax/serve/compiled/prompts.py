@@ -2,7 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
@@ -10,27 +13,57 @@ from jaxtyping import Float
 from vla_jax.data.tokenizer import TextTokens
 from vla_jax.serve.compiled.program import Text
 
-_KEPT = 256
-"""Batches of prompts whose embeddings stay on the device."""
+KEPT_BYTES = 1 << 27
+"""Of prompts on the device, all together: some 160 of π0.5's 200 tokens, in bfloat16."""
+
+
+class _Batch(NamedTuple):
+    """Prompts that came together."""
+
+    keys: tuple
+    text: Text
 
 
 class Prompts:
-    """Embeds and remembers. `table` None: token ids are sent and embedded by the program."""
+    """Embeds and remembers each prompt by itself, so that clients who come together in any order find theirs.
 
-    def __init__(self, table: Float[np.ndarray, "v d"] | None, dtype: str, place: Callable[[Text], Text]):
-        self._table, self._place = table, place
+    `table` None: token ids are sent and embedded by the program. The least recently asked for are forgotten first. The
+    last batch is kept as it is: robots in lockstep ask for the same one again and again.
+    """
+
+    def __init__(
+        self,
+        table: Float[np.ndarray, "v d"] | None,
+        dtype: str,
+        place: Callable[[Text], Text],
+        most_bytes: int = KEPT_BYTES,
+    ):
+        self._table, self._place, self._most = table, place, most_bytes
         self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        self._kept: OrderedDict[tuple, Text] = OrderedDict()
+        self._rows: OrderedDict[tuple, Text] = OrderedDict()
+        self._last: _Batch | None = None
+        self.kept_bytes = 0
+        """Of single prompts; the last batch comes on top."""
 
     def batch(self, rows: Sequence[TextTokens], length: int, sees: bool) -> Text:
         """Some rows cut to one length, on the device."""
-        key = (*(part.tobytes() for row in rows for part in (row.tokens, row.mask, row.causal)), length, sees)
-        found = self._kept.pop(key, None)
+        keys = tuple(
+            (row.tokens.tobytes(), row.mask.tobytes(), row.causal.tobytes(), length, sees) for row in rows
+        )
+        if self._last is None or self._last.keys != keys:
+            found = [self._row(row, key) for row, key in zip(rows, keys)]
+            self._last = _Batch(keys, self._place(found[0] if len(found) == 1 else _joined(found)))
+        return self._last.text
+
+    def _row(self, row: TextTokens, key: tuple) -> Text:
+        """One prompt, [1 l …]."""
+        found = self._rows.pop(key, None)
         if found is None:
-            found = self._make(rows, length, sees)
-        self._kept[key] = found
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+            found = jax.device_put(self._make([row], *key[-2:]))
+            self.kept_bytes += _bytes(found)
+        self._rows[key] = found
+        while self.kept_bytes > self._most and len(self._rows) > 1:
+            self.kept_bytes -= _bytes(self._rows.popitem(last=False)[1])
         return found
 
     def _make(self, rows: Sequence[TextTokens], length: int, sees: bool) -> Text:
@@ -38,7 +71,16 @@ class Prompts:
         if self._table is not None:
             width = np.asarray(self._table.shape[1] ** 0.5, self._dtype)
             tokens = self._table[tokens].astype(self._dtype) * width
-        return self._place(Text(tokens, mask, causal if sees else None))
+        return Text(tokens, mask, causal if sees else None)
+
+
+@jax.jit
+def _joined(rows: Sequence[Text]) -> Text:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+
+
+def _bytes(text: Text) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(text))
 
 
 def used(text: TextTokens) -> int:
