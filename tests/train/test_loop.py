@@ -2,15 +2,18 @@
 
 import fcntl
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.train.toy import host_batch, make_job, small_loop
 from vla_jax.checkpoint import read_meta
 from vla_jax.sharding import MeshConfig
 from vla_jax.train.loop import TrainingDiverged, fit
-from vla_jax.train.metrics import JsonLines, TensorBoard, truncate
+from vla_jax.train.metrics import JsonLines, TensorBoard, Wandb, truncate
 
 
 def test_non_finite_steps_are_skipped_and_many_in_a_row_stop(tmp_path):
@@ -50,7 +53,48 @@ def test_an_error_of_the_loader_reaches_the_user(tmp_path):
         fit(make_job(loop, MeshConfig(), batches=broken), loop, tmp_path)
 
 
-def test_wandb_must_be_installed_where_it_is_asked_for(tmp_path):
+def test_a_diverging_run_that_was_interrupted_stops_at_the_same_step(tmp_path):
+    def interrupted(start):
+        yield from (host_batch(step, 8) for step in range(start, 8))
+        raise OSError("the machine went away")
+
+    loop = small_loop(max_skipped=3, val_every=0)
+    with pytest.raises(OSError, match="went away"):
+        fit(make_job(loop, MeshConfig(), poison_from=6, batches=interrupted), loop, tmp_path)
+    assert read_meta(tmp_path)["step"] == 8  # two steps were left out until then
+    with pytest.raises(TrainingDiverged, match="step 9: loss or gradient was not finite 3 times in a row"):
+        fit(make_job(loop, MeshConfig(), poison_from=6), loop, tmp_path)
+
+
+def test_wandb_runs_are_their_directories_and_continue(tmp_path, monkeypatch):
+    asked = []
+
+    class Run:
+        def log(self, values, step):
+            asked[-1]["logged"] = (values, step)
+
+        def finish(self):
+            asked[-1]["finished"] = True
+
+    def init(**options):
+        asked.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.chdir(tmp_path)
+    for run_dir in ("a/flow", "b/flow", tmp_path / "a" / "flow"):
+        wandb = Wandb(epath.Path(run_dir), {"seed": 3})
+        wandb.write(2, {"loss": np.float32(0.5), "bins": np.ones(2)})
+        wandb.close()
+    first, second, again = asked
+    assert first["id"] == again["id"] != second["id"]
+    assert {run["name"] for run in asked} == {"flow"} and first["resume"] == "allow"
+    assert first["config"] == {"seed": 3} and first["finished"]
+    assert first["logged"] == ({"loss": 0.5, "bins/0": 1.0, "bins/1": 1.0}, 2)
+
+
+def test_wandb_must_be_installed_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not, whatever there is
     loop = small_loop(wandb=True)
     with pytest.raises(ValueError, match="wandb is not installed"):
         fit(make_job(loop, MeshConfig()), loop, tmp_path)

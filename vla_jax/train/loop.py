@@ -43,6 +43,7 @@ IN_FLIGHT = 2
 FREE_TO_CHANGE = (
     "mesh.",
     "solver.",
+    "execute",
     "model.remat",
     "model.attention",
     "model.unroll",
@@ -64,6 +65,9 @@ FREE_TO_CHANGE = (
     "data.cache_mb",
 )
 """Fields that may differ when a run is continued: they change how it is computed or reported, not what."""
+
+SKIPPED = "skipped_in_a_row"
+"""In a checkpoint's metadata: a run that diverges stops at the same step whether it was interrupted or not."""
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
@@ -133,7 +137,7 @@ def fit(
         stack.callback(checkpoints.close)
         stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
         watchdog.at(0, RESTORING)
-        state, start = _restore_or_init(job, checkpoints)
+        state, start, skipped = _restore_or_init(job, checkpoints)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
         if start >= loop.steps:
@@ -153,7 +157,7 @@ def fit(
         batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
         profiler = Profiler(profile, run_dir / "profile")
         stack.callback(profiler.close)
-        trainer = _Trainer(job, loop, checkpoints, log, progress, watchdog, ledger, profiler)
+        trainer = _Trainer(job, loop, checkpoints, log, progress, watchdog, ledger, profiler, skipped)
         state, step = trainer.run(state, start, batches, stop)
         with ledger.spent("checkpoint"):
             watchdog.at(step, "finishing the checkpoint")
@@ -190,12 +194,14 @@ class _Trainer:
         watchdog: Watchdog,
         ledger: Ledger,
         profiler: Profiler,
+        skipped: int,
     ):
         self.job, self.loop = job, loop
         self.checkpoints, self.log, self.progress = checkpoints, log, progress
         self.watchdog, self.ledger, self.profiler = watchdog, ledger, profiler
         self.pending: collections.deque[tuple[int, dict[str, Any], Any]] = collections.deque()
-        self.skipped = self.skipped_in_all = 0
+        self.skipped, self.skipped_in_all = skipped, 0
+        """Steps left out in a row up to now, and all of this start."""
         self.stop = False
         """Whether the processes have agreed to stop."""
         self.diverged: str | None = None
@@ -300,11 +306,12 @@ class _Trainer:
         self.watchdog.at(step, "saving")
         with self.clock.paused(), self.ledger.spent("checkpoint"):
             self.log.sync()
-            self.checkpoints.save(step, state.items(), self.job.meta)
+            self.checkpoints.save(step, state.items(), {**self.job.meta, SKIPPED: self.skipped})
         self.ledger.saved(step)
 
 
-def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, int]:
+    """State, steps done, and how many of the last ones were left out."""
     shapes = job.builder.shapes
     same = json.loads(
         json.dumps({key: job.meta[key] for key in ("config", "data_fingerprint")})
@@ -313,9 +320,9 @@ def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, in
         shapes.items(), same=same, free=FREE_TO_CHANGE, defaults=job.defaults
     )
     if restored is None:
-        return job.builder.init(job.key, job.start()), 0
+        return job.builder.init(job.key, job.start()), 0, 0
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
-    return TrainState.from_items(step, restored.items), restored.step
+    return TrainState.from_items(step, restored.items), restored.step, restored.meta.get(SKIPPED, 0)
 
 
 @contextlib.contextmanager

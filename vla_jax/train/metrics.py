@@ -5,6 +5,7 @@
 - ``perf.jsonl`` holds timings, which are nobody's business to reproduce.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from vla_jax.checkpoint.paths import Path, is_remote, write_atomically
+from vla_jax.checkpoint.paths import Path, is_remote, run_path, write_atomically
 
 Values = Mapping[str, Any]
 
@@ -90,7 +91,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; the run's directory names the run, so that continuing it continues there."""
+    """Weights & Biases; the run's directory, with all that is above it, is the run: continuing it continues there."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]):
         try:
@@ -102,7 +103,7 @@ class Wandb:
         self._run = wandb.init(
             project="vla_jax",
             name=run_dir.name,
-            id=run_dir.name,
+            id=f"{run_dir.name}-{hashlib.sha256(os.fspath(run_path(run_dir)).encode()).hexdigest()[:12]}",
             resume="allow",
             dir=run_dir,
             config=dict(config),
