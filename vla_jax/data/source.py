@@ -121,7 +121,9 @@ class EpisodeSource:
         return episode
 
     def fingerprint(self) -> str:
-        """Changes when the data do: a hash of metadata and checksums, and of the files' names and sizes."""
+        """Changes when other data are written: a hash of the metadata, of the checksums that `rlds.finalize` wrote,
+        and of the shards' names and sizes. The shards themselves are not read, so it does not change with them.
+        """
         digest = hashlib.sha256()
         for path in sorted(self.path.iterdir()):
             if path.name in (rlds.SCHEMA_FILE, rlds.CHECKSUMS_FILE, rlds.INFO_FILE):
