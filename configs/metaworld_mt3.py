@@ -27,6 +27,7 @@ def get_config() -> TrainConfig:
             unroll=3,
         ),
         solver=SolverConfig(method="euler", num_steps=10),
+        execute=4,
         objective=ObjectiveConfig(text=False, noise_draws=4, plan_visible=0.0),
         data=DataConfig(
             path="data/metaworld_mt3",

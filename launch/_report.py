@@ -33,13 +33,20 @@ def evaluate(args: "EvaluateArgs") -> None:
         if path is not None:
             check_writable(path)
     policy = Policy.load(args.checkpoint, weights=args.weights, batch_size=args.batch_size)
-    solver = solver_of(policy, args.solver, args.num_steps, args.temperature)
+    tokens = policy.config.kind == "tokens"
+    if args.temperature is not None and not (tokens or args.see_plan):
+        raise ValueError(
+            f"--temperature does not apply: a policy of kind {policy.config.kind} writes nothing but plans; add "
+            "--see-plan, or leave it out"
+        )
+    solver = solver_of(policy, args.solver, args.num_steps, args.temperature if tokens else None)
     kind, tasks = environment_of(policy, args.env)
     config = EvaluateConfig(
         episodes=args.episodes,
         seed=args.seed,
-        execute=max(1, policy.horizon // 2) if args.execute is None else args.execute,
+        execute=args.execute,
         see_plan=args.see_plan,
+        temperature=args.temperature or 0.0,
         executor=args.executor,
         delay=args.delay,
         overlap=args.overlap,
@@ -60,7 +67,7 @@ def evaluate(args: "EvaluateArgs") -> None:
     report["config"] |= {"env": ":".join([kind, ",".join(tasks)]).rstrip(":"), "policy": policy.config_hash}
     if policy.config.kind in WITHOUT_SOLVER:
         report["solver"] = None
-    if policy.config.kind == "tokens":
+    if tokens:
         report["config"]["temperature"] = solver.temperature
     name = label_of(args.checkpoint)
     print(f"{args.checkpoint}, step {policy.step}, {policy.config.kind}, {report['config']['env']}\n")
@@ -156,8 +163,6 @@ def solver_of(
         option = "--solver" if method else "--num-steps"
         how = "by regression" if kind == "regression" else "to write tokens"
         raise ValueError(f"{option} does not apply: the policy was trained {how}, which has no solver")
-    if kind != "tokens" and temperature is not None:
-        raise ValueError(f"--temperature does not apply: the policy is of kind {kind} and writes no tokens")
     return dataclasses.replace(policy.config.solver, **changes)
 
 

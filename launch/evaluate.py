@@ -2,7 +2,7 @@
 
 python -m launch.evaluate --checkpoint runs/tabletop --episodes 512
 
-python -m launch.evaluate --checkpoint runs/tabletop --solver midpoint --num-steps 5 --execute 4 --see-plan
+python -m launch.evaluate --checkpoint runs/tabletop --solver midpoint --num-steps 5 --execute 2 --see-plan
 
 python -m launch.evaluate --checkpoint runs/tabletop --executor rtc --execute 4 --delay 2      # see docs/execution.md
 
@@ -36,9 +36,10 @@ class EvaluateArgs:
     num_steps: int | None = None
     """Solver steps; default: the training configuration's."""
     temperature: float | None = None
-    """For policies that write tokens: 0 takes the likeliest, 1 samples; default: the training configuration's."""
+    """Of what is written, plans with --see-plan and the chunks of policies that write tokens: 0 takes the likeliest, 1
+    samples; default: 0, of chunks the training configuration's."""
     execute: int | None = None
-    """Actions run of each chunk before the next prediction; default: half of the chunk."""
+    """Actions run of each chunk before the next prediction; default: the training configuration's."""
     executor: Literal["receding", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix", "async"] = "receding"
     """How chunks become motion. receding: stand still while predicting. async: run the old chunk meanwhile. ensemble:
     run the average of all predictions of a step. rtc…: async, and the new chunk continues the old one."""

@@ -62,8 +62,6 @@ def stages(args: QuickstartArgs) -> list[Stage]:
     for process in ("flow", "regression"):
         options = ("--config", str(args.config), "--run-dir", str(out / process))
         options += ("--data.path", str(out / "data"), "--process.kind", process)
-        if process == "regression":  # it draws no noise, so that several draws would be copies of one
-            options += ("--objective.noise_draws", "1")
         found.append(Stage(f"train {process}", "launch.train", options + training))
     for process in ("flow", "regression"):
         options = ("--checkpoint", str(out / process), "--episodes", str(episodes), "--seed", str(args.seed))

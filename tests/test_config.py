@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from vla_jax.config import TrainConfig, config_hash, from_json, to_json
+from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models import presets
 from vla_jax.models.config import TextConfig, VisionConfig, VLAConfig
+from vla_jax.objectives.config import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -33,6 +35,16 @@ def test_unknown_fields_are_named():
         from_json(json.dumps(values))
 
 
+def test_how_many_actions_are_run_is_the_configurations_or_a_quarter_of_the_chunk():
+    assert importlib.import_module("configs.tabletop").get_config().executed == 1
+    values = json.loads(to_json(TrainConfig(model=presets.tiny(horizon=16))))
+    del values["execute"]  # a checkpoint from before this field
+    old = from_json(json.dumps(values))
+    assert old.execute is None and old.executed == 4
+    assert dataclasses.replace(old, execute=16).executed == 16
+    assert TrainConfig(model=presets.tiny(horizon=2)).executed == 1
+
+
 def test_the_data_set_fills_in_what_is_open():
     model = TrainConfig(model=presets.tiny()).resolve(**SIZES).model
     assert (model.cameras, model.expert.state_dim, model.expert.action_dim, model.text.vocab) == (
@@ -40,6 +52,14 @@ def test_the_data_set_fills_in_what_is_open():
     )  # fmt: skip
     larger = dataclasses.replace(presets.pi0(), cameras=("wrist",))
     assert TrainConfig(model=larger).resolve(**SIZES).model == larger
+
+
+def test_without_noise_there_is_one_draw():
+    """Several would be copies of one, computed each."""
+    for kind, draws in {"flow": 3, "regression": 1}.items():
+        objective = ObjectiveConfig(noise_draws=3)
+        config = TrainConfig(process=ProcessConfig(kind=kind), objective=objective).resolve(**SIZES)
+        assert config.objective.noise_draws == draws
 
 
 @pytest.mark.parametrize(
@@ -62,8 +82,22 @@ def test_sizes_that_cannot_hold_the_data(model, message):
         (lambda: TextConfig(heads=4, kv_heads=3), "not divisible by text.kv_heads"),
         (lambda: TextConfig(head_dim=7), "odd"),
         (lambda: VLAConfig(cameras=("a", "a")), "twice"),
+        (lambda: ProcessConfig(prediction="x1"), "process.prediction x1 does nothing with kind=flow"),
+        (
+            lambda: ProcessConfig(kind="regression", clip=1.0),
+            "process.clip 1.0 does nothing with kind=regression",
+        ),
+        (lambda: TrainConfig(execute=0), "execute=0"),
+        (lambda: TrainConfig(model=presets.tiny(horizon=8), execute=9), "use 1 to 8"),
+        (lambda: TrainConfig(solver=SolverConfig(method="ddim")), "ddim samples a ddpm process, not flow"),
+        (
+            lambda: TrainConfig(
+                process=ProcessConfig(kind="ddpm", path="vp"), solver=SolverConfig(method="dopri5")
+            ),
+            "dopri5 asks a ddpm process .* about t = 1",
+        ),
     ],
 )
-def test_impossible_sizes(make, message):
+def test_impossible_sizes_and_pairs(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import ProcessConfig, SolverConfig
+from vla_jax.flow.config import check as check_solver
 from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
@@ -26,6 +27,9 @@ class TrainConfig:
     process: ProcessConfig = ProcessConfig()
     solver: SolverConfig = SolverConfig()
     """How policies sample unless told otherwise."""
+    execute: int | None = None
+    """Actions of a chunk that robots run before the next prediction, unless told otherwise; None: a quarter of the
+    chunk. Looking again sooner follows what happens more closely, and predicts more often."""
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -50,7 +54,13 @@ class TrainConfig:
             raise ValueError(
                 "data.action_tokens are learned as text; set objective.text=True, or leave them out"
             )
+        if self.kind != "tokens":
+            check_solver(self.process, self.solver)
         prefix, horizon = self.objective.rtc_prefix, self.model.expert.horizon
+        if self.execute is not None and not 1 <= self.execute <= horizon:
+            raise ValueError(
+                f"execute={self.execute}: chunks have {horizon} actions; use 1 to {horizon}, or None"
+            )
         if prefix and self.kind != "flow":
             raise ValueError(
                 f"objective.rtc_prefix={prefix} needs process.kind=flow, not {self.kind}: "
@@ -65,6 +75,11 @@ class TrainConfig:
     def kind(self) -> str:
         """How actions are predicted: as tokens, or what the process is."""
         return "tokens" if self.model.expert.kind == "tokens" else self.process.kind
+
+    @property
+    def executed(self) -> int:
+        """`execute`, or what stands for None."""
+        return max(1, self.model.expert.horizon // 4) if self.execute is None else self.execute
 
     @property
     def chunk_tokens(self) -> Literal["none", "beside", "instead"]:
@@ -82,7 +97,7 @@ class TrainConfig:
         vocab: int,
         chunk_tokens: int = 0,
     ) -> "TrainConfig":
-        """Fills in what was left to the data set, and refuses sizes that cannot hold it."""
+        """Fills in what was left to the data set or follows from the rest, and refuses sizes that cannot hold it."""
         text, expert = self.model.text, self.model.expert
         missing = [name for name in self.model.cameras if name not in cameras]
         if missing:
@@ -108,7 +123,10 @@ class TrainConfig:
         data = self.data
         if chunk_tokens:
             data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=chunk_tokens))
-        return dataclasses.replace(self, model=model, data=data)
+        objective = self.objective
+        if self.kind in ("regression", "tokens"):  # without noise all draws would be copies of one
+            objective = dataclasses.replace(objective, noise_draws=1)
+        return dataclasses.replace(self, model=model, data=data, objective=objective)
 
 
 def to_json(config: TrainConfig) -> str:

@@ -24,10 +24,11 @@ class CountingPolicy:
     """Predicts the absolute index of each step since the last look, and remembers how it was asked."""
 
     horizon: int = 6
+    execute: int = 5
     calls: list = dataclasses.field(default_factory=list)
 
-    def plan(self, observation, key):
-        self.calls.append(("plan", jax.random.key_data(key).tolist()))
+    def plan(self, observation, key, temperature):
+        self.calls.append(("plan", jax.random.key_data(key).tolist(), temperature))
         return [f"plan {i}" for i in range(len(observation.instruction))]
 
     def act(self, observation, key, *, solver, plan=None, see_plan=False):
@@ -85,6 +86,14 @@ def test_executed_steps_are_contiguous(execute):
     np.testing.assert_array_equal(actions[..., 0], np.broadcast_to(expected, (3, 5 * execute)))
 
 
+def test_unless_told_otherwise_as_many_steps_as_the_policy_says_are_run():
+    for kind in ("receding", "async", "ensemble"):
+        assert drive(executor_of(kind, CountingPolicy(execute=3)), robots=2, rounds=2).shape == (2, 6, 1)
+        assert drive(executor_of(kind, CountingPolicy(), execute=2), robots=2, rounds=2).shape == (2, 4, 1)
+    with pytest.raises(ValueError, match=r"delay=4 is more than execute=3.*use --execute 4"):
+        executor_of("async", CountingPolicy(execute=3), delay=4)
+
+
 def test_each_prediction_has_its_own_noise_and_an_episode_can_be_repeated():
     policy = CountingPolicy()
     executor = RecedingHorizon(policy, ExecutorConfig(execute=2), solver=SOLVER, key=jax.random.key(7))
@@ -104,6 +113,15 @@ def test_plan_is_decoded_once_held_and_shown():
     assert [call[0] for call in policy.calls] == ["plan", "act", "act", "act"]
     assert all(call[2:] == (["plan 0", "plan 1"], True) for call in policy.calls[1:])
     assert len({str(call[1]) for call in policy.calls}) == 4
+
+
+def test_the_plans_temperature_reaches_the_policy():
+    for temperature in (0.0, 0.7):
+        policy = CountingPolicy()
+        drive(executor_of("receding", policy, see_plan=True, temperature=temperature), robots=1, rounds=1)
+        assert policy.calls[0][0] == "plan" and policy.calls[0][2] == temperature
+    with pytest.raises(ValueError, match=r"temperature=-1.* is negative"):
+        ExecutorConfig(temperature=-1.0)
 
 
 def test_without_see_plan_nothing_is_decoded_and_a_forced_plan_is_shown_anyway():
@@ -189,6 +207,9 @@ def test_the_pull_can_be_shortened():
     assert (policy.told[1].delay, policy.told[1].end) == (1, 3)
     with pytest.raises(ValueError, match="use --overlap 2 or more"):
         ExecutorConfig(kind="rtc", execute=4, delay=2, overlap=1)
+    for kind in ("receding", "async", "ensemble", "rtc_prefix"):
+        with pytest.raises(ValueError, match=f"overlap=3 does nothing with executor {kind}; use rtc or"):
+            ExecutorConfig(kind=kind, overlap=3)
 
 
 def test_only_the_active_robots_chunks_are_told():

@@ -1,5 +1,6 @@
 """launch.evaluate, launch.sample and launch.quickstart on an untrained policy."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ MAY_BE_ABSENT = {"left_share", "forced_plan_followed"}
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for kind in ("flow", "regression"):
-        toy.save(folder / kind, toy.config(kind))
+        toy.save(folder / kind, dataclasses.replace(toy.config(kind), execute=3))
         lines = [{"step": s, "action_loss": 1 / s, "text_loss": 2 / s} for s in range(1, 20)]
         (folder / kind / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     return folder
@@ -50,7 +51,7 @@ def test_evaluate_prints_a_table_and_writes_report_and_pictures(runs, tmp_path, 
     report = json.loads(out.read_text())
     assert KEYS <= set(report) <= KEYS | MAY_BE_ABSENT
     assert (report["episodes"], report["step"], report["solver"]["num_steps"]) == (4, 7, 2)
-    assert report["config"]["env"] == "tabletop" and report["config"]["execute"] == 4
+    assert report["config"]["env"] == "tabletop" and report["config"]["execute"] == 3  # the configuration's
     printed = capsys.readouterr().out
     assert "| success" in printed and "latency of a chunk, median" in printed
     pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
@@ -78,6 +79,8 @@ def test_sample_draws_policies_side_by_side(runs, tmp_path, monkeypatch, capsys)
         (("--execute", "2", "--delay", "3", "--executor", "async"), "use --execute 3 or more"),
         (("--guidance", "2"), "prompt_dropout=0"),
         (("--num-steps", "0"), "num_steps 0"),
+        (("--temperature", "1"), "add --see-plan"),
+        (("--overlap", "2"), "overlap=2 does nothing with executor receding"),
         (("--solver", "magic"), "magic"),
         (("--episodse", "4"), "did you mean --episodes?"),
         (("--batch-size", "0"), "batch_size=0"),

@@ -31,7 +31,7 @@ class ExpertPolicy:
     follows the scene's own target whatever it is told.
     """
 
-    horizon = 8
+    horizon, execute = 8, 8
     writes_plans = sees_plans = True
     action_scale = np.array([0.1, 0.1, 0.5])
 
@@ -39,7 +39,7 @@ class ExpertPolicy:
         self.deaf = deaf
         self.asked = []
 
-    def plan(self, observation, key):
+    def plan(self, observation, key, temperature):
         return [
             plan_text("left" if i % 2 else "right", named(text))
             for i, text in enumerate(observation.instruction)

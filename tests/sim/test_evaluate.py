@@ -11,11 +11,13 @@ from vla_jax.sim import evaluate, evaluate_tabletop
 from vla_jax.sim.sources import EVALUATION_SEEDS_FROM
 
 KEYS = {
-    "episodes", "success", "success_ci", "collision", "left_share", "path_error", "chunk_diversity",
-    "latency_ms_p50", "latency_ms_p95", "swapped_success", "plan_accuracy", "forced_plan_followed", "per_task",
-    "config", "solver", "seed", "details",
+    "episodes", "success", "success_ci", "collision", "left_share", "path_error",
+    "chunk_diversity", "latency_ms_p50", "latency_ms_p95", "swapped_success", "plan_accuracy",
+    "forced_plan_followed", "per_task", "config", "solver", "seed", "details",
 }  # fmt: skip
-CONFIG = evaluate.EvaluateConfig(episodes=48, samples=3, diversity_scenes=2, latency_calls=2, record=4)
+CONFIG = evaluate.EvaluateConfig(
+    episodes=48, execute=8, samples=3, diversity_scenes=2, latency_calls=2, record=4
+)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ STEPS = 130
 class Listening:
     """MetaWorld's experts where the task's own instruction is given, standing still otherwise."""
 
-    horizon = 1
+    horizon, execute = 1, 1
     writes_plans = sees_plans = False
     action_scale = np.ones(4)
 

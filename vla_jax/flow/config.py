@@ -82,6 +82,13 @@ class ProcessConfig:
             raise ValueError(f"process.beta {self.beta} and logit_std {self.logit_std} must be positive")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"process.clip {self.clip} must be positive, or None for no bound")
+        if self.kind != "ddpm":
+            ignored = {"prediction": self.prediction != "eps", "clip": self.clip is not None}
+            for name in [name for name, given in ignored.items() if given]:
+                raise ValueError(
+                    f"process.{name} {getattr(self, name)} does nothing with kind={self.kind}; use kind=ddpm, or leave "
+                    "it out"
+                )
         if self.kind == "flow":
             if self.path in STEPPED:
                 raise ValueError(

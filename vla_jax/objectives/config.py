@@ -46,7 +46,7 @@ class ObjectiveConfig:
     insulation: float = 1.0
     """κ in [0, 1]: scale of the action loss's gradient into the backbone; 1 as in π0, 0 is knowledge insulation."""
     noise_draws: int = 1
-    """K: how many (time, noise) draws share one pass of the backbone."""
+    """K: how many (time, noise) draws share one pass of the backbone. Regression and tokens have none to draw: 1."""
     plan_visible: float = 0.5
     """Probability that a sample's expert sees its text target, so that one network acts with and without a plan."""
     prompt_dropout: float = 0.0

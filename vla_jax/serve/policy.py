@@ -109,6 +109,11 @@ class Policy:
         return self.config.model.expert.horizon
 
     @property
+    def execute(self) -> int:
+        """Actions of a chunk that are run before the next prediction, unless the executor is told otherwise."""
+        return self.config.executed
+
+    @property
     def call_sizes(self) -> tuple[int, ...]:
         """Numbers of robots for which programs are compiled."""
         return tuple(sorted({1, max(1, self.batch_size // 4), self.batch_size}))

@@ -54,10 +54,12 @@ class EvaluateConfig:
     """Held-out episodes (of each task)."""
     seed: int = 0
     """Chooses the scenes and the policy's noise."""
-    execute: int = 8
-    """Actions run of each chunk before the next prediction."""
+    execute: int | None = None
+    """Actions run of each chunk before the next prediction; None: the policy's own number."""
     see_plan: bool = False
     """Let the actions see the plan that is decoded at each episode's start."""
+    temperature: float = 0.0
+    """Of decoded plans; 0 is greedy."""
     executor: ExecutorKind = "receding"
     """How chunks become motion, see `serve.executors.ExecutorConfig.kind`."""
     delay: int = 0
@@ -110,6 +112,8 @@ class Runner:
                 "see_plan: this policy was not trained to act on plans; train with objective.text and "
                 "objective.plan_visible above 0, or leave --see-plan out"
             )
+        if config.execute is None:
+            config = dataclasses.replace(config, execute=policy.execute)
         self.policy, self.config, self.solver, self.progress = policy, config, solver, progress
         self._uses = 0
         self._executor()  # refuses what cannot be executed before anything is run
@@ -145,10 +149,15 @@ class Runner:
             delay=self.config.delay,
             overlap=self.config.overlap,
             see_plan=self.config.see_plan,
+            temperature=self.config.temperature,
             guidance=self.config.guidance,
         )
         keeps = None if env is None else env.spec.kept
         return make_executor(self.policy, config, solver=self.solver, key=self.key(), keeps=keeps)
+
+    def plan(self, observation: Observation) -> list[str]:
+        """One decoded text per robot."""
+        return self.policy.plan(observation, self.key(), self.config.temperature)
 
     @property
     def _guided(self) -> dict[str, float]:
@@ -160,6 +169,7 @@ class Runner:
             observation,
             self.key(),
             solver=self.solver,
+            plan=self.plan(observation) if self.config.see_plan else None,
             see_plan=self.config.see_plan,
             samples=self.config.samples,
             **self._guided,
@@ -171,7 +181,7 @@ class Runner:
 
         Compilation and warm-up come first. With `see_plan` the plan is given, as it is held in an episode.
         """
-        plan = self.policy.plan(observation, self.key()) if self.config.see_plan else None
+        plan = self.plan(observation) if self.config.see_plan else None
         keys = list(jax.random.split(self.key(), self.config.latency_calls + 3))
         taken = []
         for key in keys:

@@ -66,4 +66,4 @@ def evaluate_metaworld(
         details["wrong_instruction_per_task"] = metrics.per_task(wrong)
     report = metrics.success_summary(joined.records) | report
     report["per_task"] = metrics.per_task(joined.records)
-    return Evaluation(report=finish(report, details, config, solver), rollout=joined)
+    return Evaluation(report=finish(report, details, runner.config, solver), rollout=joined)

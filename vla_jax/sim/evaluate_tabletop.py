@@ -46,7 +46,7 @@ def evaluate_tabletop(
     for seeds in pieces_of(config.seeds(), TABLES):
         observation = env.reset(seeds)
         if policy.writes_plans:
-            judged += _judge_plans(env, policy.plan(observation, runner.key()))
+            judged += _judge_plans(env, runner.plan(observation))
         if not pieces:
             kinds = [env.scene_summary(i)["kind"] for i in range(len(seeds))]
             rows = [i for i, kind in enumerate(kinds) if kind == "symmetric"] or list(range(len(seeds)))
@@ -85,7 +85,7 @@ def evaluate_tabletop(
         details["forced_episodes"] = len(forced)
 
     report["per_task"] = metrics.per_task(own.records)
-    return Evaluation(report=finish(report, details, config, solver), rollout=own)
+    return Evaluation(report=finish(report, details, runner.config, solver), rollout=own)
 
 
 def _symmetric_details(symmetric: list[dict[str, Any]]) -> dict[str, Any]:

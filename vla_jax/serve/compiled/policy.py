@@ -100,6 +100,11 @@ class CompiledPolicy:
         return self.policy.horizon
 
     @property
+    def execute(self) -> int:
+        """Actions of a chunk that are run before the next prediction, unless the executor is told otherwise."""
+        return self.policy.execute
+
+    @property
     def writes_plans(self) -> bool:
         """Whether it was trained to predict text targets."""
         return self.policy.writes_plans

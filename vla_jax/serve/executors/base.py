@@ -15,6 +15,9 @@ ExecutorKind = Literal["receding", "async", "ensemble", "rtc", "rtc_jacobian_fre
 CONTINUATIONS = {"rtc": "vjp", "rtc_jacobian_free": "jacobian_free", "rtc_prefix": "prefix"}
 """Kinds whose new chunk continues the one that runs, and how (`serve.sampling.Continuation`)."""
 
+PULLED = ("rtc", "rtc_jacobian_free")
+"""Those that pull more of the new chunk to the old one than what runs anyway."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Running:
@@ -42,8 +45,12 @@ class ChunkPolicy(Protocol):
     def horizon(self) -> int:
         """k, the number of actions in a chunk."""
 
-    def plan(self, observation: Observation, key: PRNGKeyArray) -> list[str]:
-        """One text per robot."""
+    @property
+    def execute(self) -> int:
+        """How many of them to run where the executor's configuration does not say; not asked for where it does."""
+
+    def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float) -> list[str]:
+        """One text per robot; greedily at temperature 0."""
 
     def act(
         self,
@@ -65,12 +72,14 @@ class ExecutorConfig:
     """receding: predict, run, look again; the robot stands still while a prediction takes its time. async: it goes on
     with the old chunk meanwhile, then switches. ensemble: it runs the average of all chunks that cover a step. rtc,
     rtc_jacobian_free, rtc_prefix: async, and the new chunk is made to continue the old one (real-time chunking)."""
-    execute: int = 8
-    """Steps from one prediction to the next."""
+    execute: int | None = None
+    """Steps from one prediction to the next; None: the policy's own number."""
     delay: int = 0
     """Steps that a prediction takes."""
     see_plan: bool = False
     """Decode a plan at the episode's start, hold it, and show it to the actions."""
+    temperature: float = 0.0
+    """Of that plan; 0 takes the likeliest word each time, 1 samples."""
     guidance: float | None = None
     """Weight of the instruction (classifier-free guidance); None and 1: none."""
     decay: float = 0.01
@@ -86,20 +95,33 @@ class ExecutorConfig:
             raise ValueError(
                 f"executor {self.kind!r} is unknown; use one of {', '.join(get_args(ExecutorKind))}"
             )
-        if self.execute < 1:
+        if self.execute is not None and self.execute < 1:
             raise ValueError(f"execute={self.execute}: run at least 1 action of each chunk")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; 0 is greedy")
         if self.delay < 0:
             raise ValueError(f"delay={self.delay}: must not be negative")
+        if self.overlap is not None and self.kind not in PULLED:
+            raise ValueError(
+                f"overlap={self.overlap} does nothing with executor {self.kind}; use {' or '.join(PULLED)}, or leave "
+                "--overlap out"
+            )
         if self.overlap is not None and self.overlap < self.delay:
             raise ValueError(
                 f"overlap={self.overlap} is less than delay={self.delay}: the steps that run meanwhile are to be kept; "
                 f"use --overlap {self.delay} or more"
             )
-        if self.kind != "receding" and self.delay > self.execute:
+        if self.kind != "receding" and self.execute is not None and self.delay > self.execute:
             raise ValueError(
                 f"delay={self.delay} is more than execute={self.execute}: a prediction would begin before the last "
                 f"one is there; use --execute {self.delay} or more"
             )
+
+    def of(self, policy: ChunkPolicy) -> "ExecutorConfig":
+        """The configuration with the policy's own `execute` where none is given; ValueError if its chunks are short."""
+        config = dataclasses.replace(self, execute=policy.execute) if self.execute is None else self
+        config.check(policy.horizon)
+        return config
 
     def check(self, horizon: int) -> None:
         """ValueError unless chunks of that length are long enough."""
@@ -132,8 +154,7 @@ class ChunkExecutor:
         key: PRNGKeyArray,
         keeps: Bool[np.ndarray, " a"] | Sequence[bool] | None = None,
     ):
-        config.check(policy.horizon)
-        self._policy, self._config, self._solver, self._key = policy, config, solver, key
+        self._policy, self._config, self._solver, self._key = policy, config.of(policy), solver, key
         self._keeps = None if keeps is None else np.asarray(keeps, bool)
         self._calls = self._steps = 0
         self.held_plan: tuple[str, ...] | None = None
@@ -145,7 +166,7 @@ class ChunkExecutor:
         self._calls = self._steps = 0
         self.switches = []
         if plan is None and self._config.see_plan:
-            plan = self._policy.plan(observation, self._next_key())
+            plan = self._policy.plan(observation, self._next_key(), self._config.temperature)
         if plan is not None and len(plan) != len(observation.instruction):
             raise ValueError(
                 f"{len(plan)} plans for {len(observation.instruction)} robots: give one for each"

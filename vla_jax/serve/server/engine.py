@@ -192,6 +192,7 @@ class Engine:
             "robot": schema.robot,
             "config_hash": policy.config_hash,
             "step": policy.step,
+            "execute": policy.execute,
             "buckets": list(self.buckets),
             "solver": solver,
             **about,
