@@ -25,7 +25,6 @@ from vla_jax.checkpoint import load_params, read_meta
 from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.flow.config import SolverConfig
-from vla_jax.flow.guidance import soft_weights
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.lora import merge
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
@@ -348,11 +347,7 @@ class Policy:
 
     def _overlap(self, observation: Observation, rows: range, size: int, running: Running) -> Overlap:
         """The running chunks of some robots in the model's units, and how much of them is to be kept."""
-        known = self._piece(observation, rows, size, None, running.actions).actions
-        end = running.delay if running.how == "prefix" else running.end
-        weight = soft_weights(self.horizon, running.delay, end)
-        weight = jnp.broadcast_to(weight, known.shape[:2])
-        return Overlap(known=known, weight=weight, bound=np.float32(running.bound), how=running.how)
+        return Overlap.of(running, self._piece(observation, rows, size, None, running.actions).actions)
 
     def _readable(self, observation: Observation, row: int, tokens: Int[np.ndarray, " g"]) -> str:
         """The decoded text, without as many tokens at its end as it takes to read it within the limits."""

@@ -10,16 +10,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.data.prompts import null_prompt
 from vla_jax.flow.config import SolverConfig
-from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint
+from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint, soft_weights
 from vla_jax.flow.processes import Process
 from vla_jax.flow.solvers import Field
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_actions
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
+from vla_jax.serve.executors.base import Running
 from vla_jax.types import Batch, PyTree
 
 Continuation = Literal["vjp", "jacobian_free", "prefix"]
@@ -41,6 +43,19 @@ class Overlap:
     bound: Float[Array, ""] | float = 5.0
     """Largest strength of soft inpainting (β of 2506.07339)."""
     how: Continuation = "vjp"
+
+    @classmethod
+    def of(cls, running: Running, known: Float[Array | np.ndarray, "b k a"]) -> "Overlap":
+        """How much of a running chunk `known` is to be kept."""
+        end = running.delay if running.how == "prefix" else running.end
+        weight = np.asarray(soft_weights(known.shape[1], running.delay, end))
+        weight = np.broadcast_to(weight, known.shape[:2])
+        return cls(known=known, weight=weight, bound=np.float32(running.bound), how=running.how)
+
+    def repeated(self, samples: int) -> "Overlap":
+        """For as many samples of each row, next to each other."""
+        known, weight = (jnp.repeat(x, samples, axis=0) for x in (self.known, self.weight))
+        return dataclasses.replace(self, known=known, weight=weight)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "process", "solver", "samples", "see_target"))
@@ -158,19 +173,23 @@ def _solve(
     if overlap is None:
         chunks = process.sample(field, key, shape, solver).x
     else:
-        known = jnp.repeat(overlap.known, samples, axis=0)
-        weight = jnp.repeat(overlap.weight, samples, axis=0)[..., None]
-        if overlap.how == "prefix":
-            held = weight > 0
-            noise = jnp.where(held, known, jax.random.normal(key, shape))
-            chunks = process.sample(clean_prefix(field, known, held), key, shape, solver, noise=noise).x
-        else:
-            if batch.action_mask is not None:
-                weight = weight * jnp.repeat(batch.action_mask, samples, axis=0)
-            jacobian = overlap.how == "vjp"
-            field = soft_inpaint(field, known, weight, bound=overlap.bound, jacobian=jacobian)
-            chunks = process.sample(field, key, shape, solver).x
+        mask = True if batch.action_mask is None else jnp.repeat(batch.action_mask, samples, axis=0)
+        noise = jax.random.normal(key, shape)
+        field, noise = continuing(field, overlap.repeated(samples), noise, mask)
+        chunks = process.sample(field, key, shape, solver, noise=noise).x
     return chunks.reshape(rows, samples, expert.horizon, expert.action_dim)
+
+
+def continuing(
+    field: Field, overlap: Overlap, noise: Float[Array, "b k a"], mask: Bool[Array, "#b #k a"] | bool
+) -> tuple[Field, Float[Array, "b k a"]]:
+    """The field and the noise with which a solver continues the chunk that runs; `mask`: dimensions that exist."""
+    known, weight = overlap.known, overlap.weight[..., None]
+    if overlap.how == "prefix":
+        held = weight > 0
+        return clean_prefix(field, known, held), jnp.where(held, known, noise)
+    weight, jacobian = weight * mask, overlap.how == "vjp"
+    return soft_inpaint(field, known, weight, bound=overlap.bound, jacobian=jacobian), noise
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "see_target", "max_tokens"))

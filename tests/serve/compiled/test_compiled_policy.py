@@ -20,7 +20,7 @@ from vla_jax.serve.compiled.encode import Encoder
 from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
 from vla_jax.serve.compiled.prompts import Prompts
 from vla_jax.serve.compiled.quantize import dequantize, multiply, quantize, size_bytes
-from vla_jax.serve.executors.base import take
+from vla_jax.serve.executors.base import Running, take
 from vla_jax.serve.policy import Policy
 
 KEY = jax.random.key(3)
@@ -121,6 +121,29 @@ def test_guidance_of_all_rows_and_of_each():
     for row, weight in enumerate((1.5, 4.0)):
         alone = compiled.run([rows[row]] * 2, keys_of([row + 1] * 2), solver=SOLVER, guidance=[weight] * 2)
         np.testing.assert_array_equal(each[row], alone[row])
+
+
+@pytest.mark.parametrize("how", ["vjp", "jacobian_free", "prefix"])
+def test_chunks_continue_the_running_ones(how):
+    """As the plain policy's do, in one program whose delay is an input."""
+    policy, cheap = make(), how == "jacobian_free"
+    objective = dataclasses.replace(policy.config.objective, rtc_prefix=4, prompt_dropout=0.1)
+    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, objective=objective))
+    robots = 3 if cheap else 2  # more than a bucket, the rest padded
+    compiled, observation = CompiledPolicy(policy, CompileConfig(buckets=(2,))), toy.observe(robots)
+    chunk = policy.action_scale * np.random.default_rng(1).normal(size=(robots, 8, 3))
+
+    def found(delay, **options):
+        running = Running(actions=chunk.astype(np.float32), delay=delay, end=6, how=how)
+        return same(policy, compiled, observation, running=running, atol=1e-4, **options)
+
+    two, three = found(2), found(3)
+    assert np.abs(two - three).max() > 1e-2
+    assert [shape.continues for shape in compiled.compiler.shapes] == [how]
+    if how == "prefix":
+        np.testing.assert_allclose(three[:, :3], chunk[:, :3], atol=1e-6)
+    if cheap:
+        assert found(2, guidance=2.0, samples=2).shape == (3, 2, 8, 3)
 
 
 def test_images_of_another_size_and_absent_cameras(policy, compiled):

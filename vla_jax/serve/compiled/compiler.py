@@ -11,6 +11,7 @@ from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled import solve
 from vla_jax.serve.compiled.network import Prefix
 from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
+from vla_jax.serve.sampling import Overlap
 from vla_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from vla_jax.sharding.rules import activate
 from vla_jax.types import PyTree
@@ -77,6 +78,7 @@ class Compiler:
             key=self.array((shape.keys, *key.shape), key.dtype, batched=False),
             number=self.array((), np.int32, batched=False),
             guidance=self.array((b,), np.float32) if shape.guided else None,
+            overlap=None if shape.continues is None else self._overlap(shape),
         )
         if not shape.again:
             return inputs, None
@@ -86,6 +88,15 @@ class Compiler:
             self.weights, self.conditions(shape.solver), self.abstract(first)[0],
         )  # fmt: skip
         return inputs._replace(images=(), text=None), prefix
+
+    def _overlap(self, shape: Shape) -> Overlap:
+        horizon, dims = self.program.network.model.expert.horizon, self.program.scaling.known.offset.shape[-1]
+        return Overlap(
+            known=self.array((shape.rows, horizon, dims), np.float32),
+            weight=self.array((shape.rows, horizon), np.float32),
+            bound=self.array((), np.float32, batched=False),
+            how=shape.continues,
+        )
 
     def array(self, shape: tuple[int, ...], dtype: Any, *, batched: bool = True) -> jax.ShapeDtypeStruct:
         """An abstract input, and its place on the mesh."""

@@ -9,6 +9,7 @@ benchmarks/solver_front.py). `Policy` itself stays the plain path that it is com
 launch.evaluate runs.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -33,6 +34,7 @@ from vla_jax.serve.compiled.prompts import Prompts, null, used
 from vla_jax.serve.compiled.weights import rewrite
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.policy import Policy
+from vla_jax.serve.sampling import Overlap
 from vla_jax.types import Observation
 
 
@@ -50,9 +52,9 @@ class _Kept(NamedTuple):
 class CompiledPolicy:
     """Programs, weights on the device, prompts; what it remembers between calls never changes an answer.
 
-    The policy stays beside it for plans and continuations. Where neither is asked for, give it `on_host`: its
-    parameters then take no memory of the device, not even while they are rewritten. For a mesh they are always
-    rewritten on the host, so that no device holds more than its own part.
+    The policy stays beside it for plans. Where none is asked for, give it `on_host`: its parameters then take no memory
+    of the device, not even while they are rewritten. For a mesh they are always rewritten on the host, so that no
+    device holds more than its own part.
     """
 
     def __init__(self, policy: Policy, config: CompileConfig | None = None, *, mesh: Mesh | None = None):
@@ -140,15 +142,9 @@ class CompiledPolicy:
         guidance: float | None = None,
         running: Running | None = None,
     ) -> Float[np.ndarray, "b *S k a"]:
-        """`Policy.act`, with the same noise for the same key where the buckets are the policy's `call_sizes`.
-
-        Chunks that continue a `running` one are computed by the plain policy: they are not compiled here.
-        """
-        if running is not None:
-            how = {"plan": plan, "see_plan": see_plan, "samples": samples, "guidance": guidance}
-            return self.policy.act(observation, key, solver=solver, running=running, **how)
+        """`Policy.act`, with the same noise for the same key where the buckets are the policy's `call_sizes`."""
         self.policy.check_request(observation, plan, see_plan, samples)
-        self.policy.check_steering(guidance, None)
+        self.policy.check_steering(guidance, running)
         if see_plan and plan is None:
             plan = self.plan(observation, jax.random.split(key)[0])
         rows = self.encode(observation, plan, null_prompt=guidance == 0)
@@ -157,6 +153,9 @@ class CompiledPolicy:
             piece = rows[start : start + max(self.config.buckets)]
             weights = None if guidance in (None, 0, 1) else [guidance] * len(piece)
             how = {"solver": solver, "samples": samples, "sees": see_plan, "guidance": weights}
+            if running is not None:
+                known = np.asarray(running.actions[start : start + len(piece)], np.float32)
+                how["overlap"] = Overlap.of(running, known)
             pieces.append(self.run(piece, data, number=number, **how))
         chunks = np.concatenate(pieces)
         return chunks[:, 0] if samples == 1 else chunks
@@ -181,6 +180,7 @@ class CompiledPolicy:
         samples: int = 1,
         sees: bool = False,
         guidance: Sequence[float] | None = None,
+        overlap: Overlap | None = None,
         number: int = 0,
         bucket: int | None = None,
         length: int | None = None,
@@ -189,8 +189,9 @@ class CompiledPolicy:
         """One call of the program for rows with images of the same cameras: actions in the robots' units.
 
         `keys` is key data: one for all rows together, or one for each of `bucket` rows; `guidance` weighs each row's
-        instruction; `number` tells the pieces of one request apart. `bucket`, `length` and `cameras` choose a larger
-        program than the rows need; what is then missing is padded and masked.
+        instruction; `overlap` holds what each robot runs, in its own units; `number` tells the pieces of one request
+        apart. `bucket`, `length` and `cameras` choose a larger program than the rows need; what is then missing is
+        padded and masked.
         """
         bucket = bucket or batch_bucket(self.config.buckets, len(rows))
         if len(rows) > bucket or len(keys) not in (1, bucket):
@@ -209,11 +210,16 @@ class CompiledPolicy:
             keys=len(keys),
             solver=solver,
             guided=weights is not None,
+            continues=None if overlap is None else overlap.how,
         )
+        if overlap is not None:
+            last = [real - 1] * (bucket - real)
+            known, weight = (np.concatenate([x, x[last]]) for x in (overlap.known, overlap.weight))
+            overlap = dataclasses.replace(overlap, known=known, weight=weight)
         present = tuple(name in rows[0].images for name in images)
         text = b"".join(part.tobytes() for part in rows[0].text)
         prefix, shape = self._remembered(shape, tuple(images.values()), present, text)
-        inputs = self.inputs(rows, shape, images, keys, number, weights)
+        inputs = self.inputs(rows, shape, images, keys, number, weights, overlap)
         out = self.compiler(shape, inputs, prefix)
         if shape.keep:
             out, left = out
@@ -229,6 +235,7 @@ class CompiledPolicy:
         keys: UInt32[np.ndarray, "keys data"] | None = None,
         number: int = 0,
         guidance: Float[np.ndarray, " b"] | None = None,
+        overlap: Overlap | None = None,
     ) -> Inputs:
         """The program's arguments for a full bucket of rows; key 0 for all of them unless keys are given."""
         texts = [row.text for row in rows]
@@ -246,6 +253,7 @@ class CompiledPolicy:
             key=keys,
             number=np.asarray(number, np.int32),
             guidance=guidance,
+            overlap=overlap,
         )
 
     def warm_up(self, solver: SolverConfig, **what: Any) -> int:

@@ -90,6 +90,8 @@ class Scaling(NamedTuple):
     groups: tuple[str, ...]
     state: Affine
     action: Affine
+    known: Affine
+    """Of actions towards the model."""
     size: tuple[int, int]
     """Of the model's images."""
 
@@ -111,6 +113,7 @@ def scaling_of(bundle: DataBundle) -> Scaling:
         groups=groups,
         state=_affine([offset for offset, _, _ in state], [inverse for _, _, inverse in state]),
         action=_affine([offset for offset, _, _ in action], [scale for _, scale, _ in action]),
+        known=_affine([offset for offset, _, _ in action], [inverse for _, _, inverse in action]),
         size=(resize.height, resize.width),
     )
 
@@ -124,6 +127,14 @@ def normalize_state(by: Affine, group: Int[Array, " b"], state: Float[Array, "b 
     """(x - offset) · 1/scale."""
     offset, rest, factor = (jnp.asarray(array)[group] for array in by)
     return ((state - offset) - rest) * factor
+
+
+def model_actions(
+    by: Affine, group: Int[Array, " b"], actions: Float[Array, "b k a"]
+) -> Float[Array, "b k a"]:
+    """(x - offset) · 1/scale."""
+    offset, rest, factor = (jnp.asarray(array)[group][:, None] for array in by)
+    return ((actions - offset) - rest) * factor
 
 
 def robot_actions(

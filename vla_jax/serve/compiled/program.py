@@ -12,7 +12,14 @@ from vla_jax.flow.diffusion import Diffusion
 from vla_jax.flow.processes import Process
 from vla_jax.serve.compiled import solve
 from vla_jax.serve.compiled.network import Network, Prefix
-from vla_jax.serve.compiled.preprocess import Scaling, normalize_state, resize_with_pad, robot_actions
+from vla_jax.serve.compiled.preprocess import (
+    Scaling,
+    model_actions,
+    normalize_state,
+    resize_with_pad,
+    robot_actions,
+)
+from vla_jax.serve.sampling import Continuation, Overlap
 from vla_jax.types import PyTree
 
 
@@ -37,6 +44,8 @@ class Shape(NamedTuple):
     """From the prefix that an earlier call left: no images, no text."""
     keep: bool = False
     """Return that prefix."""
+    continues: Continuation | None = None
+    """The chunks continue those that run, and how."""
 
 
 class Text(NamedTuple):
@@ -62,6 +71,8 @@ class Inputs(NamedTuple):
     """Folded into the noise: which piece of a request this is."""
     guidance: Float[Array, " b"] | None
     """Weights of the instructions."""
+    overlap: Overlap | None
+    """What is known of the chunks that run, in the robots' units and dimensions."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,8 +125,17 @@ class Program:
             state = jnp.tile(state, (1 + shape.guided, 1))
             if self.network.rewrites.state:
                 prefix, state = self.network.add_state(expert, prefix, state), None
+        if shape.continues is not None:
+            inputs = inputs._replace(overlap=self._known(inputs, shape))
         chunks = self._sample(expert, conditions, prefix, state, inputs, shape)
         return robot_actions(self.scaling.action, inputs.group, chunks)
+
+    def _known(self, inputs: Inputs, shape: Shape) -> Overlap:
+        """The running chunks in the model's units and dimensions, one for each sample."""
+        known = model_actions(self.scaling.known, inputs.group, inputs.overlap.known)
+        missing = self.network.model.expert.action_dim - known.shape[-1]
+        known = jnp.pad(known, ((0, 0), (0, 0), (0, missing)))
+        return dataclasses.replace(inputs.overlap, known=known).repeated(shape.samples)
 
     def _sample(self, expert: PyTree, conditions: Any, prefix: Prefix, state, inputs: Inputs, shape: Shape):
         config = self.network.model.expert
@@ -124,7 +144,10 @@ class Program:
 
         def chunks_of(prefix, state, noise, key, guidance):
             run = solve.Run(self.network, expert, prefix, state, conditions, guidance)
-            return solve.sample(run, noise, key, self.process, shape.solver)
+            if inputs.overlap is None:
+                return solve.sample(run, noise, key, self.process, shape.solver)
+            real = jnp.arange(config.action_dim) < self.scaling.action.factor.shape[-1]
+            return solve.sample_on(run, noise, key, self.process, shape.solver, inputs.overlap, real)
 
         guidance = inputs.guidance
         each = None if guidance is None else jnp.repeat(guidance, shape.samples)

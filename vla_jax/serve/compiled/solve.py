@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.flow.guidance import mix
@@ -21,6 +21,7 @@ from vla_jax.flow.solvers import TABLEAUS, Field, time_grid
 from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.conditioning import Condition, condition, evaluation_times, table
 from vla_jax.serve.compiled.network import Network, Prefix
+from vla_jax.serve.sampling import Overlap, continuing
 from vla_jax.types import PyTree
 
 
@@ -95,6 +96,20 @@ def sample(
     return process.sample(field, key, noise.shape, solver).x
 
 
+def sample_on(
+    run: Run,
+    noise: Float[Array, "r k a"],
+    key: Array,
+    process: Flow,
+    solver: SolverConfig,
+    overlap: Overlap,
+    real: Bool[Array, " a"],
+) -> Float[Array, "r k a"]:
+    """Chunks that continue those that run; `real`: the action dimensions that exist."""
+    field, noise = continuing(_field(run), overlap, noise, real)
+    return process.sample(field, key, noise.shape, solver, noise=noise).x
+
+
 def _field(run: Run) -> Field:
     """The network as a function of (x, t)."""
 
@@ -103,6 +118,9 @@ def _field(run: Run) -> Field:
             at = _now(run, t, x.shape[1])
         else:
             times, entries = run.conditions
+            if np.ndim(times) == 2:  # those of the own loop, by step and stage
+                times = jnp.reshape(times, -1)
+                entries = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), entries)
             nearest = jnp.argmin(jnp.abs(jnp.asarray(times) - t[0]))
             at = jax.tree.map(lambda leaf: leaf[nearest], entries)
         return run.predict(x, at, run.weights["action_out"])
