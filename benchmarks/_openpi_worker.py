@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks._openpi_reference import Reference
 from launch import _roofline
 from launch._random_policy import observe, random_policy
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, prompt_form
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import SolverConfig
 from vla_jax.models import presets
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
@@ -75,7 +76,8 @@ def make_policy(settings: dict[str, Any]) -> Policy:
     model = dataclasses.replace(
         SIZES[settings["size"]](), cameras=CAMERAS, dtype=settings["dtype"], remat="none"
     )
-    return random_policy(TrainConfig(model=model), cameras=3, text_tokens=settings["text_tokens"])
+    data = DataConfig(prompt=prompt_form(model))
+    return random_policy(TrainConfig(model=model, data=data), cameras=3, text_tokens=settings["text_tokens"])
 
 
 def _least(

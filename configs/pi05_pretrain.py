@@ -27,6 +27,7 @@ def get_config() -> TrainConfig:
         model=presets.pi05(),
         objective=ObjectiveConfig(text=True, action_weight=0.0),
         data=DataConfig(
+            prompt="pi05",
             max_text_tokens=200,
             max_target_tokens=64,
             image_size=224,

@@ -38,7 +38,7 @@ def get_config() -> TrainConfig:
             max_target_tokens=16,
             vocab_size=512,
             after_end="repeat",  # or nothing would show when to close the gripper
-            # For --model.expert.kind tokens. FAST's scale of 10 is meant for actions in [-1, 1]; ours go twice as far.
+            # For --data.action_tokens True. FAST's scale of 10 is meant for actions in [-1, 1]; ours go twice as far.
             fast=FastConfig(scale=5.0, vocab_size=512),
         ),
         optim=OptimConfig(algorithm="muon", learning_rate=2e-3, warmup_fraction=0.05, weight_decay=0.01),

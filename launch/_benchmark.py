@@ -15,7 +15,8 @@ from launch._main import UsageError, load_config
 from launch._mesh import mesh_of
 from launch._random_policy import observe, random_policy
 from launch._report import check_writable, tabletop_of
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, prompt_form
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
@@ -87,7 +88,7 @@ def _policy(args: "BenchmarkArgs") -> Policy:
         base = load_config(args.config)
     else:
         sizes: VLAConfig = getattr(presets, args.model)()
-        base = TrainConfig(model=sizes)
+        base = TrainConfig(model=sizes, data=DataConfig(prompt=prompt_form(sizes)))
     most = max(args.numbers("cameras"), default=len(base.model.cameras) or 2)
     return random_policy(base, cameras=most, host=True)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.normalize import Normalize
@@ -42,11 +42,12 @@ def random_policy(
     expert = base.model.expert
     dims = (expert.state_dim or 32, expert.action_dim or 32)
     names = (*base.model.cameras, *(f"camera{i}" for i in range(cameras)))[:cameras]
-    prompt = Prompt(form="paligemma" if expert.state_token or expert.kind == "tokens" else "pi05")
+    prompt = Prompt(form="paligemma" if expert.reads_state else prompt_form(base.model))
     data = dataclasses.replace(
         base.data,
         image_size=base.model.vision.image_size,
         prompt=prompt.form,
+        ignore_state=False,
         max_text_tokens=text_tokens or (200 if prompt.uses_state else base.data.max_text_tokens),
     )
     bundle = _bundle(names, *dims, data.image_size, data.max_text_tokens, prompt)

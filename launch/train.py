@@ -37,7 +37,8 @@ class TrainArgs:
     """Directory of the run: created, or continued. A local path or gs://…; all hosts share it."""
     init_from: str | None = None
     """Start from this run or these converted weights, with its model's sizes in place of the config file's; options
-    of --model come after. Sets train.init_from and data.image_size. docs/fine_tuning.md"""
+    of --model come after. Sets train.init_from and data.image_size, and the prompt where only it can hold the
+    state. docs/fine_tuning.md"""
     dry_run: bool = False
     """Only print the configuration, and where every array would lie on the devices."""
     profile: str | None = None
@@ -57,15 +58,9 @@ def adapt(config: Any, argv: Sequence[str]) -> Any:
     path = value_of("--init-from", argv) or value_of("--init_from", argv)
     if path is None:
         return config
-    from vla_jax.train.init_from import model_of
+    from vla_jax.train.init_from import adapted
 
-    model = model_of(path)
-    return dataclasses.replace(
-        config,
-        model=model,
-        data=dataclasses.replace(config.data, image_size=model.vision.image_size),
-        train=dataclasses.replace(config.train, init_from=path),
-    )
+    return adapted(config, path)
 
 
 def main() -> None:

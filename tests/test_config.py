@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from vla_jax.config import TrainConfig, config_hash, from_json, to_json
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models import presets
-from vla_jax.models.config import TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,25 @@ def test_configs_survive_json(name):
     assert config_hash(again) == config_hash(config)
     changed = dataclasses.replace(config, seed=config.seed + 1)
     assert config_hash(changed) != config_hash(config)
+
+
+STATELESS = {"tokens": ExpertConfig(kind="tokens"), "pi05": ExpertConfig(state_token=False)}
+
+
+@pytest.mark.parametrize("kind", STATELESS)
+@pytest.mark.parametrize("prompt", ["paligemma", "pi0"])
+def test_a_state_that_reaches_nothing_is_refused(kind, prompt):
+    model = VLAConfig(expert=STATELESS[kind])
+    form = {"tokens": "fast", "pi05": "pi05"}[kind]
+    with pytest.raises(
+        ValueError, match=rf"data\.prompt={prompt} leaves it out; use data\.prompt={form} with"
+    ):
+        TrainConfig(model=model, data=DataConfig(prompt=prompt))
+    TrainConfig(model=model, data=DataConfig(prompt=form))
+    TrainConfig(model=model, data=DataConfig(prompt=prompt, ignore_state=True))
+    for told in (TrainConfig(), TrainConfig(model=model, data=DataConfig(prompt=form))):
+        with pytest.raises(ValueError, match=r"data\.ignore_state=True would do nothing"):
+            dataclasses.replace(told, data=dataclasses.replace(told.data, ignore_state=True))
 
 
 def test_unknown_fields_are_named():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.config import DataConfig
+from vla_jax.data.prompt_forms import Prompt, PromptForm
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.flow.config import check as check_solver
 from vla_jax.models.config import VLAConfig
@@ -56,6 +57,7 @@ class TrainConfig:
             )
         if self.kind != "tokens":
             check_solver(self.process, self.solver)
+        self._check_state()
         prefix, horizon = self.objective.rtc_prefix, self.model.expert.horizon
         if self.execute is not None and not 1 <= self.execute <= horizon:
             raise ValueError(
@@ -69,6 +71,21 @@ class TrainConfig:
         if prefix >= horizon:
             raise ValueError(
                 f"objective.rtc_prefix={prefix} leaves nothing of chunks of {horizon} actions; use less than that"
+            )
+
+    def _check_state(self) -> None:
+        """A state that reaches the network nowhere is hardly meant, and no loss would show it."""
+        told = self.model.expert.reads_state or Prompt(self.data.prompt).uses_state
+        if told and self.data.ignore_state:
+            raise ValueError(
+                "data.ignore_state=True would do nothing: the model has a state token, or the prompt holds the state"
+            )
+        if not told and not self.data.ignore_state:
+            part = "kind=tokens" if self.kind == "tokens" else "state_token=False"
+            raise ValueError(
+                f"with model.expert.{part} only the prompt can hold the robot's state, and data.prompt="
+                f"{self.data.prompt} leaves it out; use data.prompt={prompt_form(self.model)} with "
+                "data.normalization=quantile, or data.ignore_state=True for a policy that does not know its state"
             )
 
     @property
@@ -127,6 +144,13 @@ class TrainConfig:
         if self.kind in ("regression", "tokens"):  # without noise all draws would be copies of one
             objective = dataclasses.replace(objective, noise_draws=1)
         return dataclasses.replace(self, model=model, data=data, objective=objective)
+
+
+def prompt_form(model: VLAConfig) -> PromptForm:
+    """The prompt of the public model that is built like this one: π0-FAST, π0.5 or π0."""
+    if model.expert.kind == "tokens":
+        return "fast"
+    return "pi0" if model.expert.state_token else "pi05"
 
 
 def to_json(config: TrainConfig) -> str:

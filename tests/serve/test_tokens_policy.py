@@ -25,7 +25,7 @@ def config() -> TrainConfig:
     expert = dataclasses.replace(toy.MODEL.expert, kind="tokens")
     return TrainConfig(
         model=dataclasses.replace(toy.MODEL, expert=expert),
-        data=dataclasses.replace(toy.data_config(), fast=FastConfig(vocab_size=200)),
+        data=toy.data_config(fast=FastConfig(vocab_size=200), prompt="fast", normalization="quantile"),
         objective=ObjectiveConfig(plan_visible=0.5),
         train=LoopConfig(batch_size=4, steps=2, log_every=1, val_every=0, tensorboard=False),
     )

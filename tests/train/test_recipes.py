@@ -18,6 +18,8 @@ from vla_jax.checkpoint import load, read_meta
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.serve.policy import Policy
+from vla_jax.sharding import distributed
+from vla_jax.types import Observation
 
 ROOT = Path(__file__).parents[2]
 SIZES = dataclasses.replace(layouts.TINY, vocab=1024, actions=32, states=32, vision_depth=1, depth=2)
@@ -32,7 +34,7 @@ ROBOT = DatasetSchema(
 )
 SMALL = (
     "--train.steps 2 --train.batch_size 2 --train.val_every 0 --train.log_every 1 --train.tensorboard False "
-    "--data.val_episodes 1 --model.dtype float32 --model.remat none --optim.learning_rate 1e-3"
+    "--data.val_episodes 1 --model.dtype float32 --model.remat none --optim.learning_rate 1e-3 --train.ema_decay 0.5"
 )
 """What a test cannot afford, put behind every command that trains."""
 
@@ -51,6 +53,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     np.savez(folder / "pt_224.npz", **layouts.random(layouts.big_vision(SIZES)))
     layouts.save_openpi(folder / "pi0_base", layouts.random(layouts.openpi(SIZES, "pi0")), value=True)
+    layouts.save_openpi(folder / "pi05_base", layouts.random(layouts.openpi(SIZES, "pi05")), value=True)
     shutil.copy(ROOT / "tests/data/sentencepiece/bpe.model", folder / "paligemma_tokenizer.model")
     toy_data.write(
         folder / "data/my_robot", [toy_data.make_episode(i, schema=ROBOT) for i in range(4)], schema=ROBOT
@@ -58,6 +61,9 @@ def folder(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # All commands run in this one process, whose devices are in use since the first of them.
+        patch.setattr(distributed, "initialize", lambda *_: None)
+        patch.setattr(distributed, "shutdown", lambda: None)
         for words in commands():
             assert words[:2] == ["python", "-m"], words
             trains = words[2] == "launch.train"
@@ -68,11 +74,16 @@ def folder(tmp_path_factory):
 
 
 def test_all_commands_ran(folder):
-    assert len(commands()) == 9
+    assert len(commands()) == 11
     runs = {p.name: read_meta(p)["step"] for p in (folder / "runs").iterdir()}
-    trained = {"from_paligemma", "pi0_full", "pi0_lora", "my_robot", "my_heads"}
+    trained = {"from_paligemma", "pi0_full", "pi0_lora", "pi05_full", "my_robot", "my_heads"}
     assert {name for name, step in runs.items() if step == 2} == trained
-    assert {name for name, step in runs.items() if step == 0} == {"paligemma", "pi0_base", "pi0_merged"}
+    assert {name for name, step in runs.items() if step == 0} == {
+        "paligemma",
+        "pi0_base",
+        "pi05_base",
+        "pi0_merged",
+    }
     assert (folder / "exported/model.safetensors").is_file()
 
 
@@ -99,3 +110,15 @@ def test_the_robot_s_policy_loads(folder):
     assert model.cameras == CAMERAS and model.expert.horizon == 25 and model.expert.action_dim == 32
     assert policy.bundle.tokenizer.vocab_size <= model.text.vocab
     assert Policy.load(folder / "runs/pi0_lora").config.lora.rank == 16
+
+
+def test_pi05_is_told_the_state(folder):
+    policy = Policy.load(folder / "runs/pi05_full")
+    data = policy.config.data
+    assert (data.prompt, data.normalization, data.max_text_tokens) == ("pi05", "quantile", 200)
+    state = np.zeros((2, 14), np.float32)
+    state[1, 3] = 1.0
+    image = np.zeros((2, 8, 8, 3), np.uint8)
+    seen = Observation(images=dict.fromkeys(CAMERAS, image), state=state, instruction=("pick",) * 2)
+    batch = policy.bundle.observation_batch(seen)
+    assert (batch.tokens[0] != batch.tokens[1]).any()

@@ -15,9 +15,10 @@ from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
 from vla_jax.convert.entry import Entry, Lazy, exported, imported
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import our_shapes
-from vla_jax.convert.policy_data import policy_data
+from vla_jax.convert.policy_data import policy_data, public_data
 from vla_jax.convert.run import RunSource, write_run
 from vla_jax.convert.stream import Whole, place
+from vla_jax.data.config import DataConfig
 from vla_jax.models.config import VLAConfig
 from vla_jax.types import PyTree
 
@@ -117,7 +118,9 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
         "converted": {"from": source, "arrays": len(opened.source.specs)},
         "assets": dict(opened.assets),
     }
-    config = TrainConfig(model=opened.model)
+    policy = opened.expert or opened.model.expert.kind == "tokens"  # and not a PaliGemma
+    data = public_data(opened.model) if policy else DataConfig()
+    config = TrainConfig(model=opened.model, data=data)
     if options.policy is not None:
         if not opened.expert:
             raise ValueError(f"{opened.where} has no expert, so a tokenizer does not make it a policy")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
@@ -24,8 +24,8 @@ from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 
-TEXT_TOKENS = {"pi0": 48, "pi05": 200}
-"""Longest prompts, as in openpi."""
+TEXT_TOKENS = {"pi0": 48, "pi05": 200, "fast": 250}
+"""Longest prompts, as in openpi (π0-FAST's with the action tokens)."""
 EPSILON = 1e-6
 """What openpi adds to deviations and to differences of quantiles."""
 
@@ -42,13 +42,24 @@ class PolicyOptions:
     """Steps per second of the robot."""
 
 
+def public_data(model: VLAConfig) -> DataConfig:
+    """Prompt, normalisation and image size of the public model that is built like this one."""
+    form = prompt_form(model)
+    return DataConfig(
+        prompt=form,
+        max_text_tokens=TEXT_TOKENS[form],
+        normalization="zscore" if form == "pi0" else "quantile",
+        image_size=model.vision.image_size,
+        cameras=model.cameras,
+    )
+
+
 def policy_data(
     model: VLAConfig, assets: Mapping[str, Any], options: PolicyOptions
 ) -> tuple[TrainConfig, DataBundle]:
     """The configuration and the transforms of a π0 or π0.5. Raises ValueError or FileNotFoundError."""
-    adaptive = model.expert.time == "adarms"
-    form = "pi05" if adaptive else "pi0"
-    method = "quantile" if adaptive else "zscore"
+    data = public_data(model)
+    method = data.normalization
     name, raw = _choose(assets, options.statistics)
     statistics = Statistics(
         state=_field(raw["state"], method, f"{name}: state"),
@@ -67,13 +78,6 @@ def policy_data(
         )
     size = model.vision.image_size
     cameras = {camera: (size, size) for camera in model.cameras}
-    data = DataConfig(
-        max_text_tokens=TEXT_TOKENS[form],
-        image_size=size,
-        normalization=method,
-        prompt=form,
-        cameras=model.cameras,
-    )
     schema = DatasetSchema(
         name="converted",
         robot=name,
@@ -86,7 +90,7 @@ def policy_data(
         tf.SelectCameras(cameras),
         tf.ResizeImages(size, size),
         Normalize(method=method, group="dataset", statistics={"": statistics}),
-        tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, Prompt(form)),
+        tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, Prompt(data.prompt)),
         tf.PadDims(
             state_dim=model.expert.state_dim,
             action_dim=model.expert.action_dim,

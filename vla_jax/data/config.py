@@ -30,6 +30,9 @@ class DataConfig:
     openpi's forms with the state as numbers 0 … 255 (pi05, fast)."""
     prompt_clip_state: bool = True
     """prompt pi05, fast: normalised states below -1 count as -1; False writes them as "-1", as openpi does."""
+    ignore_state: bool = False
+    """For a model without a state token, with a prompt that leaves the state out too: nothing then tells the policy
+    where its joints are, and it is refused unless this says that it is meant."""
     action_tokens: bool = False
     """Whether batches hold each chunk also as FAST tokens, which the decoder learns as text beside the plan while
     the expert learns the actions (arXiv:2505.23705). model.expert.kind=tokens has them anyway."""

@@ -90,7 +90,8 @@ class ExpertConfig:
     """Which time the network is told: t, or 1 - t as the public π0's are, so that their weights fit unchanged.
     Everywhere else t = 0 is noise."""
     state_token: bool = True
-    """Whether the robot's state is a token before the actions (π0). Without it the state is not used here."""
+    """Whether the robot's state is a token before the actions (π0). Without it only the prompt can hold the state
+    (data.prompt)."""
     horizon: int = 8
     """Actions of one chunk."""
     action_dim: int = 0
@@ -105,6 +106,11 @@ class ExpertConfig:
             raise ValueError(f"expert.horizon={self.horizon}: a chunk needs at least one action")
         if self.width % 2:
             raise ValueError(f"expert.width={self.width} is odd; the time embedding needs an even one")
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether the network is given the robot's state; where not, only the prompt can tell it."""
+        return self.kind == "joint" and self.state_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks._openpi_reference import Reference
 from launch._random_policy import observe, random_policy
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, prompt_form
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import SolverConfig
 from vla_jax.models import presets
 from vla_jax.serve.compiled.config import CompileConfig
@@ -19,7 +20,9 @@ SOLVER = SolverConfig(num_steps=2)
 @pytest.mark.parametrize("preset", ["pi0_tiny", "pi05_tiny"])
 def test_actions_are_those_of_openpis_loop(preset):
     """Two robots without a third camera; the clock is the presets' own, which is openpi's."""
-    policy = random_policy(TrainConfig(model=presets.PRESETS[preset]()), cameras=3, batch_size=2)
+    model = presets.PRESETS[preset]()
+    data = DataConfig(prompt=prompt_form(model))
+    policy = random_policy(TrainConfig(model=model, data=data), cameras=3, batch_size=2)
     assert policy.config.model.expert.clock == "reversed"
     observation = observe(policy.bundle, 2, seed=1, cameras=2)
     expected = Reference(policy, num_steps=2, dtype="float32").infer(observation, KEY)

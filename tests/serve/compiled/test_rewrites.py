@@ -41,7 +41,11 @@ def plain(time: str, state_token: bool, clock: str) -> tuple[Policy, np.ndarray]
     expert = dataclasses.replace(
         cfg.model.expert, time=time, state_token=state_token, clock=clock, action_dim=5, state_dim=4
     )
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, expert=expert, unroll=1))
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, expert=expert, unroll=1),
+        data=dataclasses.replace(cfg.data, ignore_state=not state_token),
+    )
     transforms = tuple(
         dataclasses.replace(t, action_dim=5, state_dim=4) if type(t).__name__ == "PadDims" else t
         for t in toy.bundle().transforms
