@@ -14,6 +14,7 @@ from launch.convert import ConvertArgs
 from tests.convert import layouts
 from tests.convert.layouts import TINY
 from tests.convert.test_round_trip import paligemma_config, pi0_hf_files, save_lerobot, save_statistics
+from vla_jax.checkpoint import load
 from vla_jax.convert import convert
 
 
@@ -58,6 +59,17 @@ def test_not_finite(tmp_path, npz):
     refused(
         tmp_path, npz(lambda a: a["img/head/bias"].fill(np.nan)), "big_vision", "img/head/bias holds values"
     )
+
+
+def test_float64_is_not_kept(tmp_path, npz):
+    path = npz(lambda a: a.update({"img/head/bias": a["img/head/bias"].astype(np.float64)}))
+    refused(
+        tmp_path, path, "big_vision", "img/head/bias is float64, .*; convert with --dtype float32 or bfloat16"
+    )
+    convert(path, tmp_path / "out", source="big_vision", target="vla_jax", dtype="float32")
+    found = load(tmp_path / "out", "params")["backbone"]["img"]["head"]["bias"]
+    np.testing.assert_array_equal(found, layouts.random(layouts.big_vision(TINY))["img/head/bias"])
+    assert found.dtype == np.float32
 
 
 def test_damaged_npz(tmp_path, npz):

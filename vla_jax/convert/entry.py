@@ -121,7 +121,7 @@ def imported(
 
     def lazy(name: str, parts: list[Entry]) -> Lazy:
         shape = shapes[name]
-        target = source.specs[parts[0].theirs].dtype if dtype is None else dtype
+        target = _target(parts[0].theirs, source.specs[parts[0].theirs], dtype)
 
         def pieces() -> Iterator[tuple[Index, np.ndarray]]:
             for entry in parts:
@@ -144,7 +144,7 @@ def exported(entries: list[Entry], source: Source, dtype: np.dtype | None) -> di
 
     def lazy(entry: Entry) -> Lazy:
         spec = source.specs[entry.ours]
-        shape, target = entry.theirs_shape(spec.shape), spec.dtype if dtype is None else dtype
+        shape, target = entry.theirs_shape(spec.shape), _target(entry.ours, spec, dtype)
         part = entry.part_shape(spec.shape)
 
         def pieces() -> Iterator[tuple[Index, np.ndarray]]:
@@ -160,6 +160,16 @@ def exported(entries: list[Entry], source: Source, dtype: np.dtype | None) -> di
         return Lazy(shape, target, pieces)
 
     return {entry.theirs: lazy(entry) for entry in entries}
+
+
+def _target(name: str, spec: Spec, dtype: np.dtype | None) -> np.dtype:
+    if dtype is not None:
+        return dtype
+    if spec.dtype.itemsize > 4:
+        raise ValueError(
+            f"{name} is {spec.dtype.name}, which no network here computes in; convert with --dtype float32 or bfloat16"
+        )
+    return spec.dtype
 
 
 def row_slices(shape: Shape, itemsize: int) -> Iterator[Index]:
