@@ -13,6 +13,7 @@ from tests.models import small
 from vla_jax.checkpoint.tree import flatten, join, split
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import AugmentConfig
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
@@ -23,7 +24,7 @@ from vla_jax.sharding.rules import path_name
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.optim import make_optimizer
 from vla_jax.train.parts import make_parts, network
-from vla_jax.train.patterns import choose, fits
+from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.train.run import check_trunks, init_params
 from vla_jax.train.state import state_builder
 from vla_jax.train.step import make_train_step
@@ -104,6 +105,25 @@ def test_lora_is_a_low_rank_matrix_over_all_heads():
 def test_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make_parts(init_params(VLA(CONFIG), DATA), TrainConfig(model=CONFIG, **changes))
+
+
+@pytest.mark.parametrize("kind", ["joint", "tokens"])
+def test_lora_s_rank_alone_is_enough(kind):
+    """Whatever the model has of backbone and expert layers is adapted; the expert's projections train as a whole."""
+    cfg = dataclasses.replace(CONFIG, expert=dataclasses.replace(CONFIG.expert, kind=kind))
+    data = DataConfig(ignore_state=kind == "tokens")
+    config = TrainConfig(model=cfg, data=data, lora=LoraConfig(rank=2))
+    parts = make_parts(init_params(VLA(cfg), DATA), config)
+    names = leaf_names(jax.eval_shape(parts.init, jax.random.key(0)))
+    trained = {name for name in names if name not in parts.frozen}
+    whole = {name for name in trained if not lora.is_factor(name)}
+    adapted = {name.partition("_lora/")[0] for name in trained - whole}
+    assert adapted == {name for name in parts.frozen if matrix_axes(name) is not None}
+    assert {name.partition("/")[0] for name in adapted} == {"backbone", "expert"} - {
+        kind == "tokens" and "expert"
+    }
+    assert all(name.startswith("expert/") and "/layers/" not in name for name in whole)
+    assert bool(whole) == (kind == "joint")
 
 
 @pytest.mark.parametrize("text", ["backbone/**", ":2", "a/**:x", "a/**:0", "a/**:1:-1", "a:1:1:1"])

@@ -103,14 +103,14 @@ class LoraConfig:
     """Columns of A and rows of B; 0: no LoRA."""
     alpha: float = 16.0
     """α; the update is multiplied by α/rank."""
-    modules: tuple[str, ...] = ("backbone/**", "expert/layers/**")
+    modules: tuple[str, ...] = ()
     """Glob patterns of parameter paths. What they name is frozen, and the matrices among it get an A and a B; what
-    they do not name is trained as a whole, unless optim.freeze names it."""
+    they do not name is trained as a whole, unless optim.freeze names it. Empty: backbone/** and, where there is an
+    expert, expert/layers/**."""
 
     def __post_init__(self):
         _check(self.rank >= 0, f"lora.rank={self.rank}: must not be negative; 0 is no LoRA")
         _check(self.alpha > 0, f"lora.alpha={self.alpha}: must be above 0")
-        _check(bool(self.modules), "lora.modules names nothing; use lora.rank=0 for no LoRA")
 
     @property
     def scale(self) -> float:

@@ -20,12 +20,15 @@ from vla_jax.layers.matrices import matrix_axes
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Model
 from vla_jax.train.flops import Trained
-from vla_jax.train.patterns import choose, leaf_names
+from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.train.state import InitParams, TrainState
 from vla_jax.types import PyTree
 
 LORA_KEY = 0x10FA
 """Folded into a run's key for A, so that all other parameters start as without LoRA."""
+
+EXPERT_LAYERS = "expert/layers/**"
+"""What LoRA adapts of an expert unless told otherwise; a policy that writes tokens has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +49,22 @@ def make_parts(init_params: InitParams, config: TrainConfig) -> Parts:
         if len(frozen) == len(names):
             raise ValueError(f"optim.freeze={config.optim.freeze} leaves nothing to train")
         return Parts(init_params, frozen)
-    named = choose(names, config.lora.modules, "lora.modules")
+    named = choose(names, _modules(config, names), "lora.modules")
     matrices = {name for name in named - frozen if matrix_axes(name) is not None}
     if not matrices:
-        raise ValueError(f"lora.modules={config.lora.modules} names no matrix that optim.freeze leaves")
+        raise ValueError(f"lora.modules={_modules(config, names)} names no matrix that optim.freeze leaves")
 
     def init(key: PRNGKeyArray) -> PyTree:
         return lora.attach(jax.random.fold_in(key, LORA_KEY), init_params(key), matrices, config.lora.rank)
 
     return Parts(init, frozen | named)
+
+
+def _modules(config: TrainConfig, names: list[str]) -> tuple[str, ...]:
+    if config.lora.modules:
+        return config.lora.modules
+    expert = any(fits(name, EXPERT_LAYERS) for name in names)
+    return ("backbone/**", EXPERT_LAYERS) if expert else ("backbone/**",)
 
 
 def network(model: nn.Module, frozen: PyTree | None, scale: float) -> Model:
