@@ -6,14 +6,19 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from launch._main import UsageError, cli
 from launch.convert import ConvertArgs
 from tests.convert import layouts
 from tests.convert.test_round_trip import STATISTICS
 from vla_jax.convert import Options, PolicyOptions, convert
+from vla_jax.convert.lerobot import read_processors
+from vla_jax.convert.lerobot_processor import read_preprocessing
+from vla_jax.convert.policy_data import policy_data
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.flow.config import SolverConfig
+from vla_jax.models.config import ExpertConfig, TextConfig, VLAConfig
 from vla_jax.serve.compiled.config import CompileConfig
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
@@ -94,6 +99,122 @@ def test_pi05_has_the_state_in_its_prompt(weights, tmp_path):
     text = policy.bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
     assert text.startswith("Task: pick up the block, State: ") and text.endswith(";\nAction: ")
     acts_the_same_compiled(policy, seen)
+
+
+def lerobot_policy(folder, kind, norm_map, **changes):
+    """Configuration and transforms that LeRobot's files beside some weights make; and their statistics."""
+    rng = np.random.default_rng(3)
+    statistics = {}
+    for name, dims in (("observation.state", 6), ("action", 5)):
+        kinds = ("min", "q01", "q10", "mean", "std", "q90", "q99", "max")
+        values = np.sort(rng.normal(size=(len(kinds), dims)), axis=0).astype(np.float32)
+        values[:, 1] = 0.25  # a dimension that never moves
+        values[kinds.index("std")] = [*np.linspace(0.5, 2, dims - 1), 0]
+        statistics |= {f"{name}.{kind}": row for kind, row in zip(kinds, values)}
+        statistics[f"{name}.count"] = np.asarray([100], np.float32)
+    steps = [
+        {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+        {
+            "registry_name": "normalizer_processor",
+            "config": {"norm_map": norm_map and {"VISUAL": "IDENTITY"} | norm_map, "features": {}} | changes,
+            "state_file": "normalizer.safetensors",
+        },
+    ]
+    if kind == "pi05":
+        steps.append({"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}})
+    folder.mkdir()
+    (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    save_file(statistics, folder / "normalizer.safetensors")
+    train_tokenizer(["Task: pick up the block, State: 0123456789;"], 300).save(folder / "tokenizer")
+    asset = {"config": {"type": kind, "max_state_dim": 8}, **read_processors(folder)}
+    expert = {"pi0": {}, "pi05": {"time": "adarms", "state_token": False}}[kind]
+    model = VLAConfig(
+        text=TextConfig(vocab=300), expert=ExpertConfig(action_dim=8, state_dim=8, **expert), cameras=("top",)
+    )
+    options = PolicyOptions(tokenizer=folder / "tokenizer")
+    return *policy_data(model, {"lerobot": asset}, options), statistics
+
+
+def lerobot_normalised(x, mode, s, eps):
+    """LeRobot's formulas, one by one."""
+    s = {kind: np.asarray(values, np.float64) for kind, values in s.items()}
+    if mode == "IDENTITY":
+        return x
+    if mode == "MEAN_STD":
+        return (x - s["mean"]) / (s["std"] + eps)
+    low, high = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}[mode]
+    difference = np.where(s[high] == s[low], eps, s[high] - s[low])
+    return 2 * (x - s[low]) / difference - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "action", "eps"),
+    [
+        ("pi0", "MEAN_STD", "MEAN_STD", {}),
+        ("pi0", "MIN_MAX", "IDENTITY", {"eps": 1e-3}),
+        ("pi05", "QUANTILES", "QUANTILES", {}),
+        ("pi05", "QUANTILE10", "MIN_MAX", {}),
+        ("pi05", "MEAN_STD", "MEAN_STD", {"eps": 0.5}),  # what the architecture would not tell
+    ],
+)
+def test_lerobots_normalisation_is_its_files(tmp_path, kind, state, action, eps):
+    norm_map = {"STATE": state, "ACTION": action}
+    config, bundle, statistics = lerobot_policy(tmp_path / "theirs", kind, norm_map, **eps)
+    by_field = {
+        field: {k.rpartition(".")[2]: v for k, v in statistics.items() if k.startswith(f"{field}.")}
+        for field in ("observation.state", "action")
+    }
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    seen = Observation(images={"top": image}, state=STATE, instruction=("pick up the block",))
+    batch = bundle.observation_batch(seen)
+    wanted = lerobot_normalised(STATE, state, by_field["observation.state"], eps.get("eps", 1e-8))
+    np.testing.assert_allclose(batch.state[:, :6], wanted, rtol=1e-4, atol=1e-5)
+    chunk = np.random.default_rng(0).normal(size=(1, 8, 8)).astype(np.float32)
+    back = bundle.robot_actions(chunk, seen)
+    again = lerobot_normalised(back, action, by_field["action"], eps.get("eps", 1e-8))
+    moving = [i for i in range(5) if np.ptp(back[..., i]) > 1e-3]
+    assert len(moving) >= 3
+    np.testing.assert_allclose(again[..., moving], chunk[..., moving], rtol=1e-4, atol=1e-5)
+    text = bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
+    if kind == "pi05":  # LeRobot fills the state up before it names the bins
+        bins = np.maximum(np.digitize(np.pad(wanted[0], (0, 2)), np.linspace(-1, 1, 257)[:-1]) - 1, 0)
+        assert text == f"Task: pick up the block, State: {' '.join(map(str, bins))};\nAction: "
+        assert config.data.prompt_state_dim == 8
+    else:
+        assert text == "pick up the block\n"
+
+
+@pytest.mark.parametrize(
+    ("norm_map", "message"),
+    [
+        ({"STATE": "MEAN_STD", "VISUAL": "MEAN_STD"}, "normalises images by MEAN_STD"),
+        ({"STATE": "ROBUST"}, "normalises state by ROBUST; there are IDENTITY, MEAN_STD, MIN_MAX"),
+        ({}, r"neither the preprocessor's normalizer_processor \(norm_map\) nor"),
+    ],
+)
+def test_lerobots_steps_that_are_not_done_here(tmp_path, norm_map, message):
+    with pytest.raises(ValueError, match=message):
+        lerobot_policy(tmp_path / "theirs", "pi0", norm_map)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            {"registry_name": "relative_actions_processor", "config": {"enabled": True}},
+            "relative to the state",
+        ),
+        ({"registry_name": "mirror_processor"}, "a step that is not known here: mirror_processor"),
+        ({"registry_name": "relative_actions_processor", "config": {"enabled": False}}, None),
+    ],
+)
+def test_lerobots_unknown_steps(step, message):
+    asset = {"config": {"normalization_mapping": {"STATE": "MIN_MAX"}}, "preprocessor": {"steps": [step]}}
+    if message is None:
+        assert read_preprocessing(asset).modes == {"state": "MIN_MAX", "actions": "IDENTITY"}
+        return
+    with pytest.raises(ValueError, match=message):
+        read_preprocessing(asset)
 
 
 def test_refused(weights, tmp_path):

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from vla_jax.config import TrainConfig, prompt_form
+from vla_jax.convert.lerobot_processor import affine, read_preprocessing
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
 from vla_jax.data.normalize import Normalize
-from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
 from vla_jax.data.tokenizer_files import read_tokenizer
@@ -26,6 +26,8 @@ from vla_jax.objectives.config import ObjectiveConfig
 
 TEXT_TOKENS = {"pi0": 48, "pi05": 200, "fast": 250}
 """Longest prompts, as in openpi (π0-FAST's with the action tokens)."""
+LEROBOT = "lerobot"
+"""The name of the statistics in LeRobot's preprocessor, and of what else it says."""
 EPSILON = 1e-6
 """What openpi adds to deviations and to differences of quantiles."""
 
@@ -61,10 +63,13 @@ def policy_data(
     data = public_data(model)
     method = data.normalization
     name, raw = _choose(assets, options.statistics)
-    statistics = Statistics(
-        state=_field(raw["state"], method, f"{name}: state"),
-        action=_field(raw["actions"], method, f"{name}: actions"),
-    )
+    if name == LEROBOT:
+        said = read_preprocessing(assets[LEROBOT])
+        fields = {f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in raw}
+        data = dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
+    else:
+        fields = {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}
+    statistics = Statistics(state=_statistics(*fields["state"]), action=_statistics(*fields["actions"]))
     sizes = {"state": (statistics.state.dims, model.expert.state_dim)}
     sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
     for field, (found, most) in sizes.items():
@@ -90,7 +95,7 @@ def policy_data(
         tf.SelectCameras(cameras),
         tf.ResizeImages(size, size),
         Normalize(method=method, group="dataset", statistics={"": statistics}),
-        tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, Prompt(data.prompt)),
+        tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
             state_dim=model.expert.state_dim,
             action_dim=model.expert.action_dim,
@@ -104,9 +109,9 @@ def policy_data(
 def _choose(assets: Mapping[str, Any], wanted: str) -> tuple[str, Mapping[str, Any]]:
     """Statistics of state and actions, as openpi names them."""
     found = dict(assets.get("norm_stats", {}))
-    lerobot = assets.get("lerobot", {}).get("statistics", {})
+    lerobot = assets.get(LEROBOT, {}).get("statistics", {})
     if {"observation.state", "action"} <= lerobot.keys():
-        found["lerobot"] = {"state": lerobot["observation.state"], "actions": lerobot["action"]}
+        found[LEROBOT] = {"state": lerobot["observation.state"], "actions": lerobot["action"]}
     if not found:
         raise ValueError(
             "beside these weights lie no statistics of state and actions, so they are no policy yet"
@@ -119,25 +124,20 @@ def _choose(assets: Mapping[str, Any], wanted: str) -> tuple[str, Mapping[str, A
     return name, found[name]
 
 
-def _field(raw: Mapping[str, Any], method: str, where: str) -> FieldStatistics:
-    """Statistics whose normalisation is openpi's: the deviation, or the difference of quantiles, and epsilon."""
+def _openpi_affine(raw: Mapping[str, Any], method: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """offset and scale of openpi's formulas: the deviation, or the difference of quantiles, and epsilon."""
     needed = ("mean", "std") if method == "zscore" else ("q01", "q99")
     missing = [kind for kind in needed if raw.get(kind) is None]
     if missing:
         raise ValueError(f"{where} has no {' and no '.join(missing)}, which this model's normalisation takes")
     first, second = (np.asarray(raw[kind], np.float64) for kind in needed)
-    if method == "zscore":
-        mean, std = first, second + EPSILON
-        low, high = mean - std, mean + std
-    else:
-        low, high = first, second + EPSILON
-        mean, std = (low + high) / 2, (high - low) / 2
+    second = second + EPSILON
+    return (first, second) if method == "zscore" else ((first + second) / 2, (second - first) / 2)
+
+
+def _statistics(offset: np.ndarray, scale: np.ndarray) -> FieldStatistics:
+    """Statistics that normalise to (x - offset) / scale by either method."""
+    low, high = tuple(offset - scale), tuple(offset + scale)
     return FieldStatistics(
-        mean=tuple(mean),
-        std=tuple(std),
-        min=tuple(low),
-        max=tuple(high),
-        q01=tuple(low),
-        q99=tuple(high),
-        count=0,
+        mean=tuple(offset), std=tuple(scale), min=low, max=high, q01=low, q99=high, count=0
     )

@@ -160,7 +160,7 @@ def prepare(
             f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; raise the model's"
         )
     by_task = config.normalization_group == "task"
-    prompt = Prompt(config.prompt, config.prompt_clip_state)
+    prompt = config.prompt_form
     tokenizer = (
         read_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer(source, index, config, prompt)
     )

@@ -30,6 +30,9 @@ class DataConfig:
     openpi's forms with the state as numbers 0 … 255 (pi05, fast)."""
     prompt_clip_state: bool = True
     """prompt pi05, fast: normalised states below -1 count as -1; False writes them as "-1", as openpi does."""
+    prompt_state_dim: int = 0
+    """prompt pi05, fast: a shorter state is filled up with zeros to so many numbers, as LeRobot's π0.5 does. 0: as many
+    as the robot has."""
     ignore_state: bool = False
     """For a model without a state token, with a prompt that leaves the state out too: nothing then tells the policy
     where its joints are, and it is refused unless this says that it is meant."""
@@ -80,7 +83,11 @@ class DataConfig:
         for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
-        Prompt(self.prompt)
+        if self.prompt_state_dim < 0 or (self.prompt_state_dim and not self.prompt_form.uses_state):
+            raise ValueError(
+                f"data.prompt_state_dim={self.prompt_state_dim} with data.prompt={self.prompt}: at least 0, and above "
+                "it only where the prompt holds the state (pi05, fast)"
+            )
         if self.after_end not in ("mask", "repeat"):
             raise ValueError(f"data.after_end={self.after_end!r}: use mask or repeat")
         if self.normalization not in ("zscore", "quantile"):
@@ -90,6 +97,11 @@ class DataConfig:
         if len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"data.cameras={self.cameras}: a camera is named twice")
         self.weights()
+
+    @property
+    def prompt_form(self) -> Prompt:
+        """What makes the prompts."""
+        return Prompt(self.prompt, self.prompt_clip_state, self.prompt_state_dim)
 
     def weights(self) -> dict[str, float]:
         """`task_weights` as task → weight."""

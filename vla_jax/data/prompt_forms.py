@@ -36,6 +36,8 @@ class Prompt:
     form: PromptForm = "paligemma"
     clip_state: bool = True
     """Whether values below -1 fall into bin 0, instead of being written as -1."""
+    state_dim: int = 0
+    """Numbers of the state in the text: zeros fill up a shorter one, as in LeRobot's π0.5. 0: as many as it has."""
 
     def __post_init__(self):
         if self.form not in FORMS:
@@ -54,6 +56,9 @@ class Prompt:
         text = text.replace("_", " ")
         if self.form == "pi0":
             return text, SEPARATOR
+        if 0 < self.state_dim < len(state):
+            raise ValueError(f"data.prompt_state_dim={self.state_dim}: the state has {len(state)} dimensions")
+        state = np.pad(state, (0, max(0, self.state_dim - len(state))))
         bins = " ".join(map(str, discretize(state, self.clip_state)))
         if self.form == "pi05":
             return (f"Task: {text}, State: {bins};\nAction: ",)

@@ -17,7 +17,6 @@ from jaxtyping import Array
 from vla_jax.checkpoint import load_params, read_meta
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.config import TrainConfig, from_json
-from vla_jax.data.prompt_forms import Prompt
 from vla_jax.layers import lora
 from vla_jax.models.config import VLAConfig
 from vla_jax.train.config import LoopConfig
@@ -59,11 +58,12 @@ def adapted(config: TrainConfig, path: str | Path) -> TrainConfig:
     configuration's does not, prompt and normalisation are the checkpoint's too. Raises as `model_of` does."""
     source, model = from_json(json.dumps(read_meta(path)["config"])), model_of(path)
     data = dataclasses.replace(config.data, image_size=model.vision.image_size)
-    if not (model.expert.reads_state or Prompt(data.prompt).uses_state or data.ignore_state):
+    if not (model.expert.reads_state or data.prompt_form.uses_state or data.ignore_state):
         data = dataclasses.replace(
             data,
             prompt=source.data.prompt,
             prompt_clip_state=source.data.prompt_clip_state,
+            prompt_state_dim=source.data.prompt_state_dim,
             ignore_state=source.data.ignore_state,
             normalization=source.data.normalization,
             max_text_tokens=max(data.max_text_tokens, source.data.max_text_tokens),
