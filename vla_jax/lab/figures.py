@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vla_jax.lab.front import Verdict, Verdicts, pareto
 from vla_jax.lab.table import Mean, Row, Setting, others_varied
@@ -59,7 +60,7 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
             ms=6.5,
             linestyle="none",
             zorder=3,
-            label=f"fixed λ, κ = {kappa:g} (filled: no λ of this κ is better in both)",
+            label=f"fixed λ, κ = {kappa:g}",
         )
         for s, (a, b) in zip(line, means):
             text = f"{s.weight:g}"
@@ -87,8 +88,12 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
         axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label="λ = 0: text alone")
     if log:
         axes.set_xscale("log"), axes.set_yscale("log")
+    shown = [s for s in settings if s.mean(x) and s.mean(y)]
+    _keep_to_values(axes.set_xlim, [s.mean(x) for s in shown])
+    _keep_to_values(axes.set_ylim, [s.mean(y) for s in shown])
+    if log:
         _plain_ticks(axes)
-    title = "small is good" if log else "large is good"
+    title = f"{'small' if log else 'large'} is good; filled: no λ of its κ is better in both"
     style.tidy(axes, xlabel=TITLES[x], ylabel=TITLES[y], title=title)
 
 
@@ -125,7 +130,8 @@ def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
                 linewidth=1.4,
                 label=f"κ = {kappa:g}",
             )
-        _keep_to_means(axes, [s.mean(name) for _, line in _fixed_lines(settings, name, name) for s in line])
+        shown = [s.mean(name) for _, line in _fixed_lines(settings, name, name) for s in line]
+        _keep_to_values(axes.set_ylim, shown)
         axes.set_xscale("log")
         if name in ("ce", "action_loss"):
             axes.set_yscale("log")
@@ -192,7 +198,10 @@ def draw_gradients(rows: Sequence[Row]) -> Figure | None:
         late = lines[len(lines) // 2 :]
         layers = _by_layer(late)
         for axes, name in zip(grid[:, 1], ("ratio", "cosine")):
-            axes.plot(range(len(layers)), [v[name] for v in layers.values()], ms=4, **look)
+            values = np.array([v[name] for v in layers.values()])
+            if name == "ratio":  # a layer that the actions do not touch has no place on a logarithmic axis
+                values = np.where(values > 0, values, np.nan)
+            axes.plot(range(len(layers)), values, marker="o", ms=3, **look)
             axes.set_xticks(range(len(layers)), list(layers), rotation=35, ha="right", fontsize=8)
         for axes, name in zip(grid[:, 2], ("ratio", "cosine")):
             by_time = np.array([line[f"diagnostics/{name}_by_time"] for line in late], float)
@@ -319,12 +328,12 @@ def _cross(axes: Axes, means: Sequence[tuple[Mean, Mean]], colour: str) -> None:
         axes.plot([a.mean, a.mean], [b.low, b.high], color=colour, alpha=0.35, linewidth=1)
 
 
-def _keep_to_means(axes: Axes, means: Sequence[Mean]) -> None:
+def _keep_to_values(set_limits: Callable[[float, float], Any], means: Sequence[Mean]) -> None:
     """Limits that show all seeds; wide intervals of few seeds are cut off."""
     values = [v for m in means for v in m.values]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.1
-    axes.set_ylim(low - margin if low - margin > 0 or low <= 0 else low * 0.95, high + margin)
+    set_limits(low - margin if low - margin > 0 or low <= 0 else low * 0.95, high + margin)
 
 
 def _limit_x(axes: Axes, means: Sequence[Mean | None]) -> None:
@@ -337,6 +346,11 @@ def _plain_ticks(axes: Axes, x: bool = True) -> None:
     """Numbers as people write them on logarithmic axes."""
     for axis in (axes.xaxis, axes.yaxis) if x else (axes.yaxis,):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
+        low, high = axis.get_view_interval()
+        if high < 4 * low:  # hardly a power of ten in sight
+            axis.set_major_locator(MaxNLocator(5))
+            axis.set_minor_locator(NullLocator())
+            continue
         axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
         axis.set_tick_params(which="minor", labelsize=8, labelcolor=style.FAINT)
 

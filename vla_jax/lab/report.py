@@ -32,7 +32,8 @@ PERCENT = (
 SHOWN = ("ce", "action_loss", "text_accuracy", "success", "swapped_success", "plan_accuracy", "diversity")
 
 CAPTIONS = {
-    "front": "Left, towards the lower left is better; right, towards the upper right. Numbers beside marks are λ.",
+    "front": "Left, towards the lower left is better; right, towards the upper right. Numbers beside marks are λ. "
+    "Axes keep to the seeds' own values; intervals of few seeds may reach beyond.",
     "lambda": "Axes keep to the seeds' own values; intervals of few seeds may reach beyond.",
     "policies": "Orange: policies, blue: fixed λ; small dots are seeds. Dotted: the hypervolume of all fixed λ "
     "together. u = log loss between the best (0) and the worst (1) fixed λ; cost = mean of both u; regret = cost minus "
