@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.data import toy
 from vla_jax.data.index import index_dataset
 from vla_jax.data.source import EncodedEpisode, EpisodeSource
-from vla_jax.data.statistics import Accumulator, compute_statistics, dataset_statistics
+from vla_jax.data.statistics import Accumulator, compute_statistics, constant_dims, dataset_statistics
 
 
 def encoded(number, state, action, task="reach"):
@@ -102,7 +102,8 @@ def test_constant_dims_are_exact_and_told():
     assert found.dataset.state.constant == (True, False)
     assert found.dataset.state.std[0] == 0.0
     assert found.dataset.state.mean[0] == float(value)
-    lines = found.constant_dims(toy.SCHEMA)
+    lines = constant_dims({"": found.dataset, **found.per_task}, toy.SCHEMA)
+    assert any(line.startswith("task ") and "state 'x'" in line for line in lines)
     assert "state 'x' is always 0.1; it normalises to 0" in lines
     assert "action 'grip' is always 1; it normalises to 0" in lines
     assert not any("'y'" in line for line in lines)

@@ -158,8 +158,18 @@ def test_dry_run_prints_the_placement_and_writes_nothing(config, tmp_path, capsy
     train(config, tmp_path / "run", dry_run=True)
     said = capsys.readouterr().out
     assert "params/backbone/llm/embedder/input_embedding" in said and "tensor, fsdp" in said
-    assert "train: batch_size=4" in said
+    assert "train: batch_size=4" in said and "note:" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dimension_that_never_changes_is_told_once(config, tmp_path, capsys):
+    episodes = [toy_data.make_episode(seed) for seed in range(4)]
+    for episode in episodes:
+        episode.action[:, 2] = 1
+    data = dataclasses.replace(config.data, path=str(toy_data.write(tmp_path / "data", episodes)))
+    train(dataclasses.replace(config, data=data), tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert said.count("note: ") == 1 and "note: action 'grip' is always 1; it normalises to 0\n" in said
 
 
 def test_another_data_set_is_refused(config, whole, tmp_path):

@@ -21,7 +21,7 @@ from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.source import EpisodeSource
-from vla_jax.data.statistics import dataset_statistics
+from vla_jax.data.statistics import constant_dims, dataset_statistics
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
@@ -62,6 +62,11 @@ class DataBundle:
     def cameras(self) -> tuple[str, ...]:
         """The cameras the model sees."""
         return tuple(self._only(tf.SelectCameras).cameras)
+
+    @property
+    def constant_dims(self) -> tuple[str, ...]:
+        """A line for each dimension that never changes in what the normalisation was computed from."""
+        return constant_dims(self.normalize.statistics, self.schema)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Samples in the robot's units as the model's batch; leaves are numpy arrays."""
@@ -148,8 +153,6 @@ def prepare(
     schema, index = source.schema, index_dataset(source)
     train, _ = split_episodes(index, config)
     statistics = dataset_statistics(source, train, index.fingerprint)
-    for line in statistics.constant_dims(schema):
-        logging.getLogger(__name__).info("%s", line)
     cameras = tuple(cameras) or config.cameras or tuple(schema.cameras)
     unknown = [camera for camera in cameras if camera not in schema.cameras]
     if unknown:

@@ -74,19 +74,20 @@ class DatasetStatistics:
     dataset: Statistics
     per_task: dict[str, Statistics]
 
-    def constant_dims(self, schema: DatasetSchema) -> tuple[str, ...]:
-        """A line for each constant dimension, to be shown to the user before training."""
-        names = {"state": schema.state_names, "action": schema.action_names}
-        lines = []
-        for group, statistics in {"": self.dataset, **self.per_task}.items():
-            for field, fields in names.items():
-                values = getattr(statistics, field)
-                lines += [
-                    f"{f'task {group}: ' if group else ''}{field} {name!r} is always {value:g}; it normalises to 0"
-                    for name, value, constant in zip(fields, values.min, values.constant)
-                    if constant
-                ]
-        return tuple(lines)
+
+def constant_dims(statistics: Mapping[str, Statistics], schema: DatasetSchema) -> tuple[str, ...]:
+    """A line for each constant dimension, to be shown to the user before training; "" is the whole data set."""
+    names = {"state": schema.state_names, "action": schema.action_names}
+    lines = []
+    for group, found in statistics.items():
+        for field, fields in names.items():
+            values = getattr(found, field)
+            lines += [
+                f"{f'task {group}: ' if group else ''}{field} {name!r} is always {value:g}; it normalises to 0"
+                for name, value, constant in zip(fields, values.min, values.constant)
+                if constant
+            ]
+    return tuple(lines)
 
 
 class Accumulator:

@@ -85,6 +85,7 @@ def train(
         check_unsharded(table, config.mesh.max_unsharded)
         if not jax.process_index():
             print(describe(json.loads(to_json(config))))
+            print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
             print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
         if not dry_run:
             fit(job, loop, run_dir, watchdog=watchdog, stop=stop, profile=profile, begun=begun)
