@@ -11,7 +11,7 @@ from vla_jax.sim import evaluate, evaluate_tabletop
 from vla_jax.sim.sources import EVALUATION_SEEDS_FROM
 
 KEYS = {
-    "episodes", "success", "success_ci", "collision", "left_share", "path_error",
+    "episodes", "success", "success_ci", "collision", "left_share", "path_error", "path_length_m", "time_s",
     "chunk_diversity", "latency_ms_p50", "latency_ms_p95", "swapped_success", "plan_accuracy",
     "forced_plan_followed", "per_task", "config", "solver", "seed", "details",
 }  # fmt: skip
@@ -38,6 +38,9 @@ def test_the_expert_is_perfect_in_every_respect(tmp_path):
     assert (report["episodes"], report["success"], report["collision"]) == (48, 1.0, 0.0)
     assert report["swapped_success"] == report["plan_accuracy"] == report["forced_plan_followed"] == 1.0
     assert report["path_error"] < 1e-3 and report["chunk_diversity"] == 0.0
+    records = result.rollout.records
+    assert report["path_length_m"] == np.mean([r["path_length_m"] for r in records]) > 0.1
+    assert report["time_s"] == np.mean([r["time_s"] for r in records]) > 1
     assert 0.2 < report["left_share"] < 0.8
     assert report["per_task"]["tabletop"]["success"] == 1.0
     symmetric = [r for r in result.rollout.records if r["kind"] == "symmetric"]

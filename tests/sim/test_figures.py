@@ -108,6 +108,8 @@ def test_table_has_a_column_per_report_and_only_rows_that_apply():
         "success": 0.5,
         "success_ci": [0.3, 0.7],
         "path_error": 0.0125,
+        "path_length_m": 0.4321,
+        "time_s": 3.14,
         "details": {"symmetric_collision": 1.0},
     }
     lines = table.markdown_table({"flow": flow, "regression": other}).splitlines()
@@ -115,6 +117,8 @@ def test_table_has_a_column_per_report_and_only_rows_that_apply():
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
     assert cells["success"] == ["96.5 % (94.5–97.8)", "50.0 % (30.0–70.0)"]
     assert cells["mean distance to the expert's path (mm)"] == ["–", "12.5"]
+    assert cells["length of the path, of successes (m)"] == ["–", "0.432"]
+    assert cells["time, of successes (s)"] == ["–", "3.1"]
     assert cells["collisions in symmetric scenes"] == ["–", "100.0 %"]
     assert cells["latency of a chunk, median (ms)"] == ["12.3", "–"]
     assert not any("swapped" in name or name.startswith("success: ") for name in cells)

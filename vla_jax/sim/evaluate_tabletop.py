@@ -56,12 +56,16 @@ def evaluate_tabletop(
     own = join(pieces)
 
     symmetric = [record for record in own.records if record["kind"] == "symmetric"]
+    arrived = [record for record in own.records if record["success"]]
     details: dict[str, Any] = motion_of(own.records) | _symmetric_details(symmetric)
     report = metrics.success_summary(own.records) | report
     report |= {
         "collision": metrics.mean_of(own.records, "collision"),
         "left_share": details.pop("left_share", None),
         "path_error": metrics.mean_of(own.records, "path_error_m"),
+        # Of what ends early by colliding neither says much.
+        "path_length_m": metrics.mean_of(arrived, "path_length_m"),
+        "time_s": metrics.mean_of(arrived, "time_s"),
     }
 
     swapped_env = TabletopEnv(env_config, instruction="swapped")

@@ -11,6 +11,8 @@ ROWS = (
     ("symmetric_collision", "collisions in symmetric scenes", "percent"),
     ("left_share", "left in symmetric scenes", "percent"),
     ("path_error", "mean distance to the expert's path (mm)", "millimetres"),
+    ("path_length_m", "length of the path, of successes (m)", "number"),
+    ("time_s", "time, of successes (s)", "seconds"),
     ("chunk_diversity", "diversity of sampled chunks", "number"),
     ("swapped_success", "instruction swapped: ends at the newly named object", "percent"),
     ("plan_accuracy", "decoded plan names the right object", "percent"),
@@ -23,6 +25,7 @@ FORMATS = {
     "percent": lambda x: f"{100 * x:.1f} %",
     "millimetres": lambda x: f"{1e3 * x:.1f}",
     "number": lambda x: f"{x:.3f}",
+    "seconds": lambda x: f"{x:.1f}",
     "milliseconds": lambda x: f"{x:.1f}",
 }
 
