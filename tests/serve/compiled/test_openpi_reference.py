@@ -15,6 +15,8 @@ from vla_jax.serve.compiled.policy import CompiledPolicy
 
 KEY = jax.random.key(3)
 SOLVER = SolverConfig(num_steps=2)
+ROUNDING = 5e-5
+"""Of float32 over some 250 tokens; a clock that runs the other way changes actions by tenths."""
 
 
 @pytest.mark.parametrize("preset", ["pi0_tiny", "pi05_tiny"])
@@ -27,6 +29,6 @@ def test_actions_are_those_of_openpis_loop(preset):
     observation = observe(policy.bundle, 2, seed=1, cameras=2)
     expected = Reference(policy, num_steps=2, dtype="float32").infer(observation, KEY)
     assert np.ptp(expected) > 0.1
-    np.testing.assert_allclose(policy.act(observation, KEY, solver=SOLVER), expected, atol=1e-5)
+    np.testing.assert_allclose(policy.act(observation, KEY, solver=SOLVER), expected, atol=ROUNDING)
     compiled = CompiledPolicy(policy, CompileConfig(buckets=(2,)))
-    np.testing.assert_allclose(compiled.act(observation, KEY, solver=SOLVER), expected, atol=1e-5)
+    np.testing.assert_allclose(compiled.act(observation, KEY, solver=SOLVER), expected, atol=ROUNDING)
