@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vla_jax.config import TrainConfig
 from vla_jax.lab.figures import draw_front, draw_policies
-from vla_jax.lab.front import hypervolume, judge, pareto, pareto_settings
+from vla_jax.lab.front import apart, hypervolume, judge, pareto, pareto_settings
 from vla_jax.lab.grid import replaced
 from vla_jax.lab.table import Row, check_comparable, mean_of, settings_of, where
 
@@ -115,6 +115,24 @@ def test_pictures_of_policies_show_each_and_the_front():
     # λ = 10 has the action loss of λ = 1 at twice its text loss: it is not on the front.
     assert sorted(front.get_xdata()) == pytest.approx([1.0, 2.0]) and "uncertainty" in lines
     assert [s.weight for s in pareto_settings(found)] == [0.1, 1.0, 1.0]
+
+
+def test_losses_beside_the_smallest_are_paired_by_seed():
+    """Seed 1 doubles every loss: the ratios know nothing of it."""
+    rows = [
+        row("fixed", weight, seed, ce * (1 + seed), action * (1 + seed), 0.5)
+        for weight, ce, action in ((0.1, 1.0, 3.0), (1.0, 2.0, 1.0))
+        for seed in (0, 1)
+    ]
+    rows.append(row("mgda", 1.0, 1, 2.2, 2.0, 0.5))
+    small, large, mgda = apart(settings_of(rows))
+    assert small.losses["ce"] == large.losses["action_loss"] == (0, 0, 0, (0, 0))
+    assert small.losses["action_loss"][:3] == pytest.approx((2, 2, 2)) and large.losses[
+        "ce"
+    ].low == pytest.approx(1)
+    assert mgda.losses["ce"].mean == pytest.approx(0.1) and mgda.losses["action_loss"].mean == pytest.approx(
+        0
+    )
 
 
 def test_cells_that_differ_in_what_no_figure_shows_are_refused():
