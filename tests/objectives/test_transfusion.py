@@ -196,9 +196,15 @@ def test_weight_zero_is_not_computed(setup):
     value, grad = gradient(model, bad, data, "total", ObjectiveConfig(action_weight=0.0))
     assert np.isfinite(value)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+    # Between the last layer, whose keys and values the expert sees, and the logits.
+    backbone = params["backbone"]
+    norm = jax.tree.map(lambda x: x * jnp.nan, backbone["llm"]["final_norm"])
+    bad = params | {"backbone": backbone | {"llm": backbone["llm"] | {"final_norm": norm}}}
+    assert np.isnan(losses(model, bad, data).text)
+    value, grad = gradient(model, bad, data, "total", ObjectiveConfig(text=False))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
     got = losses(model, params, data, ObjectiveConfig(text=False))
-    assert got.text == 0
-    assert got.total == got.action
+    assert got.text == 0 and got.total == got.action == value
 
 
 def test_logits_only_at_targets(setup):

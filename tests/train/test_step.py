@@ -13,6 +13,7 @@ from tests.models import small
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.flow.processes import make_process
+from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.state import TrainState
@@ -66,6 +67,36 @@ def test_microbatches_equal_the_whole_batch():
     ]
     # Every parameter gets a gradient, but for what softmax does not notice: a shift common to all keys.
     assert all(name.endswith("key/bias") for name in still), still
+
+
+def test_bfloat16_computes_near_float32_and_keeps_parameters_logits_and_losses_in_it():
+    """Parameters, optimiser state, logits, losses and gradients stay float32; what lies between has 8 bits."""
+    data, model, params = setup()
+    half = VLA(dataclasses.replace(model.config, dtype="bfloat16"))
+    t = jnp.linspace(0.1, 0.9, 4)
+    forward = jax.jit(
+        lambda params, model: model.apply({"params": params}, data, data.actions, t), static_argnums=1
+    )
+    cache, _ = jax.eval_shape(lambda params: half.apply({"params": params}, data, method="prefill"), params)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    valid = {0: np.asarray(data.action_mask), 1: np.asarray(data.token_mask)}
+    for i, (got, want) in enumerate(zip(forward(params, half), forward(params, model))):
+        assert got.dtype == jnp.float32
+        error, size = np.asarray(got - want)[valid[i]], np.asarray(want)[valid[i]]
+        assert 0 < np.sqrt(np.mean(error**2)) < 0.03 * np.sqrt(np.mean(size**2))
+
+    cfg = config()
+    step = jax.jit(make_train_step(half, make_process(cfg.process), cfg, TX))
+    new, metrics = step(state_of(params), data)
+    want, want_metrics = step_of(cfg)(state_of(params), data)
+    assert {x.dtype for x in jax.tree.leaves((new.params, new.ema, metrics))} == {jnp.dtype("float32")}
+    for name in ("loss", "text_loss", "action_loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=0.05, err_msg=name)
+    moved, expected = (
+        np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (state.params, params)))])
+        for state in (new, want)
+    )
+    assert np.dot(moved, expected) > 0.99 * np.linalg.norm(moved) * np.linalg.norm(expected)
 
 
 def test_average_follows_the_parameters():
