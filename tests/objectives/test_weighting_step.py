@@ -136,7 +136,7 @@ def test_a_skipped_step_leaves_the_policy_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, after.weighting, state.weighting)
 
 
-@pytest.mark.parametrize("name", ["gradnorm", "loss_ema"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_restored_policy_goes_on_bit_for_bit(name, tmp_path):
     cfg = config(ObjectiveConfig(weighting=WeightingConfig(policy=name)))
     half, _ = run(cfg, batch_of(), steps=2)

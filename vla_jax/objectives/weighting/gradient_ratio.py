@@ -19,18 +19,18 @@ class GradientRatio:
     uses_gradients: ClassVar[bool] = True
     can_be_zero: ClassVar[bool] = False
 
-    def init(self) -> Scalar:
-        """The last weight."""
-        return jnp.full((), self.weight, jnp.float32)
+    def init(self) -> dict[str, Scalar]:
+        """The last weight; in a dict, because a checkpoint's items are trees."""
+        return {"weight": jnp.full((), self.weight, jnp.float32)}
 
     def weights(self, step, state, products) -> Weights:
         """Those of this step's gradients."""
         return everywhere(1.0, self._weight(state, products))
 
-    def update(self, state, losses, products) -> Scalar:
+    def update(self, state, losses, products) -> dict[str, Scalar]:
         """The weight of this step."""
-        return self._weight(state, products)
+        return {"weight": self._weight(state, products)}
 
     def _weight(self, state, products) -> Scalar:
         norms = jnp.sqrt(ratio(products.text, products.action, 0.0))
-        return jnp.where(norms > 0, self.weight * norms, state)
+        return jnp.where(norms > 0, self.weight * norms, state["weight"])
