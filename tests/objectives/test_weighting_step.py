@@ -63,9 +63,9 @@ POLICIES += [
 ]
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@pytest.mark.parametrize("weighting", POLICIES, ids=lambda w: w.policy)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(
-    weighting=st.sampled_from(POLICIES),
     weight=st.sampled_from([0.1, 3.0]),
     reductions=st.tuples(*[st.sampled_from(["mean", "sum"])] * 2),
     copies=st.integers(1, 2),
