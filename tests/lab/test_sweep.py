@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from vla_jax.lab.run import SweepConfig, sweep
 from vla_jax.lab.store import Store
 from vla_jax.lab.submit import write_jobs
 from vla_jax.serve.policy import Policy
+from vla_jax.train.loop import TrainingDiverged
 
 CONFIG = SweepConfig(episodes=sweeper.EPISODES)
 
@@ -169,6 +171,35 @@ def test_what_does_not_fit_is_one_line(whole, tmp_path):
         assert "\n" not in str(error.value)
     with whole.lock(), pytest.raises(ValueError, match="is being written by another process"):
         go(Store(whole.root))
+
+
+def test_a_cell_that_diverges_alone_is_a_result_and_the_next_one_is_trained(tmp_path, monkeypatch):
+    """Training of the first cell ends after 3 steps; nothing of it was validated."""
+    first, second = cells()[:2]
+    store = Store(tmp_path)
+    tried = []
+
+    def train(config, folder):
+        tried.append(folder.name)
+        (folder / "checkpoints").mkdir(parents=True)
+        diverges = folder.name == first.name
+        line = {"step": 3, "loss": None} if diverges else {"step": config.train.steps, "val/text_loss": 1.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        if diverges:
+            raise TrainingDiverged("100 steps in a row had no finite loss; checkpoint 3 is saved")
+
+    def load(folder):
+        return SimpleNamespace(step=3 if folder.name == first.name else second.config.train.steps)
+
+    monkeypatch.setattr(lab_run, "train", train)
+    monkeypatch.setattr(lab_run.Policy, "load", load)
+    monkeypatch.setattr(lab_run, "closed_loop", lambda policy, episodes: None)
+    sweep([first, second], store, dataclasses.replace(CONFIG, group=1), {"command": ""})
+    assert tried == [first.name, second.name]
+    assert store.result(first.name)["diverged"] and store.result(first.name)["val"] == {}
+    assert not store.result(second.name)["diverged"] and store.result(second.name)["val"] == {
+        "text_loss": 1.0
+    }
 
 
 def test_groups_are_as_large_as_memory_allows(monkeypatch):
