@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.config import DataConfig
-from vla_jax.data.prompt_forms import Prompt, PromptForm
+from vla_jax.data.prompt_forms import PromptForm
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.flow.config import check as check_solver
 from vla_jax.models.config import VLAConfig
@@ -75,7 +75,7 @@ class TrainConfig:
 
     def _check_state(self) -> None:
         """A state that reaches the network nowhere is hardly meant, and no loss would show it."""
-        told = self.model.expert.reads_state or Prompt(self.data.prompt).uses_state
+        told = self.model.expert.reads_state or self.data.prompt_form.uses_state
         if told and self.data.ignore_state:
             raise ValueError(
                 "data.ignore_state=True would do nothing: the model has a state token, or the prompt holds the state"
@@ -113,6 +113,7 @@ class TrainConfig:
         action_dim: int,
         vocab: int,
         chunk_tokens: int = 0,
+        chunk_targets: int = 0,
     ) -> "TrainConfig":
         """Fills in what was left to the data set or follows from the rest, and refuses sizes that cannot hold it."""
         text, expert = self.model.text, self.model.expert
@@ -139,7 +140,14 @@ class TrainConfig:
         )
         data = self.data
         if chunk_tokens:
-            data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=chunk_tokens))
+            given = data.fast.max_targets
+            if given and given < chunk_targets:
+                raise ValueError(
+                    f"data.fast.max_targets={given} is smaller than the data set's rows have targets, "
+                    f"{chunk_targets}; use data.fast.max_targets=0 or more"
+                )
+            fast = dataclasses.replace(data.fast, max_tokens=chunk_tokens, max_targets=given or chunk_targets)
+            data = dataclasses.replace(data, fast=fast)
         objective = self.objective
         if self.kind in ("regression", "tokens"):  # without noise all draws would be copies of one
             objective = dataclasses.replace(objective, noise_draws=1)

@@ -3,16 +3,21 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models import small
+from tests.models.test_action_tokens import with_action_tokens
+from tests.objectives.test_cross_entropy import avals
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
+from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Counts, count, draw, transfusion_loss
+from vla_jax.train.run import init_params
 
 PROCESS = make_process(ProcessConfig())
 
@@ -214,6 +219,37 @@ def test_logits_only_at_targets(setup):
     np.testing.assert_allclose(
         losses(model, params, data).text, losses(model, params, data, target_tokens=longest).text, rtol=1e-6
     )
+    data = with_action_tokens(data, b=4)
+    chunk = int(data.action_token_loss.sum(1).max())
+    assert chunk < data.action_tokens.shape[1] - 1
+    bounds = dict(target_tokens=longest, action_targets=chunk)
+    np.testing.assert_allclose(
+        losses(model, params, data).text, losses(model, params, data, **bounds).text, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["joint", "tokens"])
+def test_no_logits_elsewhere(kind):
+    """Of all that loss and gradient compute, what is as wide as the vocabulary has a row per target, and no more."""
+    vocab, b, targets, chunk = 1021, 4, 5, 6
+    cfg = small.config(kind=kind)
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab=vocab))
+    data, model = with_action_tokens(small.batch(cfg, b), b), VLA(cfg)
+    if kind == "tokens":
+        data = data.replace(actions=None, action_mask=None)
+    draws = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig())
+    params = jax.eval_shape(init_params(model, data), jax.random.key(0))
+
+    def loss(params):
+        counts = count(data, ObjectiveConfig())
+        bounds = dict(target_tokens=targets, action_targets=chunk)
+        return transfusion_loss(
+            model, PROCESS, ObjectiveConfig(), params, data, draws, counts, **bounds
+        ).total
+
+    made = avals(jax.make_jaxpr(jax.grad(loss))(nn.unbox(params)).jaxpr)
+    rows = {a.size // vocab for a in made if a.shape[-1:] == (vocab,) and a.ndim == 3}
+    assert rows == {b * targets, b * chunk}
 
 
 def test_more_draws_are_the_same_loss_on_average(setup):

@@ -1,5 +1,6 @@
 """Cross-entropy over a large vocabulary without ever holding all logits: in pieces of positions, computed again in the
-backward pass. There is no one-hot, and positions that are not targets have no logits at all."""
+backward pass. There is no one-hot, and what is no target has no logits at all: the callers gather each sample's targets
+first. Only a sample with fewer of them than the bound of its batch computes some in vain, which are masked."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -160,28 +160,29 @@ def transfusion_loss(
     counts: Counts,
     *,
     target_tokens: int | None = None,
+    action_targets: int | None = None,
     weights: Pair | None = None,
     insulation: Float[Array, ""] | None = None,
 ) -> Losses:
     """The loss of a batch, or a microbatch's share of it.
 
-    `target_tokens` bounds the text targets of one sample, so that logits exist for those positions only
-    (default: the length of the text). `weights` multiply the two means (default: 1 and λ). A term whose weight in
-    the configuration is zero is not computed at all. `insulation` is κ where it is traced (default: the
-    configuration's).
+    `target_tokens` bounds the text targets of one sample, `action_targets` those among its action tokens, so that
+    logits exist for so many positions only (default: the length of the row). `weights` multiply the two means (default:
+    1 and λ). A term whose weight in the configuration is zero is not computed at all. `insulation` is κ where it is
+    traced (default: the configuration's).
     """
     variables = {"params": params}
     cache, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
 
     text = accuracy = jnp.zeros(())
     if config.text:
-        text_sum, correct = all_text_loss(model, params, cache, hidden, batch, target_tokens)
+        text_sum, correct = all_text_loss(model, params, cache, hidden, batch, target_tokens, action_targets)
         text, accuracy = text_sum / counts.text, correct / counts.text
 
     action = jnp.zeros(())
     histogram = by_time = elements = None if batch.actions is None else jnp.zeros((TIME_BINS,))
     if config.action_weight > 0 and batch.actions is None:
-        action = action_token_loss(model, params, cache, batch)[0] / counts.action
+        action = action_token_loss(model, params, cache, batch, action_targets)[0] / counts.action
     elif config.action_weight > 0:
         error = action_error(model, process, config, params, cache, batch, draws, insulation)
         action = jnp.sum(error) / counts.action
@@ -203,12 +204,13 @@ def timed_losses(
     *,
     bins: int,
     target_tokens: int | None = None,
+    action_targets: int | None = None,
     insulation: Float[Array, ""] | None = None,
 ) -> TimedLosses:
     """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
     cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
     counts = count(batch, config, draws)
-    text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens)
+    text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens, action_targets)
     error = action_error(model, process, config, params, cache, batch, draws, insulation)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
@@ -224,17 +226,18 @@ def all_text_loss(
     hidden: Float[Array, "b l d"],
     batch: Batch,
     target_tokens: int | None,
+    action_targets: int | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`text_loss`, and that of the action tokens where they are text: sum and how many are right."""
     total, correct = text_loss(model, params, hidden, batch, target_tokens)
     if batch.actions is None or batch.action_tokens is None:
         return total, correct
-    more, more_correct = action_token_loss(model, params, cache, batch)
+    more, more_correct = action_token_loss(model, params, cache, batch, action_targets)
     return total + more, correct + more_correct
 
 
 def action_token_loss(
-    model: Model, params: PyTree, cache: Cache, batch: Batch
+    model: Model, params: PyTree, cache: Cache, batch: Batch, action_targets: int | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the cross-entropy over the action tokens, and how many are predicted right.
 
@@ -242,22 +245,33 @@ def action_token_loss(
     """
     tokens, mask = batch.action_tokens[:, :-1], batch.action_token_mask[:, :-1]
     hidden = model.apply({"params": params}, cache, tokens, mask, method="extend")
-    return _cross_entropy(model, params, hidden, batch.action_tokens[:, 1:], batch.action_token_loss[:, 1:])
+    return _loss_at_targets(
+        model, params, hidden, batch.action_tokens, batch.action_token_loss, action_targets
+    )
 
 
 def text_loss(
     model: Model, params: PyTree, hidden: Float[Array, "b l d"], batch: Batch, target_tokens: int | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the cross-entropy over the target tokens, and how many are predicted right.
+    """Sum of the cross-entropy over the target tokens, and how many are predicted right."""
+    return _loss_at_targets(model, params, hidden, batch.tokens, batch.token_loss, target_tokens)
 
-    The token at position i is predicted from the output at i-1. Logits are computed only there: the target
-    positions of each sample are gathered first; see `objectives/cross_entropy.py`.
-    """
-    length = batch.tokens.shape[1]
-    size = min(target_tokens or length, length - 1)
-    positions = _first_true(batch.token_loss[:, 1:], size) + 1  # b g
-    valid = jnp.take_along_axis(batch.token_loss, positions, axis=1)
-    labels = jnp.take_along_axis(batch.tokens, positions, axis=1)
+
+def _loss_at_targets(
+    model: Model,
+    params: PyTree,
+    hidden: Float[Array, "b _ d"],
+    tokens: Int[Array, "b l"],
+    is_target: Bool[Array, "b l"],
+    most: int | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The token at position i is predicted from the output at i-1. Logits are computed only there: the target
+    positions of each sample, at most `most`, are gathered first; see `objectives/cross_entropy.py`."""
+    length = tokens.shape[1]
+    size = min(most or length, length - 1)
+    positions = _first_true(is_target[:, 1:], size) + 1  # b g
+    valid = jnp.take_along_axis(is_target, positions, axis=1)
+    labels = jnp.take_along_axis(tokens, positions, axis=1)
     inputs = jnp.take_along_axis(hidden, positions[..., None] - 1, axis=1)
     return _cross_entropy(model, params, inputs, labels, valid)
 

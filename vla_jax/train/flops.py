@@ -94,11 +94,18 @@ class Flops:
         return self.vision + self.decoder + evaluations * self.expert
 
 
-def model_flops(config: VLAConfig, *, text_tokens: int, target_tokens: int, chunk_tokens: int = 0) -> Flops:
+def model_flops(
+    config: VLAConfig,
+    *,
+    text_tokens: int,
+    target_tokens: int,
+    chunk_tokens: int = 0,
+    chunk_targets: int = 0,
+) -> Flops:
     """Counts a model whose sizes are all known.
 
     `text_tokens` is the padded length of the text, `target_tokens` at how many positions logits are computed,
-    `chunk_tokens` the padded length of a chunk as tokens.
+    `chunk_tokens` the padded length of a chunk as tokens, of which `chunk_targets` have logits.
     """
     vision, text, expert = config.vision, config.text, config.expert
     prefix = len(config.cameras) * vision.tokens + text_tokens
@@ -119,7 +126,7 @@ def model_flops(config: VLAConfig, *, text_tokens: int, target_tokens: int, chun
         if expert.kind == "tokens"
         else _tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections,
         chunk_tokens=_tower(text, text.width, text.mlp, chunk_tokens, prefix + chunk_tokens)
-        + 2 * chunk_tokens * text.width * text.vocab,
+        + 2 * chunk_targets * text.width * text.vocab,
     )
 
 

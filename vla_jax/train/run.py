@@ -131,12 +131,14 @@ def prepare_data(config: TrainConfig) -> DataBundle:
 
 def resolve(config: TrainConfig, bundle: DataBundle) -> TrainConfig:
     """The configuration with the sizes that it left to the data set."""
+    chunks = bundle.tokenize_actions
     return config.resolve(
         cameras=bundle.cameras,
         state_dim=len(bundle.schema.state_names),
         action_dim=len(bundle.schema.action_names),
         vocab=bundle.vocab_size,
-        chunk_tokens=bundle.tokenize_actions.max_tokens if bundle.tokenize_actions else 0,
+        chunk_tokens=chunks.max_tokens if chunks else 0,
+        chunk_targets=chunks.max_tokens - len(chunks.ids.begin) if chunks else 0,
     )
 
 
@@ -300,6 +302,7 @@ def count_flops(config: TrainConfig) -> Flops:
         text_tokens=config.data.max_text_tokens,
         target_tokens=target_tokens,
         chunk_tokens=chunk_tokens,
+        chunk_targets=config.data.fast.max_targets or chunk_tokens,
     )
 
 

@@ -83,6 +83,7 @@ class Problem:
             draws,
             counts,
             target_tokens=self.config.data.max_target_tokens,
+            action_targets=self.config.data.fast.max_targets or None,
             weights=weights,
             insulation=None if self.knobs is None else self.knobs.insulation,
         )
@@ -186,6 +187,7 @@ class Problem:
                 *some,
                 bins=diagnostics.time_bins,
                 target_tokens=self.config.data.max_target_tokens,
+                action_targets=self.config.data.fast.max_targets or None,
                 insulation=None if self.knobs is None else self.knobs.insulation,
             )
 

@@ -18,9 +18,12 @@ class FastConfig:
     """Chunks that it is trained on, drawn from the training episodes."""
     max_tokens: int = 0
     """Tokens of a chunk in a batch, with begin and end; a longer chunk is refused. 0: as the data set's longest."""
+    max_targets: int = 0
+    """How many of these are targets (the chunk and its end): logits are computed for so many positions. 0: as the
+    data set has; more changes nothing, less is refused."""
 
     def __post_init__(self):
-        for name, least in {"vocab_size": 2, "chunks": 1, "max_tokens": 0}.items():
+        for name, least in {"vocab_size": 2, "chunks": 1, "max_tokens": 0, "max_targets": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.fast.{name}={getattr(self, name)}: must be at least {least}")
         if not self.scale > 0:
