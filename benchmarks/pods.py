@@ -54,6 +54,8 @@ class PodsArgs:
     """Only cases whose name starts so."""
     again: bool = False
     """Also those that have a result."""
+    minutes: float = 60.0
+    """How long one compilation may take; what takes longer is reported and passed over."""
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
         return
     for name, case in chosen.items():
         if args.again or not result_of(name).exists():
-            compile_case(name, case)
+            compile_case(name, case, args.minutes)
     print(table(chosen))
 
 
@@ -85,11 +87,14 @@ def command(name: str, case: Case) -> list[str]:
     ]
 
 
-def compile_case(name: str, case: Case) -> None:
-    """Runs one; one that fails is reported and passed over."""
+def compile_case(name: str, case: Case, minutes: float) -> None:
+    """Runs one; one that fails, or takes too long, is reported and passed over."""
     print(f"== {name}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    subprocess.run(command(name, case), check=False)
+    try:
+        subprocess.run(command(name, case), check=False, timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        print(f"{name}: not compiled within {minutes:g} minutes", flush=True)
 
 
 def table(cases: dict[str, Case]) -> str:
