@@ -1,6 +1,7 @@
 """Runs the real model on 8 simulated devices, in a process of its own; prints one JSON object."""
 
 import json
+import re
 import sys
 
 import flax.linen as nn
@@ -28,6 +29,8 @@ MESHES = {
     "2x2x2": (2, 2, 1, 2),
     "2x2x2x1": (2, 2, 2, 1),
 }
+
+COLLECTIVE = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 
 
 def splash() -> float:
@@ -67,7 +70,8 @@ def main() -> None:
         with activate(mesh):
             step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, builder.shardings.params))
             lowered = step.lower(params, batch)
-            value, gradient = step(params, batch)
+            compiled = lowered.compile()
+            value, gradient = compiled(params, batch)
         gradient = jax.tree.map(np.asarray, gradient)
         if name == "1":
             first = value, gradient
@@ -79,6 +83,7 @@ def main() -> None:
             "gradient": float(max(np.abs(a - b).max() for a, b in pairs) / largest),
             "constraints": lowered.as_text().count("sdy.sharding_constraint"),
             "unsharded": table.unsharded_share,
+            "collectives": sorted(set(re.findall(COLLECTIVE, compiled.as_text()))),
         }
         if name == "2x2x2x1":  # the residual stream of the prefix, as the model constrains it
             with activate(mesh):

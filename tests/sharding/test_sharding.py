@@ -75,6 +75,11 @@ def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device(eight_vl
     assert found["1x8x1"]["unsharded"] < 0.02 and found["2x2x2"]["unsharded"] < 0.02
 
 
+def test_a_batch_that_is_split_stays_where_it_is(eight_vla):
+    """Where every device has all parameters, only gradients are exchanged: no image, token or activation moves."""
+    assert eight_vla["8x1x1"]["collectives"] == ["all-reduce"]
+
+
 def test_parameters_and_moments_are_split_by_the_rules(eight):
     assert eight["8x1x1"]["kernel"] == [16, 32]
     assert eight["1x8x1"]["kernel"] == eight["1x8x1"]["moment"] == [2, 32]

@@ -173,8 +173,14 @@ class Embedder(nn.Module):
         )
 
     def encode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Embeds tokens, scaled by √d."""
+        """Embeds tokens, scaled by √d.
+
+        Every device looks up its own columns of the table, for all samples of its copy of the model; then samples are
+        exchanged for columns. Without the first constraint the backward pass, for the same columns, would gather the
+        gradients of all tokens, whole, on every device.
+        """
         x = self.input_embedding[tokens].astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
+        x = nn.with_logical_constraint(x, ("replica", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
     def decode(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:

@@ -98,14 +98,18 @@ class PaliGemma(nn.Module):
         return hidden
 
     def _embed(self, batch: Batch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Prefix tokens and their mask. All cameras go through the encoder as one batch."""
+        """Prefix tokens and their mask. All cameras go through the encoder as one batch.
+
+        In it a sample's cameras are neighbours, so that each device encodes the images of its own samples. One camera
+        after the other, the batch's split would fall elsewhere: every image would move, and every image token of the
+        whole batch be gathered on every device.
+        """
         cameras = self.config.cameras
         b = batch.tokens.shape[0]
-        images = jnp.concatenate([batch.images[name] for name in cameras])
-        encoded = self.img(images).reshape(len(cameras), b, -1, self.config.text.width)
-        encoded = encoded.transpose(1, 0, 2, 3)  # b c p d
+        images = jnp.stack([batch.images[name] for name in cameras], axis=1)  # b c h w 3
+        encoded = self.img(images.reshape(-1, *images.shape[2:]))
         present = jnp.stack([batch.image_mask[name] for name in cameras], axis=1)
-        mask = jnp.repeat(present, encoded.shape[2], axis=1)
+        mask = jnp.repeat(present, encoded.shape[1], axis=1)
         tokens = jnp.concatenate(
             [encoded.reshape(b, -1, encoded.shape[-1]), self.llm.embed(batch.tokens)], axis=1
         )

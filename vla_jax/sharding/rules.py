@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("action", None),  # action and state dimensions: a few dozen
     # activations
     ("batch", BATCH_AXES),
+    ("replica", "data"),  # the batch where the other mesh axes hold parts of a parameter instead
     (
         "prefix",
         "sequence",
