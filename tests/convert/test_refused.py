@@ -16,6 +16,7 @@ from tests.convert.layouts import TINY
 from tests.convert.test_round_trip import paligemma_config, pi0_hf_files, save_lerobot, save_statistics
 from vla_jax.checkpoint import load
 from vla_jax.convert import convert
+from vla_jax.convert.run import RunSource
 
 
 def refused(tmp_path, path, source, match, target="vla_jax"):
@@ -192,33 +193,82 @@ MEMORY = """
 import sys, threading, time
 from pathlib import Path
 from vla_jax.convert import convert
+from vla_jax.convert.run import RunSource
 import vla_jax.convert.entry as entry
 import vla_jax.convert.stream as stream
 status = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-root = Path(sys.argv[1])
-convert(root / "small.npz", root / "warm", source="big_vision", target="vla_jax")  # imports, caches
+root, source, target = Path(sys.argv[1]), *sys.argv[2:]
+def both_ways(size):
+    convert(root / size, root / f"{size}_ours", source=source, target="vla_jax")
+    convert(root / f"{size}_ours", root / f"{size}_out", source="vla_jax", target=target)
+both_ways("small")  # imports, caches
 entry.PIECE_BYTES = stream.CHUNK_BYTES = 4 * 2**20
 start, peak, done = status(), [0], threading.Event()
 def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], status())
 thread = threading.Thread(target=watch); thread.start()
-convert(root / "big.npz", root / "ours", source="big_vision", target="vla_jax")
-convert(root / "ours", root / "out", source="vla_jax", target="paligemma_hf")
+both_ways("big")
 done.set(); thread.join()
 print(peak[0] - start)
 """
 
 
-def test_memory_is_that_of_one_array(tmp_path):
-    """400 MB of weights in and out: the process grows by less than its largest array and what orbax caches."""
-    sizes = dataclasses.replace(TINY, width=512, depth=24, mlp=2560, vocab=8127)
-    np.savez(tmp_path / "small.npz", **layouts.random(layouts.big_vision(TINY)))
-    shapes = layouts.big_vision(sizes)
-    np.savez(tmp_path / "big.npz", **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+def write_weights(path, source, sizes):
+    """Ones in a format's files; the shapes."""
+    if source == "big_vision":
+        shapes = layouts.big_vision(sizes)
+    elif source == "paligemma_hf":
+        shapes = layouts.paligemma_hf(sizes, "5.x", sizes.vocab + 1)
+    elif source == "openpi":
+        shapes = layouts.openpi(sizes, "pi05")
+    elif source == "lerobot":
+        shapes = layouts.lerobot(sizes, "pi0")
+    else:
+        table = "paligemma_with_expert.paligemma.model.language_model.model.embed_tokens.weight"
+        shapes = layouts.torch_pi0(sizes, "pi0", "", "vision_tower", "language_model.model")
+        shapes |= {table: (sizes.vocab, sizes.width)}
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    if source == "big_vision":
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+    elif source == "openpi":
+        layouts.save_openpi(path, arrays, value=True)
+    elif source == "lerobot":
+        save_lerobot(path, arrays, "pi0")
+    else:
+        layouts.save_safetensors(path, arrays)
+        paligemma = paligemma_config(sizes.vocab + (source == "paligemma_hf"), sizes.vocab)
+        pi0 = {"model_type": "pi0", "vlm_config": paligemma, "dit_config": {}}
+        (path / "config.json").write_text(json.dumps(paligemma if source == "paligemma_hf" else pi0))
+    return shapes
+
+
+PALIGEMMA = dataclasses.replace(TINY, width=512, depth=24, mlp=2560, vocab=8127)
+PI0 = dataclasses.replace(TINY, width=512, depth=12, mlp=2560, vocab=8127, expert=512, expert_mlp=2560)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "sizes"),
+    [
+        ("big_vision", "paligemma_hf", PALIGEMMA),
+        ("paligemma_hf", "paligemma_hf", PALIGEMMA),
+        ("openpi", "openpi", PI0),
+        ("lerobot", "pi0_hf", PI0),
+        ("pi0_hf", "openpi", PI0),
+    ],
+)
+def test_memory_is_that_of_one_array(tmp_path, source, target, sizes):
+    """400 MB of weights in and out: the process grows by less than our largest array and what orbax caches."""
+    write_weights(tmp_path / "small", source, TINY)
+    write_weights(tmp_path / "big", source, sizes)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(tmp_path), source, target],
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    shapes = {k: x.shape for k, x in RunSource(tmp_path / "big_ours", None).specs.items()}
     total, largest = (4 * f(map(math.prod, shapes.values())) for f in (sum, max))
     grown = int(done.stdout.split()[-1])
     print(f"weights {total / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB")

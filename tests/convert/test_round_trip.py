@@ -11,9 +11,7 @@ from tests.convert import layouts
 from tests.convert.layouts import TINY
 from vla_jax.checkpoint import load, read_meta
 from vla_jax.convert import Options, convert
-from vla_jax.convert.convert import load as load_onto
 from vla_jax.convert.convert import open_weights
-from vla_jax.convert.model import our_shapes
 from vla_jax.convert.sources import OrbaxSource, SafetensorsSource
 from vla_jax.convert.time_flip import reflect
 
@@ -280,17 +278,6 @@ def test_reflection_is_its_own_inverse_and_turns_the_clock():
     theirs = np.asarray(embed_time(1 - t, 24), np.float64) @ kernel[16:]
     ours = np.asarray(embed_time(t, 24), np.float64) @ reflect(kernel, width=24)[16:]
     np.testing.assert_allclose(ours, theirs, atol=2e-3)  # angles reach 1570, float32 keeps them to 1e-4
-
-
-def test_onto_devices_without_a_file(tmp_path):
-    """`load` puts every array where it belongs; each device gets only its shard."""
-    arrays = layouts.random(layouts.big_vision(TINY))
-    np.savez(tmp_path / "pt.npz", **arrays)
-    model = open_weights(tmp_path / "pt.npz", "big_vision", Options()).model
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = dict.fromkeys(our_shapes(model, expert=False), one)
-    found = load_onto(tmp_path / "pt.npz", source="big_vision", shardings=shardings)
-    assert_same(flat(found), {f"backbone/{n}": a for n, a in arrays.items()})
 
 
 def test_sizes_of_the_configuration(tmp_path):

@@ -1,15 +1,23 @@
 """Runs the real model on 8 simulated devices, in a process of its own; prints one JSON object."""
 
+import dataclasses
 import json
 import re
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 
+from tests.convert import layouts
 from tests.models import small
+from vla_jax.checkpoint.tree import flatten
+from vla_jax.convert import Options, load
+from vla_jax.convert.convert import open_weights
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.attention import attend, prefix_lm
@@ -47,6 +55,37 @@ def splash() -> float:
     with activate(make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, tensor=2))):
         spread = jax.jit(attention)(q, k, v)
     return float(np.abs(np.where(valid[..., None, None], alone - spread, 0)).max())
+
+
+def converted() -> dict[str, Any]:
+    """A PaliGemma's file straight onto a mesh of 2 × 2 × 2: what each device holds of each array."""
+    sizes = dataclasses.replace(layouts.TINY, vocab=64)
+    arrays = layouts.random(layouts.big_vision(sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pt.npz"
+        np.savez(path, **arrays)
+        cfg = open_weights(path, "big_vision", Options()).model
+        cfg = dataclasses.replace(cfg, expert=dataclasses.replace(cfg.expert, action_dim=4, state_dim=4))
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+        init = init_params(VLA(cfg), small.batch(cfg, b=8))
+        shardings = flatten(state_builder(init, optax.sgd(1.0), ema=False, mesh=mesh).shardings.params)
+        shardings = {name: x for name, x in shardings.items() if name.startswith("backbone/")}
+        found = flatten(load(path, source="big_vision", shardings=shardings))
+    wrong = [
+        name
+        for name, array in arrays.items()
+        for shard in found[f"backbone/{name}"].addressable_shards
+        if shard.data.shape != shardings[f"backbone/{name}"].shard_shape(array.shape)
+        or not np.array_equal(shard.data, array[shard.index])
+    ]
+    names = ("llm/layers/mlp/linear", "llm/embedder/input_embedding", "img/pos_embedding")
+    return {
+        "wrong": wrong,
+        "arrays": len(found) - len(arrays),
+        "shards": {n: found[f"backbone/{n}"].addressable_shards[0].data.shape for n in names},
+        "share": sum(x.addressable_shards[0].data.nbytes for x in found.values())
+        / sum(x.nbytes for x in found.values()),
+    }
 
 
 def main() -> None:
@@ -91,6 +130,7 @@ def main() -> None:
                 x = split(np.zeros((8, 16, 4), np.float32))
             out[name]["prefix_shards"] = 16 // x.addressable_shards[0].data.shape[1]
     out["splash"] = splash()
+    out["converted"] = converted()
     json.dump(out, sys.stdout)
 
 

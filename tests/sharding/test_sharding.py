@@ -108,6 +108,15 @@ def test_prefix_split_over_devices_changes_nothing(eight_vla):
     assert eight_vla["2x2x2x1"]["prefix_shards"] == 2
 
 
+def test_weights_of_others_go_straight_to_their_shards(eight_vla):
+    """`convert.load` gives each device its part of each array, and nothing more."""
+    found = eight_vla["converted"]
+    assert not found["wrong"] and found["arrays"] == 0
+    assert found["shards"]["llm/layers/mlp/linear"] == [3, 20, 24]
+    assert found["shards"]["llm/embedder/input_embedding"] == [32, 24]
+    assert 0.25 <= found["share"] < 0.4
+
+
 def test_splash_on_a_mesh_is_splash_on_one_device(eight_vla):
     """Samples over data × fsdp, heads over tensor, queries over sequence."""
     assert eight_vla["splash"] < 1e-5
