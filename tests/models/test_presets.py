@@ -18,7 +18,11 @@ COUNTS = {
     "pi05": 3_353_433_872,
     "pi0_fast": 2_923_335_408,
 }
-TWINS = {"paligemma_tiny": "paligemma_3b_224"} | {f"{n}_tiny": n for n in ("pi0", "pi05", "pi0_fast")}
+TWINS = {
+    "paligemma_tiny": "paligemma_3b_224",
+    **{f"paligemma_{size}_tiny": f"paligemma_3b_{size}" for size in (448, 896)},
+    **{f"{n}_tiny": n for n in ("pi0", "pi05", "pi0_fast")},
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -40,6 +44,7 @@ def test_twins_have_the_same_arrays_in_small(name):
     assert {n: len(s) for n, s in found.items()} == {n: len(s) for n, s in wanted.items()}
     assert sum(map(math.prod, found.values())) < 1e6
     assert small.cameras == large.cameras
+    assert 16 * small.vision.tokens == large.vision.tokens
 
 
 def test_every_preset_is_listed():

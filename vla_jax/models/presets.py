@@ -62,10 +62,15 @@ def pi0_fast() -> VLAConfig:
 
 
 def twin(model: VLAConfig) -> VLAConfig:
-    """A model of a few hundred thousand parameters that is built like `model`; the vocabulary is the data set's."""
+    """A model of a few hundred thousand parameters that is built like `model`; the vocabulary is the data set's.
+
+    Images of 224 pixels become 32, larger ones in proportion: 16, 64 or 256 tokens.
+    """
     return dataclasses.replace(
         model,
-        vision=VisionConfig(image_size=32, patch=8, width=48, depth=2, mlp=96, heads=4),
+        vision=VisionConfig(
+            image_size=model.vision.image_size // 7, patch=8, width=48, depth=2, mlp=96, heads=4
+        ),
         text=TextConfig(width=64, depth=2, mlp=128, heads=4, kv_heads=1, head_dim=16),
         expert=dataclasses.replace(model.expert, width=32, mlp=32, horizon=8),
         dtype="float32",
@@ -77,6 +82,16 @@ def twin(model: VLAConfig) -> VLAConfig:
 def paligemma_tiny() -> VLAConfig:
     """Built like `paligemma_3b_224`."""
     return twin(paligemma_3b_224())
+
+
+def paligemma_448_tiny() -> VLAConfig:
+    """Built like `paligemma_3b_448`."""
+    return twin(paligemma_3b_448())
+
+
+def paligemma_896_tiny() -> VLAConfig:
+    """Built like `paligemma_3b_896`."""
+    return twin(paligemma_3b_896())
 
 
 def pi0_tiny() -> VLAConfig:
@@ -102,6 +117,8 @@ PRESETS: dict[str, Callable[[], VLAConfig]] = {
         paligemma_3b_448,
         paligemma_3b_896,
         paligemma_tiny,
+        paligemma_448_tiny,
+        paligemma_896_tiny,
         pi0,
         pi0_tiny,
         pi05,
