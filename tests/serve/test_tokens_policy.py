@@ -94,6 +94,27 @@ def test_served_actions_are_the_policy_s(policy):
         np.testing.assert_allclose(answer.actions, want, atol=1e-5)
 
 
+def test_tokens_beside_an_insulated_expert(tmp_path):
+    """Knowledge insulation from data to robot: the decoder learns FAST tokens, the expert makes the actions."""
+    config = TrainConfig(
+        model=toy.MODEL,
+        data=toy.data_config(fast=FastConfig(vocab_size=200), action_tokens=True),
+        objective=ObjectiveConfig(insulation=0.0, plan_visible=0.5),
+        train=LoopConfig(batch_size=4, steps=2, log_every=1, val_every=0, tensorboard=False),
+    )
+    train(config, tmp_path / "run")
+    policy = Policy.load(tmp_path / "run")
+    tokens, fast = policy.bundle.tokenize_actions, policy.config.data.fast
+    assert policy.config.kind == "flow" and set(policy.params) == {"backbone", "expert"}
+    assert policy.config.model.text.vocab == policy.bundle.vocab_size > policy.bundle.tokenizer.vocab_size
+    assert (fast.max_tokens, fast.max_targets) == (
+        tokens.max_tokens,
+        tokens.max_tokens - len(tokens.ids.begin),
+    )
+    chunk = policy.act(toy.observe(2), jax.random.key(0), solver=SolverConfig(num_steps=2))
+    assert chunk.shape == (2, 8, 3) and np.isfinite(chunk).all() and chunk.std() > 0
+
+
 def test_what_would_do_nothing_is_refused(config):
     for name, changes in {
         "process": {"process": ProcessConfig(kind="regression")},
