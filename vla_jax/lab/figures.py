@@ -187,7 +187,11 @@ def draw_gradients(rows: Sequence[Row]) -> Figure | None:
     chosen = [row for row in _some_rows(rows) if _diagnosed(row)]
     if not chosen:
         return None
-    figure = style.new_figure(13.5, 7.2, f"The two gradients on the trunk (seed {chosen[0].config.seed})")
+    figure = style.new_figure(
+        13.5,
+        7.2,
+        f"The two gradients on the trunk, seed {chosen[0].config.seed}; λ_eff = ‖λ g_act‖ / ‖g_txt‖",
+    )
     grid = figure.subplots(2, 3)
     for number, row in enumerate(chosen):
         lines = _diagnosed(row)
@@ -209,7 +213,7 @@ def draw_gradients(rows: Sequence[Row]) -> Figure | None:
             axes.plot((np.arange(bins) + 0.5) / bins, np.nanmean(by_time, axis=0), **look)
     for column, label in enumerate(("step", "", "flow time t (0 noise, 1 data)")):
         where = ("over training", "by layer, second half", "by flow time, second half")[column]
-        style.tidy(grid[0, column], xlabel=label, title=f"λ_eff = ‖λ g_act‖ / ‖g_txt‖ {where}")
+        style.tidy(grid[0, column], xlabel=label, title=f"λ_eff {where}")
         style.tidy(grid[1, column], xlabel=label, title=f"cosine {where}")
         grid[0, column].set_yscale("log")
         grid[1, column].axhline(0, color=GREY, linewidth=1)
