@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         # All commands run in this one process, whose devices are in use since the first of them.
-        patch.setattr(distributed, "initialize", lambda *_: None)
+        patch.setattr(distributed, "initialize", lambda *_, **__: None)
         patch.setattr(distributed, "shutdown", lambda: None)
         for words in commands():
             assert words[:2] == ["python", "-m"], words
