@@ -253,7 +253,6 @@ PI0 = dataclasses.replace(TINY, width=512, depth=12, mlp=2560, vocab=8127, exper
     [
         ("big_vision", "paligemma_hf", PALIGEMMA),
         ("paligemma_hf", "paligemma_hf", PALIGEMMA),
-        ("openpi", "openpi", PI0),
         ("lerobot", "pi0_hf", PI0),
         ("pi0_hf", "openpi", PI0),
     ],

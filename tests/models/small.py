@@ -37,7 +37,8 @@ def batch(cfg: VLAConfig, b: int = 3, length: int = 12, seed: int = 0) -> Batch:
     tokens[np.arange(b), prompt + target - 1] = EOS
     size, e = cfg.vision.image_size, cfg.expert
     present = {name: np.ones(b, bool) for name in cfg.cameras}
-    present["wrist"][-1] = False
+    if "wrist" in present:
+        present["wrist"][-1] = False
     steps = rng.integers(2, e.horizon + 1, b)
     action_mask = np.broadcast_to(
         (np.arange(e.horizon)[None] < steps[:, None])[..., None], (b, e.horizon, e.action_dim)

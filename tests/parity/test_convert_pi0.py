@@ -115,6 +115,7 @@ def test_imported_velocity(setup, point):
 def test_sampled_chunk(setup, point):
     """Ten Euler steps from the same noise, each over the cached prefix, against their `sample_actions`."""
     folder, cfg, data, theirs = setup
+    cfg = small.replace_expert(cfg, clock="reversed")
     noise, _ = point
     params = load(folder / "ours", "params")
     b, patches = data.tokens.shape[0], cfg.vision.tokens * len(cfg.cameras)

@@ -83,7 +83,8 @@ class DataConfig:
         for name, least in {**at_least, "workers": 0, "vocab_size": 300}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {least}")
-        if self.prompt_state_dim < 0 or (self.prompt_state_dim and not self.prompt_form.uses_state):
+        form = self.prompt_form  # refuses an unknown one
+        if self.prompt_state_dim < 0 or (self.prompt_state_dim and not form.uses_state):
             raise ValueError(
                 f"data.prompt_state_dim={self.prompt_state_dim} with data.prompt={self.prompt}: at least 0, and above "
                 "it only where the prompt holds the state (pi05, fast)"
