@@ -2,7 +2,7 @@
 
 python -m launch.collect --env tabletop --episodes 10000 --out data/tabletop
 python -m launch.sweep --config configs/lambda_study.py --out runs/lambda_study --seeds 3 \\
-    --grid objective.action_weight=0.01,0.1,1,10,100 --grid objective.insulation=0,1
+    --grid objective.action_weight=0,0.01,0.1,1,10,100 --grid objective.insulation=0,0.5,1
 python -m launch.report --sweep runs/lambda_study
 """
 
