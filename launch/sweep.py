@@ -10,14 +10,18 @@ tables and figures.
 """
 
 import dataclasses
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from launch._main import cli_with_config, run
+from launch._main import UsageError, cli_with_config, run
+
+if TYPE_CHECKING:
+    from vla_jax.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,20 @@ class SweepArgs:
 def main() -> None:
     """Parses the command line and sweeps."""
     args, base = cli_with_config(SweepArgs, description=__doc__)
+    if re.match(r"[a-z0-9]+:/", str(args.out)):
+        raise UsageError(
+            f"--out {args.out}: sweeps are kept in a folder that all hosts share, not in an object store"
+        )
+    if args.cell is None:
+        return _sweep(args, base)
+    from vla_jax.sharding import distributed  # a job's processes are one run, as those of launch.train
+
+    distributed.initialize()
+    _sweep(args, base)
+    distributed.shutdown()
+
+
+def _sweep(args: SweepArgs, base: "TrainConfig") -> None:
     from vla_jax.lab.grid import make_cells  # after parsing: --help need not wait for JAX
     from vla_jax.lab.plan import plan, split
     from vla_jax.lab.run import SweepConfig, check, record, sweep
