@@ -13,7 +13,6 @@ from vla_jax.checkpoint.tree import flatten
 from vla_jax.config import TrainConfig
 from vla_jax.convert import convert
 from vla_jax.data.config import DataConfig
-from vla_jax.data.loader import Loader
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
@@ -90,19 +89,9 @@ def test_a_run_starts_from_the_averaged_weights(base, tuned, capsys):
     assert 0 < gap < 0.07
 
 
-def test_a_crashed_lora_run_continues_with_the_same_bytes(tuned, tmp_path, monkeypatch):
+def test_a_crashed_lora_run_continues_with_the_same_bytes(tuned, tmp_path, train_until_a_crash):
     folder, config = tuned
-    batch = Loader.batch
-
-    def fails(self, step):
-        if step == 1:
-            raise OSError("the disk went away")
-        return batch(self, step)
-
-    monkeypatch.setattr(Loader, "batch", fails)
-    with pytest.raises(OSError, match="the disk went away"):
-        train(config, tmp_path)
-    monkeypatch.setattr(Loader, "batch", batch)
+    train_until_a_crash(1, config, tmp_path)
     train(config, tmp_path)
     assert read_meta(tmp_path)["fingerprints"] == read_meta(folder / "tuned")["fingerprints"]
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "tuned/metrics.jsonl").read_bytes()

@@ -1,6 +1,6 @@
 """Parameters in two parts, those that are trained and those that are frozen: one tree of names, no leaf in both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -44,7 +44,7 @@ def flatten(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():

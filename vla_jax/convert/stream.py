@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from vla_jax.checkpoint.tree import nest
 from vla_jax.convert.entry import Lazy
 from vla_jax.convert.sources import DTYPES, INDEX
 from vla_jax.types import PyTree
@@ -81,18 +82,6 @@ def place(arrays: Mapping[str, Lazy], shardings: Mapping[str, jax.sharding.Shard
         jax.block_until_ready(placed[name])
         del whole
     return nest(placed)
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a/b": x}`` as ``{"a": {"b": x}}``."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = value
-    return tree
 
 
 class Whole:

@@ -15,21 +15,11 @@ memory to little work:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
-
-Remat = Literal[
-    "none",
-    "nothing_saveable",
-    "save_context",
-    "save_attention",
-    "dots_with_no_batch_dims_saveable",
-    "offload_inputs",
-    "offload_dots",
-]
 
 INPUT, PROJECTED, CONTEXT = "block_input", "projected", "context"
 """Names that blocks give with `named`: their input, their queries, keys and values, attention's weighted sum."""

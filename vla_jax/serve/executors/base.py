@@ -180,7 +180,7 @@ class ChunkExecutor:
 
         Nothing is computed for inactive robots (episodes that have ended).
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of executor has its own; this class is what they share
 
     def _predict(
         self,
