@@ -86,6 +86,8 @@ class Watchdog:
         now = time.monotonic()
         self._heard = {i: ("", now) for i in range(distributed.process_count())}
         self._state = (0, STARTING, now)
+        if self._client is not None:
+            self._tell()  # whatever happens next, the others know this host's name
         self._thread.start()
         return self
 
@@ -126,6 +128,7 @@ class Watchdog:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: [{distributed.me()}] {message}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # it may be the coordination service that is gone
+            self._tell()
             self._client.key_value_set(
                 f"{_ERROR}/{distributed.process_index()}", message, allow_overwrite=True
             )
