@@ -1,4 +1,4 @@
-"""π0 at full size on a CPU machine: built, saved, loaded, sampled, converted to transformers' format and back.
+"""π0 at full size on a CPU machine: built, saved, loaded, sampled, converted to two other formats and back.
 
     python -m benchmarks.full_size_pi0 --folder /data/full_size        # needs 24 GB of disk
 
@@ -9,6 +9,7 @@ is shown by their checksums. Sampling: three 224-pixel cameras, a prompt of 48 t
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ import numpy as np
 
 from launch._main import cli, run
 
-Phase = Literal["all", "build", "sample", "export", "import"]
-PHASES: tuple[Phase, ...] = ("build", "sample", "export", "import")
+FORMATS = ("pi0_hf", "openpi")
+Phase = Literal["all", "build", "sample", "to_pi0_hf", "from_pi0_hf", "to_openpi", "from_openpi"]
+PHASES: tuple[Phase, ...] = ("build", "sample", "to_pi0_hf", "from_pi0_hf", "to_openpi", "from_openpi")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,26 +187,29 @@ def sample(args: Args) -> dict[str, Any]:
     }
 
 
-def export(args: Args) -> dict[str, Any]:
-    """Ours to transformers' π0, in several safetensors files."""
+def export(args: Args, target: str) -> dict[str, Any]:
+    """Ours to another library's files."""
     from vla_jax.convert import convert
 
     with Peak() as peak:
-        convert(args.folder / "ours", args.folder / "theirs", source="vla_jax", target="pi0_hf")
-    return {"export": numbers(peak)}
+        convert(args.folder / "ours", args.folder / target, source="vla_jax", target=target)
+    return {f"to_{target}": numbers(peak)}
 
 
-def read_back(args: Args) -> dict[str, Any]:
-    """And back; the checksum of the parameters must be the first one's."""
+def read_back(args: Args, source: str) -> dict[str, Any]:
+    """And back; the checksum of the parameters must be the first one's. What was read is removed."""
     from vla_jax.checkpoint import read_meta
     from vla_jax.convert import convert
 
+    again = args.folder / "again"
     with Peak() as peak:
-        convert(args.folder / "theirs", args.folder / "again", source="pi0_hf", target="vla_jax")
-    first, last = (read_meta(args.folder / name)["fingerprints"]["params"] for name in ("ours", "again"))
+        convert(args.folder / source, again, source=source, target="vla_jax")
+    first, last = (read_meta(folder)["fingerprints"]["params"] for folder in (args.folder / "ours", again))
     if first != last:
         raise ValueError(f"the weights came back changed: checksum {last}, was {first}")
-    return {"import": numbers(peak), "same_checksum": True}
+    shutil.rmtree(again)
+    shutil.rmtree(args.folder / source)
+    return {f"from_{source}": numbers(peak), "same_checksum": True}
 
 
 def numbers(peak: Peak) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def everything(args: Args) -> None:
     print("| phase | s | grown by | peak of the process |\n|---|--:|--:|--:|")
     rows = {name: found[name] for name in ("build", "save", "load", "compile")}
     rows |= {"first chunk": found["sample"][0], "second chunk": found["sample"][1]}
-    rows |= {"to transformers": found["export"], "and back": found["import"]}
+    rows |= {f"{way} {name}": found[f"{way}_{name}"] for name in FORMATS for way in ("to", "from")}
     for name, row in rows.items():
         gib = [row[key] / 2**30 for key in ("grown_bytes", "process_peak_bytes")]
         print(f"| {name} | {row['seconds']:.1f} | {gib[0]:.2f} GiB | {gib[1]:.2f} GiB |")
@@ -258,7 +263,12 @@ def main() -> None:
     if args.phase == "all":
         everything(args)
         return
-    phases = {"build": build, "sample": sample, "export": export, "import": read_back}
+    phases = {"build": build, "sample": sample}
+    for name in FORMATS:
+        phases |= {
+            f"to_{name}": functools.partial(export, target=name),
+            f"from_{name}": functools.partial(read_back, source=name),
+        }
     args.json.write_text(json.dumps(phases[args.phase](args)), encoding="utf-8")
 
 

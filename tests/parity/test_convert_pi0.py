@@ -14,11 +14,17 @@ from transformers import PI0Config, PI0ForConditionalGeneration
 from tests.models import small
 from tests.parity.hugging_face import backbone, gemma
 from vla_jax.checkpoint import Checkpoints, load
+from vla_jax.checkpoint.tree import nest
 from vla_jax.config import TrainConfig, to_json
-from vla_jax.convert import Options, convert
+from vla_jax.convert import Options, convert, pi0_hf
+from vla_jax.convert.model import our_shapes
 from vla_jax.convert.run import RunSource
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Flow
+from vla_jax.layers.attention import prefix_lm
+from vla_jax.models.config import TextConfig
+from vla_jax.models.experts import joint
+from vla_jax.models.gemma import Tower
 from vla_jax.models.vla import VLA
 
 BOUND = 1e-4
@@ -110,6 +116,101 @@ def test_imported_velocity(setup, point):
     assert relative(-our_velocity(cfg, data, params, x, t), wanted) > 0.1
     assert relative(our_velocity(cfg, data, params, x, 1 - t), wanted) > 10 * BOUND
     assert relative(our_velocity(cfg, data, params, x, t + 0.01), wanted) > 10 * BOUND
+
+
+def causal_actions(valid, starts):
+    """A wrong mask: each action sees the earlier ones only."""
+    return prefix_lm(valid, jnp.ones_like(starts))
+
+
+def state_sees_actions(valid, starts):
+    """A wrong mask: one block for state and actions. Nothing of it shows where there is only one layer."""
+    return prefix_lm(valid, jnp.zeros_like(starts))
+
+
+def one_further(tower):
+    """Wrong positions: the suffix begins one behind where the prefix ends."""
+
+    def call(self, x, positions, mask, past=None, *rest):
+        return tower(self, x, positions + (past is not None), mask, past, *rest)
+
+    return call
+
+
+def sharper(params):
+    """A wrong scale: the expert's queries come out a fifth too large, as with another head dimension's root."""
+    scaled = jax.tree.map(lambda x: x, params)
+    layers = scaled["expert"]["layers"]["attn"]
+    layers["q_einsum"] = jax.tree.map(lambda w: 1.2 * w, layers["q_einsum"])
+    return scaled
+
+
+def mistakes(cfg, data, params, x, t) -> dict[str, np.ndarray]:
+    """The velocity with each mistake."""
+    found = {"scale": our_velocity(cfg, data, sharper(params), x, t)}
+    for name, *wrong in (
+        ("causal", joint, "prefix_lm", causal_actions),
+        ("one block", joint, "prefix_lm", state_sees_actions),
+        ("position", Tower, "__call__", one_further(Tower.__call__)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*wrong)
+            found[name] = our_velocity(cfg, data, params, x, t)
+    return found
+
+
+def test_a_wrong_mask_position_or_scale_would_show(setup, point):
+    folder, cfg, data, theirs = setup
+    x, t = point
+    cfg = small.replace_expert(cfg, clock="reversed")
+    params = load(folder / "ours", "params")
+    wanted = -their_velocity(cfg, data, theirs, x, 1 - t)
+    for name, found in mistakes(cfg, data, params, x, t).items():
+        print(name, relative(found, wanted))
+        assert relative(found, wanted) > 5 * BOUND, name
+
+
+def test_one_layer_of_full_width():
+    """π0's layer, 2048 wide beside 1024 with 8 heads of 256 over one key, over a small image encoder."""
+    cfg = small.config()
+    cfg = dataclasses.replace(
+        cfg,
+        text=TextConfig(
+            vocab=small.VOCAB, width=2048, depth=1, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+        ),
+        expert=dataclasses.replace(cfg.expert, width=1024, mlp=4096, clock="reversed"),
+    )
+    data = small.without_target(small.batch(cfg))
+    data = data.replace(image_mask={n: jnp.ones(3, bool) for n in cfg.cameras}, action_mask=None)
+    rng = np.random.default_rng(0)
+    ours = {name: trained_size(rng, name, shape) for name, shape in our_shapes(cfg, expert=True).items()}
+    entries = pi0_hf.export_table(cfg, Options(), expert=True)
+    arrays = {
+        e.theirs: torch.as_tensor(np.ascontiguousarray(e.to_theirs(ours[e.ours][e.index]))) for e in entries
+    }
+    unused = {pi0_hf.UNUSED: torch.zeros(cfg.text.vocab, cfg.expert.width)}
+    model, said = PI0ForConditionalGeneration.from_pretrained(
+        None, config=pi0_config(cfg), state_dict=arrays | unused, output_loading_info=True
+    )
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
+    x, t = rng.normal(size=(3, 5, 3)).astype(np.float32), np.asarray([0.0, 0.37, 0.9], np.float32)
+    wanted = -their_velocity(cfg, data, model.eval(), x, 1 - t)
+    params = nest(ours)
+    assert np.abs(wanted).max() > 0.1
+    assert relative(our_velocity(cfg, data, params, x, t), wanted) < BOUND
+    wrong = mistakes(cfg, data, params, x, t)
+    wrong.pop("one block")
+    for name, found in wrong.items():
+        print(name, relative(found, wanted))
+        assert relative(found, wanted) > 5 * BOUND, name
+
+
+def trained_size(rng, name, shape):
+    """Of about the size that training leaves: a matrix keeps the variance of what it is given."""
+    small_ones = len(shape) < 2 or "scale" in name or "bias" in name
+    return rng.standard_normal(shape, np.float32) * np.float32(
+        0.1 if small_ones else min(0.1, shape[-2] ** -0.5)
+    )
 
 
 def test_sampled_chunk(setup, point):
