@@ -61,7 +61,8 @@ def main(side: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
     if side == "rewrites":
         return head | {"variants": variants(policy, settings, solver)}
-    best = _roofline.peak(jax.devices()[0], dtype=settings["dtype"])
+    weight_bytes = head["parameters"] * jax.numpy.dtype(settings["dtype"]).itemsize
+    best = _roofline.peak(jax.devices()[0], dtype=settings["dtype"], weight_bytes=weight_bytes)
     head["peak"] = None if best is None else dataclasses.asdict(best)
     infer, length_of = _infer(side, policy, settings, solver)
     cases = [_case(infer, policy, settings, *case) for case in settings["cases"]]

@@ -1,6 +1,7 @@
 """What launch.benchmark does: cases, timing in turns, parts, errors, the report."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
     """Least milliseconds per part."""
     mesh, model = compiled.compiler.mesh, compiled.policy.config.model
     dtype = compiled.config.dtype or model.dtype
-    best = _peak(1 if mesh is None else mesh.size, dtype)
+    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.compiler.weights))
     if best is None:
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
@@ -246,14 +247,10 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
     }
 
 
-_PEAKS: dict[tuple[int, str], _roofline.Peak | None] = {}
-
-
-def _peak(devices: int, dtype: str) -> _roofline.Peak | None:
+@functools.cache
+def _peak(devices: int, dtype: str, weight_bytes: int) -> _roofline.Peak | None:
     """Measured once; simulated devices share the cores of one machine."""
-    if (devices, dtype) not in _PEAKS:
-        _PEAKS[devices, dtype] = _roofline.peak(jax.devices()[0], devices, dtype)
-    return _PEAKS[devices, dtype]
+    return _roofline.peak(jax.devices()[0], devices, dtype, weight_bytes=weight_bytes)
 
 
 class _Seen(NamedTuple):
@@ -296,7 +293,7 @@ def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig, seen:
 
 def _report_head(args: "BenchmarkArgs", policy: Policy, compiled: CompiledPolicy) -> dict[str, Any]:
     mesh, dtype = compiled.compiler.mesh, compiled.config.dtype or policy.config.model.dtype
-    best = _peak(1 if mesh is None else mesh.size, dtype)
+    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.compiler.weights))
     return {
         "what": str(args.checkpoint or args.config or args.model),
         "random_parameters": args.checkpoint is None,
