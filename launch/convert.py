@@ -56,6 +56,9 @@ class ConvertArgs:
     """With --tokenizer: which of several statistics beside the weights."""
     control_hz: float = 20.0
     """With --tokenizer: steps per second of the robot, which no file says."""
+    state_in_prompt: bool = True
+    """With --tokenizer, for a π0.5: whether its prompt holds the state. Not for openpi's pi05_libero
+    (discrete_state_input=False), which no file says either."""
     value: bool = True
     """Whether the leaves written for openpi end in /value, as those it saves itself."""
 
@@ -66,6 +69,8 @@ class ConvertArgs:
             raise ValueError(f"max_file_gb={self.max_file_gb}: must be positive")
         if self.tokenizer is None and self.statistics:
             raise ValueError("statistics are chosen for a policy; give its --tokenizer too")
+        if self.tokenizer is None and not self.state_in_prompt:
+            raise ValueError("no-state-in-prompt is about a policy's prompts; give its --tokenizer too")
         if self.tokenizer is not None and (self.source == "vla_jax" or self.to != "vla_jax"):
             raise ValueError("a tokenizer is for weights of others that come in; a run has its own")
 
@@ -79,7 +84,10 @@ def main() -> None:
     policy = None
     if args.tokenizer is not None:
         policy = PolicyOptions(
-            tokenizer=args.tokenizer, statistics=args.statistics, control_hz=args.control_hz
+            tokenizer=args.tokenizer,
+            statistics=args.statistics,
+            control_hz=args.control_hz,
+            state_in_prompt=args.state_in_prompt,
         )
     options = Options(
         cameras=args.cameras,

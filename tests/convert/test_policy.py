@@ -55,6 +55,11 @@ def load(folder, kind, out, **options):
     return Policy.load(out)
 
 
+def prompt(policy, seen):
+    batch = policy.bundle.observation_batch(seen)
+    return policy.bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
+
+
 def observation(policy):
     size = policy.config.model.vision.image_size
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
@@ -80,8 +85,7 @@ def test_pi0_acts(weights, tmp_path):
     mean, std = (np.asarray(STATISTICS["state"][k]) for k in ("mean", "std"))
     np.testing.assert_allclose(batch.state[:, :6], (STATE - mean) / (std + 1e-6), rtol=1e-5)
     assert batch.tokens.shape == (1, 48)
-    text = policy.bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
-    assert text == "pick up the block\n"
+    assert prompt(policy, seen) == "pick up the block\n"
     chunk = acts_the_same_compiled(policy, seen)
     assert chunk.shape == (1, 4, 5)
     mean, std = (np.asarray(STATISTICS["actions"][k]) for k in ("mean", "std"))
@@ -96,12 +100,34 @@ def test_pi05_has_the_state_in_its_prompt(weights, tmp_path):
     wanted = (STATE - low) / (high - low + 1e-6) * 2 - 1
     # q01 and q99 of the example are equal, so epsilon alone spans the range: no formula but openpi's gives this
     np.testing.assert_allclose(batch.state[:, :6], wanted, rtol=1e-4)
-    text = policy.bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
-    assert text.startswith("Task: pick up the block, State: ") and text.endswith(";\nAction: ")
+    assert prompt(policy, seen) == "Task: pick up the block, State: -1 -1 -1 -1 -1 -1;\nAction: "
+    beyond = low + np.asarray(
+        [[1, -1, 1, 1, -1, -1]], np.float32
+    )  # openpi clips neither end: -1, but 255 above 1
+    other = dataclasses.replace(seen, state=beyond)
+    assert prompt(policy, other) == "Task: pick up the block, State: 255 -1 255 255 -1 -1;\nAction: "
     acts_the_same_compiled(policy, seen)
 
 
-def lerobot_policy(folder, kind, norm_map, **changes):
+def test_pi05_without_the_state_in_its_prompt(weights, tmp_path):
+    """openpi's pi05_libero (discrete_state_input=False): π0's text in π0.5's length, quantiles all the same."""
+    policy = load(weights, "pi05", tmp_path / "out", state_in_prompt=False)
+    seen = observation(policy)
+    batch = policy.bundle.observation_batch(seen)
+    assert batch.tokens.shape == (1, 200) and prompt(policy, seen) == "pick up the block\n"
+    assert policy.config.data.ignore_state and policy.bundle.normalize.method == "quantile"
+    other = dataclasses.replace(seen, state=STATE + 1)
+    solver = SolverConfig(num_steps=2)
+    chunks = [policy.act(o, jax.random.key(0), solver=solver) for o in (seen, other)]
+    np.testing.assert_array_equal(*chunks)
+    with pytest.raises(ValueError, match="is for a π0.5; this model's prompt holds no state"):
+        load(weights, "pi0", tmp_path / "pi0", state_in_prompt=False)
+    with pytest.raises((UsageError, ValueError), match="give its --tokenizer too"):
+        argv = ["--from", "openpi", "--path", "a", "--out", "b", "--no-state-in-prompt"]
+        cli(ConvertArgs, description=None, argv=argv)
+
+
+def lerobot_policy(folder, kind, norm_map, state_in_prompt=True, **changes):
     """Configuration and transforms that LeRobot's files beside some weights make; and their statistics."""
     rng = np.random.default_rng(3)
     statistics = {}
@@ -131,7 +157,7 @@ def lerobot_policy(folder, kind, norm_map, **changes):
     model = VLAConfig(
         text=TextConfig(vocab=300), expert=ExpertConfig(action_dim=8, state_dim=8, **expert), cameras=("top",)
     )
-    options = PolicyOptions(tokenizer=folder / "tokenizer")
+    options = PolicyOptions(tokenizer=folder / "tokenizer", state_in_prompt=state_in_prompt)
     return *policy_data(model, {"lerobot": asset}, options), statistics
 
 
@@ -177,11 +203,19 @@ def test_lerobots_normalisation_is_its_files(tmp_path, kind, state, action, eps)
     np.testing.assert_allclose(again[..., moving], chunk[..., moving], rtol=1e-4, atol=1e-5)
     text = bundle.tokenizer.decode(batch.tokens[0][batch.token_mask[0]])
     if kind == "pi05":  # LeRobot fills the state up before it names the bins
-        bins = np.maximum(np.digitize(np.pad(wanted[0], (0, 2)), np.linspace(-1, 1, 257)[:-1]) - 1, 0)
+        bins = np.digitize(np.pad(wanted[0], (0, 2)), np.linspace(-1, 1, 257)[:-1]) - 1
+        assert state == "MEAN_STD" or -1 in bins
         assert text == f"Task: pick up the block, State: {' '.join(map(str, bins))};\nAction: "
         assert config.data.prompt_state_dim == 8
     else:
         assert text == "pick up the block\n"
+
+
+def test_lerobots_steps_say_where_the_state_is(tmp_path):
+    with pytest.raises(
+        ValueError, match="step puts the state into the prompt; leave --no-state-in-prompt out"
+    ):
+        lerobot_policy(tmp_path / "theirs", "pi05", {"STATE": "MEAN_STD"}, state_in_prompt=False)
 
 
 @pytest.mark.parametrize(

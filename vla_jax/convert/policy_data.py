@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.config import TrainConfig, prompt_form
-from vla_jax.convert.lerobot_processor import affine, read_preprocessing
+from vla_jax.convert.lerobot_processor import STATE_IN_PROMPT, affine, read_preprocessing
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
@@ -42,13 +42,20 @@ class PolicyOptions:
     """Which of several statistics beside the weights; empty: the only ones."""
     control_hz: float = 20.0
     """Steps per second of the robot."""
+    state_in_prompt: bool = True
+    """Whether a π0.5 reads the state in its prompt. openpi's pi05_libero does not (discrete_state_input=False): it
+    reads the instruction alone, and nothing tells it the state."""
 
 
 def public_data(model: VLAConfig) -> DataConfig:
-    """Prompt, normalisation and image size of the public model that is built like this one."""
+    """Prompt, normalisation and image size of the public model that is built like this one.
+
+    openpi and LeRobot write a state below -1 as "-1", and those models were trained so.
+    """
     form = prompt_form(model)
     return DataConfig(
         prompt=form,
+        prompt_clip_state=False,
         max_text_tokens=TEXT_TOKENS[form],
         normalization="zscore" if form == "pi0" else "quantile",
         image_size=model.vision.image_size,
@@ -66,9 +73,21 @@ def policy_data(
     if name == LEROBOT:
         said = read_preprocessing(assets[LEROBOT])
         fields = {f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in raw}
+        if said.prompt_state_dim and not options.state_in_prompt:
+            raise ValueError(
+                f"the preprocessor's {STATE_IN_PROMPT} puts the state into the prompt; leave --no-state-in-prompt out"
+            )
         data = dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
     else:
         fields = {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}
+    if not options.state_in_prompt:
+        if not data.prompt_form.uses_state:
+            raise ValueError(
+                "--no-state-in-prompt is for a π0.5; this model's prompt holds no state, a token of its own does"
+            )
+        data = dataclasses.replace(
+            data, prompt="pi0", ignore_state=True
+        )  # the limit and quantiles stay π0.5's
     statistics = Statistics(state=_statistics(*fields["state"]), action=_statistics(*fields["actions"]))
     sizes = {"state": (statistics.state.dims, model.expert.state_dim)}
     sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
