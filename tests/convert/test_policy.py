@@ -120,7 +120,7 @@ def test_pi05_without_the_state_in_its_prompt(weights, tmp_path):
     solver = SolverConfig(num_steps=2)
     chunks = [policy.act(o, jax.random.key(0), solver=solver) for o in (seen, other)]
     np.testing.assert_array_equal(*chunks)
-    with pytest.raises(ValueError, match="is for a π0.5; this model's prompt holds no state"):
+    with pytest.raises(ValueError, match=r"is for a π0\.5; this model's prompt holds no state"):
         load(weights, "pi0", tmp_path / "pi0", state_in_prompt=False)
     with pytest.raises((UsageError, ValueError), match="give its --tokenizer too"):
         argv = ["--from", "openpi", "--path", "a", "--out", "b", "--no-state-in-prompt"]
