@@ -1,5 +1,6 @@
 """Damaged checkpoints are found and passed over; another config, a full disk and a missing item are one line."""
 
+import errno
 import json
 import shutil
 import time
@@ -7,9 +8,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from vla_jax.checkpoint import Checkpoints, load, read_meta
+from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, read_meta
+from vla_jax.checkpoint import read as reading
 from vla_jax.checkpoint.fingerprint import fingerprint
 from vla_jax.checkpoint.manager import UNREADABLE
 
@@ -128,6 +131,98 @@ def test_loading_passes_over_damage_too(run_dir, capfd, damage):
     assert "using step 2" in capfd.readouterr().err
     with pytest.raises(ValueError, match="is unreadable"):
         load(run_dir / "checkpoints" / "3", "params")
+
+
+def behind(error):
+    """As Orbax wraps what TensorStore said."""
+    outer = Exception("Encountered error while reading array index: (slice(0, 30, 1),).")
+    outer.__cause__ = error
+    return outer
+
+
+TENSORSTORE = 'Error reading "backbone.w/0.0": Failed to open: "…/d/9b08": '
+PASSING = [
+    (PermissionError(errno.EACCES, "Permission denied", "_METADATA"), "give this user the right"),
+    (
+        behind(ValueError(f"PERMISSION_DENIED: {TENSORSTORE}Permission denied [os_error_code='13']")),
+        "the right",
+    ),
+    (behind(ValueError(f"UNKNOWN: {TENSORSTORE}Input/output error [os_error_code='5']")), "the disk"),
+    (OSError(errno.EIO, "Input/output error"), "the disk or the network"),
+    (MemoryError(), "free memory"),
+    (
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 GiB."),
+        "free memory",
+    ),
+    (TimeoutError("no answer for 60 s"), "the disk or the network"),
+    (behind(ValueError("UNAVAILABLE: HTTP 503 from storage.googleapis.com")), "the disk or the network"),
+]
+
+
+@pytest.mark.parametrize("notes", ["{code} {spec}", "{spec} {code}"])
+def test_what_the_operating_system_said_in_one_line(notes):
+    found = notes.format(code="[os_error_code='13']", spec="[tensorstore_spec='{\\"create\\":false}']")
+    line = reading.first_line(ValueError(f"PERMISSION_DENIED: {TENSORSTORE}Permission denied {found}"))
+    assert line == "Permission denied"
+
+
+def unlucky(monkeypatch, error):
+    """Nothing of step 3 can be read."""
+    restore = ocp.StandardCheckpointer.restore
+
+    def fails(self, directory, *args, **kwargs):
+        if directory.parent.name == "3":
+            raise error
+        return restore(self, directory, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fails)
+
+
+@pytest.mark.parametrize(("error", "mend"), PASSING)
+def test_what_cannot_be_read_now_is_reported_and_left_where_it_is(run_dir, monkeypatch, capfd, error, mend):
+    unlucky(monkeypatch, error)
+    for read in (lambda: restore(run_dir), lambda: load(run_dir, "params")):
+        with pytest.raises(
+            UnreachableCheckpointError, match=r"checkpoints/3 cannot be read now .*stays"
+        ) as raised:
+            read()
+        assert mend in str(raised.value) and "\n" not in str(raised.value)
+    assert capfd.readouterr().err == "" and not (run_dir / UNREADABLE).exists()
+    monkeypatch.undo()
+    assert restore(run_dir).step == 3
+
+
+def test_a_folder_that_one_may_not_look_into_is_not_a_missing_one(run_dir, monkeypatch):
+    """For Orbax it is; and for root there is none, so the refusal is played."""
+    paths = type(reading.run_path(run_dir))
+    listed = paths.iterdir
+
+    def refused(self):
+        if self.name == "params" and self.parent.name == "3":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(paths, "iterdir", refused)
+    with pytest.raises(UnreachableCheckpointError, match="give this user the right"):
+        restore(run_dir)
+    assert not (run_dir / UNREADABLE).exists()
+
+
+@pytest.mark.parametrize("mine", [None, ValueError("OUT_OF_RANGE")])
+def test_out_of_reach_to_one_process_is_so_to_all(tmp_path, monkeypatch, mine):
+    """Else some would go on to an older step while one reports an error."""
+    said = {
+        "out of reach": ["", "checkpoint 3 cannot be read now"],
+        "read": ["yes" if mine is None else "no", "no"],
+    }
+    monkeypatch.setattr(reading.distributed, "gather", lambda name, value: said[name])
+
+    def read():
+        if mine is not None:
+            raise mine
+
+    with pytest.raises(UnreachableCheckpointError, match="process 1: checkpoint 3 cannot be read now"):
+        reading.agreed(tmp_path, read, together=True)
 
 
 def test_nothing_whole_is_an_error_and_nothing_is_moved(run_dir):

@@ -1,6 +1,20 @@
 """Checkpoints: one directory that needs nothing else."""
 
 from vla_jax.checkpoint.manager import Checkpoints, Restored
-from vla_jax.checkpoint.read import CorruptCheckpointError, load, load_params, read_meta
+from vla_jax.checkpoint.read import (
+    CorruptCheckpointError,
+    UnreachableCheckpointError,
+    load,
+    load_params,
+    read_meta,
+)
 
-__all__ = ["Checkpoints", "CorruptCheckpointError", "Restored", "load", "load_params", "read_meta"]
+__all__ = [
+    "Checkpoints",
+    "CorruptCheckpointError",
+    "Restored",
+    "UnreachableCheckpointError",
+    "load",
+    "load_params",
+    "read_meta",
+]

@@ -2,7 +2,8 @@
 
 A step counts as a checkpoint only once it is whole: while it is written it has another name (on object stores:
 no commit mark). What is nevertheless unreadable (a truncated file, a flipped bit) is found on restoring, and the
-newest whole one is used, with a warning.
+newest whole one is used, with a warning. What cannot be read for another reason (no right to, no memory, no answer
+from the storage) is an error, and stays where it is.
 """
 
 import contextlib
@@ -101,6 +102,8 @@ class Checkpoints:
     ) -> Restored | None:
         """The newest whole checkpoint, or None where there is none at all.
 
+        Raises UnreachableCheckpointError, and moves nothing, where one might be whole but cannot be read now.
+
         **Arguments:**
 
         - `abstract`: for each item a tree of `jax.ShapeDtypeStruct` with the shardings to restore into, which
@@ -114,7 +117,7 @@ class Checkpoints:
         for step in reversed(steps):
             step_dir = self.directory / str(step)
             try:
-                meta = agreed(lambda: read_step_meta(step_dir), together=True)
+                meta = agreed(step_dir, lambda: read_step_meta(step_dir), together=True)
                 saved = {key: meta.get(key) for key in same}
                 _check_same(step_dir, saved, same, free, flatten(defaults or {}))
                 items = restore_items(step_dir, abstract, meta, together=True)

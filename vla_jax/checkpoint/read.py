@@ -5,13 +5,14 @@ RUN_DIR/checkpoints/<step>/meta                       JSON: everything else that
 """
 
 import dataclasses
+import errno
 import functools
 import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -28,7 +29,44 @@ FOLDER = "checkpoints"
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint that is there but cannot be read."""
+    """A checkpoint that is there but torn, incomplete or changed: it will never be readable."""
+
+
+class UnreachableCheckpointError(OSError):
+    """A checkpoint that may well be whole, but that this process could not read now: nothing passes over it."""
+
+
+class _Passing(NamedTuple):
+    """Failures to read that say nothing about what was written."""
+
+    kinds: tuple[type[BaseException], ...]
+    statuses: tuple[str, ...]
+    """What texts of TensorStore, XLA and object stores say instead of an exception of their own."""
+    numbers: tuple[int, ...]
+    """The operating system's, of an OSError or in TensorStore's text."""
+    mend: str
+
+
+_PASSING = (
+    _Passing(
+        (MemoryError,),
+        ("RESOURCE_EXHAUSTED",),
+        (errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+        "free memory on the host or the devices, or use more devices",
+    ),
+    _Passing(
+        (PermissionError,),
+        ("PERMISSION_DENIED", "UNAUTHENTICATED"),
+        (errno.EACCES, errno.EPERM),
+        "give this user the right to read it",
+    ),
+    _Passing(
+        (TimeoutError, ConnectionError),
+        ("UNAVAILABLE", "DEADLINE_EXCEEDED"),
+        (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+        "see to the disk or the network",
+    ),
+)
 
 
 def load(path: str | os.PathLike, item: str, abstract: Any = None) -> Any:
@@ -40,7 +78,8 @@ def load(path: str | os.PathLike, item: str, abstract: Any = None) -> Any:
     - `abstract`: a tree of `jax.ShapeDtypeStruct` with the shardings to restore into, which need not be those
       it was saved from; None: whole arrays on the first device, as nested dicts.
 
-    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item.
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item, and
+    UnreachableCheckpointError.
     """
 
     def read(step_dir: Path) -> Any:
@@ -76,7 +115,8 @@ def load_params(
       divide goes to every device; None: all to one.
     - `device`: which one that is; default: the first.
 
-    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item.
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it is damaged or lacks the item, and
+    UnreachableCheckpointError.
     """
 
     def read(step_dir: Path) -> Loaded:
@@ -87,7 +127,7 @@ def load_params(
             raise ValueError(f"{step_dir} has no '{trained}'; it has {', '.join(has)}")
         names = [trained] + (["frozen"] if "frozen" in has else [])
         targets = {
-            name: _attempt(lambda name=name: _placed(step_dir / name, shardings or {}, device))
+            name: _attempt(step_dir, lambda name=name: _placed(step_dir / name, shardings or {}, device))
             for name in names
         }
         parts = restore_items(step_dir, targets, meta, together=bool(shardings))
@@ -108,27 +148,29 @@ def whole_steps(folder: Path) -> list[int]:
 
 
 def read_step_meta(step_dir: Path) -> dict[str, Any]:
-    """The metadata of one step; raises CorruptCheckpointError."""
+    """The metadata of one step; raises CorruptCheckpointError or UnreachableCheckpointError."""
 
     def read() -> dict[str, Any]:
+        _look_into(step_dir / "meta")
         meta = ocp.JsonCheckpointHandler().restore(step_dir / "meta")
         missing = {"step", "config", "items", "fingerprints"} - meta.keys()
         if missing:
             raise ValueError(f"its metadata lacks {', '.join(sorted(missing))}")
         return meta
 
-    return _attempt(read)
+    return _attempt(step_dir, read)
 
 
 def restore_items(
     step_dir: Path, abstract: Mapping[str, Any], meta: Mapping[str, Any], *, together: bool = False
 ) -> dict[str, Any]:
-    """Some items of one step, checked against their checksums; raises CorruptCheckpointError.
+    """Some items of one step, checked against their checksums; raises as `read_step_meta` does.
 
     With `together` all processes call it, each reads its own shards, and all raise where one cannot read.
     """
 
     def read(name: str) -> Any:
+        _look_into(step_dir / name)
         target = _saved_shapes(step_dir / name) if abstract[name] is None else abstract[name]
         with _checkpointer() as checkpointer:
             return checkpointer.restore(step_dir / name, target)
@@ -141,20 +183,30 @@ def restore_items(
     items = {}
     for name in abstract:
         # The checksum is computed by all processes, so all of them must have got that far.
-        tree = agreed(functools.partial(read, name), together)
-        items[name] = _attempt(functools.partial(check, name, tree))
+        tree = agreed(step_dir, functools.partial(read, name), together)
+        items[name] = _attempt(step_dir, functools.partial(check, name, tree))
     return items
 
 
-def agreed(read: Callable[[], T], together: bool) -> T:
-    """`read()`, whose CorruptCheckpointError is raised by all processes where it happens to one."""
+def agreed(step_dir: Path, read: Callable[[], T], together: bool) -> T:
+    """`read()`, whose failure to read is raised by all processes where it happens to one.
+
+    Where it is damage to one and out of reach to another, it is out of reach to all: nothing is passed over.
+    """
     result, error = None, None
     try:
-        result = _attempt(read)
-    except CorruptCheckpointError as failure:
+        result = _attempt(step_dir, read)
+    except (CorruptCheckpointError, UnreachableCheckpointError) as failure:
         error = failure
-    if together and not distributed.all_agree("read", error is None) and error is None:
-        error = CorruptCheckpointError("another process cannot read it")
+    if together:
+        out_of_reach = isinstance(error, UnreachableCheckpointError)
+        everyone = distributed.gather("out of reach", str(error) if out_of_reach else "")
+        whole = distributed.all_agree("read", error is None)
+        first = next((i for i, said in enumerate(everyone) if said), None)
+        if first is not None and not out_of_reach:
+            error = UnreachableCheckpointError(f"process {first}: {everyone[first]}")
+        elif not whole and error is None:
+            error = CorruptCheckpointError("another process cannot read it")
     if error is not None:
         raise error
     return result
@@ -173,9 +225,10 @@ def first_line(error: BaseException) -> str:
     """An exception in one line of bearable length."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = line.split(" See full TensorStore details")[0]
-    system = re.search(r"([^:]*) \[os_error_code=", line)  # what the operating system said, behind long paths
-    if system:
-        return system.group(1).strip()
+    if (
+        "[os_error_code=" in line
+    ):  # what the operating system said: behind long paths, before notes in any order
+        return re.split(r" \[(?:os_error_code|tensorstore_spec|source)", line)[0].rsplit(": ", 1)[-1].strip()
     return line if len(line) <= 200 else line[:197] + "..."
 
 
@@ -204,6 +257,7 @@ def _locate(path: Path) -> list[Path]:
 
 def _saved_shapes(item_dir: Path, device: jax.Device | None = None) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    _look_into(item_dir)
     saved = ocp.StandardCheckpointHandler().metadata(item_dir).tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
 
@@ -233,17 +287,49 @@ def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _attempt(read: Callable[[], T]) -> T:
+def _attempt(step_dir: Path, read: Callable[[], T]) -> T:
     """Orbax raises many types of exception for a damaged file; they all become CorruptCheckpointError.
+
+    But what only stands between us and the file, by `_PASSING`, becomes UnreachableCheckpointError.
 
     The coroutines of the arrays that it had not yet reached would print traces of their own when they are
     collected. They are collected here, in silence: the one error says it all.
     """
     try:
         return read()
+    except (CorruptCheckpointError, UnreachableCheckpointError):
+        raise
     except Exception as error:
-        message = first_line(error)
+        failure = _out_of_reach(step_dir, error) or CorruptCheckpointError(first_line(error))
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook
-    raise CorruptCheckpointError(message)
+    raise failure
+
+
+def _out_of_reach(step_dir: Path, error: BaseException) -> UnreachableCheckpointError | None:
+    """The error to raise where a failure, or one behind it, says nothing about what was written."""
+    for one in _chain(error):
+        text = str(one)
+        numbers = {int(number) for number in re.findall(r"os_error_code='?(\d+)", text)}
+        numbers |= {one.errno} if isinstance(one, OSError) else set()
+        for passing in _PASSING:
+            named = any(re.search(rf"\b{status}\b", text) for status in passing.statuses)
+            if isinstance(one, passing.kinds) or named or numbers & set(passing.numbers):
+                return UnreachableCheckpointError(
+                    f"checkpoint {step_dir} cannot be read now ({first_line(one)}); it stays where it is: "
+                    f"{passing.mend}, then run the same command again"
+                )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _look_into(folder: Path) -> None:
+    """Raises PermissionError where this process may not: Orbax takes such a folder's files for missing."""
+    next(iter(folder.iterdir()), None)
