@@ -6,8 +6,8 @@ python -m launch.replay --record requests --url ws://127.0.0.1:8000 --tolerance 
 
 Requests keep their seeds. A checkpoint is asked at the recorded batch size too, compiled as it was for the recorded
 server (types, rewrites, sets of cameras, mesh), so that the same policy on the same kind of machine gives the same
-bits; a server chooses its own batch size, and rounds accordingly. The exit code is 1 where an action differs by more
-than the tolerance.
+bits; where it is another policy (a later step, another configuration), a warning says so. A server chooses its own
+batch size, and rounds accordingly. The exit code is 1 where an action differs by more than the tolerance.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class ReplayArgs:
     checkpoint: Path | None = None
     """Run directory, or one step in it, to be asked directly."""
     weights: Literal["ema", "params"] | None = None
-    """Averaged or raw parameters; default: averaged where the run has them."""
+    """Averaged or raw parameters; default: the recorded server's."""
     solver: Literal["euler", "midpoint", "heun", "rk4"] | None = None
     """With a checkpoint; default: the recorded server's."""
     num_steps: int | None = None
@@ -123,7 +123,11 @@ def _of_policy(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
     from vla_jax.sharding import MeshConfig, make_mesh
 
     then: dict[str, Any] = read_metadata(args.record)
-    policy = Policy.load(args.checkpoint, weights=args.weights, host=True)
+    policy = Policy.load(args.checkpoint, weights=args.weights or then["weights"], host=True)
+    now = {"config_hash": policy.config_hash, "step": policy.step, "weights": policy.weights}
+    others = [f"{name} {then[name]}, here {value}" for name, value in now.items() if then[name] != value]
+    if others:
+        print(f"warning: the record is of another policy: {'; '.join(others)}", file=sys.stderr)
     if args.solver is None and args.num_steps is None and then["solver"] is not None:
         solver = SolverConfig(**then["solver"])
     else:

@@ -42,7 +42,8 @@ class Client:
     ):
         """Connects; `wait_s`: how long to wait for a server that does not listen yet.
 
-        `timeout_s` bounds every reply (TimeoutError; the connection is then of no more use). Further options go to
+        `timeout_s` bounds every reply. Whatever goes wrong while one is awaited, TimeoutError among it, ends the
+        connection: a reply that comes late must not be taken for the next request's. Further options go to
         `websockets.sync.client.connect`, e.g. ssl=… for a certificate of one's own.
         """
         self._timeout_s = timeout_s
@@ -86,7 +87,11 @@ class Client:
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
-        frame = self._ws.recv(timeout=self._timeout_s)
+        try:
+            frame = self._ws.recv(timeout=self._timeout_s)
+        except BaseException:
+            self._ws.close_socket()  # without the handshake, for which a server that hangs would be waited for again
+            raise
         if isinstance(frame, str):
             raise errors.parse(frame) or ServerError(frame)
         return codec.decode(frame, items=1_000_000)

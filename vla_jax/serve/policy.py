@@ -43,6 +43,8 @@ class Policy:
     params: PyTree
     step: int
     """The training step that the parameters are from."""
+    weights: Literal["ema", "params"] = "params"
+    """Averaged parameters, or raw ones."""
     batch_size: int = 32
     """Most robots in one call of the network. Other numbers are cut and padded to 1, a quarter of this, or this,
     so that few programs are compiled."""
@@ -74,10 +76,18 @@ class Policy:
             )
         config = from_json(json.dumps(meta["config"]))
         bundle = DataBundle.from_json(meta["data"])
-        params = load_params(path, weights, device=jax.devices("cpu")[0] if host else None).params
+        loaded = load_params(path, weights, device=jax.devices("cpu")[0] if host else None)
+        params = loaded.params
         if config.lora.rank:
             params = jax.jit(merge, static_argnums=1)(params, config.lora.scale)
-        policy = cls(config=config, bundle=bundle, params=params, step=meta["step"], batch_size=batch_size)
+        policy = cls(
+            config=config,
+            bundle=bundle,
+            params=params,
+            step=meta["step"],
+            weights=loaded.item,
+            batch_size=batch_size,
+        )
         policy.check_params(path)
         return policy.on_host() if host else policy
 

@@ -156,12 +156,14 @@ def test_overload_is_said_and_the_connection_goes_on():
 def test_deadlines_hold_while_waiting_and_while_computing(prompt):
     engine = Echo()
     with serving(engine) as server, server.client() as first, server.client() as second:
+        second.infer(observe())  # what happens once, such as imports, is behind it
+        engine.calls.clear(), engine.running.clear()
         thread = threading.Thread(target=first.infer, args=(observe(0, "wait"),))
         if prompt == "go":  # the second one has to wait for the first
             thread.start()
             engine.running.wait(20)
         with pytest.raises(Refused, match="deadline") as refusal:
-            second.infer(observe(0, prompt), deadline_ms=80)
+            second.infer(observe(0, prompt), deadline_ms=400)
         assert refusal.value.code == "deadline"
         engine.gate.set()
         if prompt == "go":
@@ -261,10 +263,28 @@ def test_draining_answers_what_was_accepted_and_then_says_goodbye():
 def test_a_call_that_hangs_does_not_keep_the_server_from_stopping():
     engine = Echo()
     with serving(engine, drain_s=0.1) as server:
-        server.raw().send(codec.encode(observe(0, "wait")))
+        hanging = server.raw()
+        hanging.send(codec.encode(observe(0, "wait")))
         engine.running.wait(20)
         assert server.stop() is False
+        with pytest.raises(ConnectionClosed) as closed:
+            hanging.recv()
+        assert closed.value.rcvd.code == 1001
         engine.gate.set()
+
+
+def test_a_reply_that_comes_late_is_nobodys():
+    """After a timeout the connection is of no more use: the next request would be answered with the last one's."""
+    engine = Echo()
+    with serving(engine) as server:
+        with server.client(timeout_s=0.2) as late:
+            with pytest.raises(TimeoutError):
+                late.infer(observe(1, "wait"))
+            engine.gate.set()
+            with pytest.raises(ConnectionClosed):
+                late.infer(observe(2))
+        with server.client() as client:
+            assert client.infer(observe(3))["actions"][0, 0] == 3
 
 
 def test_keys_can_be_renamed_and_nested():

@@ -97,6 +97,17 @@ def test_nothing_compiles_after_the_warm_up(engines, name, options):
     assert metrics.value("vla_compilations_total") == compiled
 
 
+def test_short_prompts_are_warm_where_the_usual_one_is_long(policies, monkeypatch):
+    engine, metrics = Engine(policies["pi0"], solver=SOLVER, buckets=(2,)), Metrics()
+    monkeypatch.setattr(engine, "_any_prompt", lambda: "pick up the red cup " * 4)
+    assert engine.warm_up() == len(engine.policy.lengths) > 1
+    before = metrics.value("vla_compilations_total")
+    short = rows(engine, messages(engine, 2))
+    assert short[0].program.length == min(engine.policy.lengths)
+    engine.run(short)
+    assert metrics.value("vla_compilations_total") == before
+
+
 def test_plain_parameters_are_on_the_device_for_plans_only(policies, engines):
     alone = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), plans=False)
     for engine, kind in ((engines["tabletop"], jax.Array), (alone, np.ndarray)):

@@ -1,10 +1,12 @@
 """Records hold the frames as they were, survive a kill, and stop at their limit."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from tests.serve.server.harness import SPEC, Echo, eventually, observe, serving
-from vla_jax.serve.server import codec
+from vla_jax.serve.server import codec, recording
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.logs import Logs
 from vla_jax.serve.server.metrics import Metrics
@@ -53,6 +55,22 @@ def test_the_limit_holds_and_is_counted(tmp_path):
     keeper.close()
     eventually(lambda: metrics.value("vla_recorded_total", outcome="dropped") == 3)
     assert metrics.value("vla_recorded_total", outcome="written") == 2 == len(list(read(tmp_path)))
+
+
+def test_what_waits_for_a_slow_disk_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "_WAITING_BYTES", 1000)
+    metrics, gate = Metrics(), threading.Event()
+    keeper = recorder(tmp_path, metrics=metrics)
+    keep = keeper._keep
+    monkeypatch.setattr(keeper, "_keep", lambda record: (gate.wait(30), keep(record)))
+    for _ in range(5):
+        keeper.add(bytes(300), bytes(100))
+    assert metrics.value("vla_recorded_total", outcome="dropped") == 3
+    gate.set()
+    eventually(lambda: keeper._waiting == 0)
+    keeper.add(bytes(5000), b"")  # larger than the bound, but nothing else waits
+    keeper.close()
+    assert [len(record.request) for record in read(tmp_path)] == [300, 300, 5000]
 
 
 def test_another_policys_record_is_not_continued(tmp_path):

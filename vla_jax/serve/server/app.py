@@ -40,6 +40,8 @@ from vla_jax.serve.server.spec import Spec
 FAILED = "Internal server error. Traceback included in previous frame."
 """Reason of the close after an exception, as openpi's server says it."""
 GOING = "the server is being stopped"
+GOODBYE_S = 1.0
+"""Seconds for the goodbye to those whose reply does not come."""
 
 
 class Serves(Protocol):
@@ -147,9 +149,11 @@ class App:
                 while self._connections:
                     await asyncio.sleep(0.02)
         drained = not self._connections
-        server.close(close_connections=True)
         if drained:
             await server.wait_closed()
+        else:  # their replies do not come any more; the goodbye must not wait for robots that are gone themselves
+            leaving = [asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._connections)]
+            await asyncio.wait(leaving, timeout=GOODBYE_S)
         return drained
 
     def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:

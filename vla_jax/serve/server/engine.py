@@ -162,10 +162,9 @@ class Engine:
             self._backend.compile(program, self.buckets)
         observation = self.spec.zeros(self._any_prompt())
         (request,), _ = parse_request(observation, self.spec, {})
-        row, calls = self.prepare(request, seed=0), 0
+        # Without its instruction a prompt fits every program, however long this policy's prompts usually are.
+        row, calls = self.prepare(dataclasses.replace(request, guidance=0.0), seed=0), 0
         for program in self.programs():
-            if program.length < row.program.length:
-                continue
             for bucket in self.buckets:
                 self.run([row._replace(program=program, guidance=2.0 if program.guided else None)], bucket)
                 calls += 1
@@ -192,6 +191,7 @@ class Engine:
             "robot": schema.robot,
             "config_hash": policy.config_hash,
             "step": policy.step,
+            "weights": policy.weights,
             "execute": policy.execute,
             "buckets": list(self.buckets),
             "solver": solver,

@@ -18,7 +18,8 @@ import msgpack
 from vla_jax.serve.server.logs import Logs
 from vla_jax.serve.server.metrics import Metrics
 
-_WAITING = 256
+_WAITING, _WAITING_BYTES = 256, 64 * 2**20
+"""Most records, and bytes, that wait for the disk."""
 
 
 class Recorded(NamedTuple):
@@ -47,16 +48,34 @@ class Recorder:
         self._file = (folder / f"requests-{number:05d}.msgpack").open("xb")
         self._left, self._metrics, self._logs = max_bytes, metrics, logs
         self._queue: queue.Queue[Recorded | None] = queue.Queue(_WAITING)
+        self._waiting, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
     def add(self, request: bytes, reply: bytes) -> None:
         """Never blocks."""
+        record = Recorded(time.time(), request, reply)
         try:
-            self._queue.put_nowait(Recorded(time.time(), request, reply))
+            self._count(record)
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
+                self._forget(record)
+                raise
         except queue.Full:
             self._metrics.recorded.labels("dropped").inc()
             self._logs.warning("record dropped", why="the disk is slower than the requests")
+
+    def _count(self, record: Recorded) -> None:
+        """Its bytes wait from now on. Raises queue.Full."""
+        with self._lock:
+            if self._waiting and self._waiting + _size(record) > _WAITING_BYTES:
+                raise queue.Full
+            self._waiting += _size(record)
+
+    def _forget(self, record: Recorded) -> None:
+        with self._lock:
+            self._waiting -= _size(record)
 
     def close(self) -> None:
         """Writes what waits."""
@@ -66,21 +85,29 @@ class Recorder:
 
     def _write(self) -> None:
         while (record := self._queue.get()) is not None:
-            data = msgpack.packb(record._asdict())
-            if len(data) > self._left:
-                self._metrics.recorded.labels("dropped").inc()
-                self._logs.warning("record dropped", why="the recording has reached its limit")
-                continue
-            try:
-                self._file.write(data)
-                self._file.flush()
-            except OSError as error:
-                self._metrics.recorded.labels("dropped").inc()
-                self._logs.error("record dropped", error)
-                self._left = 0
-                continue
-            self._left -= len(data)
-            self._metrics.recorded.labels("written").inc()
+            self._keep(record)
+            self._forget(record)
+
+    def _keep(self, record: Recorded) -> None:
+        data = msgpack.packb(record._asdict())
+        if len(data) > self._left:
+            self._metrics.recorded.labels("dropped").inc()
+            self._logs.warning("record dropped", why="the recording has reached its limit")
+            return
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            self._metrics.recorded.labels("dropped").inc()
+            self._logs.error("record dropped", error)
+            self._left = 0
+            return
+        self._left -= len(data)
+        self._metrics.recorded.labels("written").inc()
+
+
+def _size(record: Recorded) -> int:
+    return len(record.request) + len(record.reply)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
