@@ -34,13 +34,23 @@ def abstract():
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items(1))
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def saved(folder):
+    checkpoints = Checkpoints(folder, keep=2)
     for step in (1, 2, 3):
         checkpoints.save(step, items(step), {"config": CONFIG, "tokenizer": "{}"})
     checkpoints.close()
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return saved(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """For tests that change nothing."""
+    return saved(tmp_path_factory.mktemp("run"))
 
 
 def restore(run_dir, config=CONFIG, free=()):
@@ -161,7 +171,7 @@ PASSING = [
 
 @pytest.mark.parametrize("notes", ["{code} {spec}", "{spec} {code}"])
 def test_what_the_operating_system_said_in_one_line(notes):
-    found = notes.format(code="[os_error_code='13']", spec="[tensorstore_spec='{\\"create\\":false}']")
+    found = notes.format(code="[os_error_code='13']", spec="[tensorstore_spec='{create:false}']")
     line = reading.first_line(ValueError(f"PERMISSION_DENIED: {TENSORSTORE}Permission denied {found}"))
     assert line == "Permission denied"
 
@@ -179,22 +189,22 @@ def unlucky(monkeypatch, error):
 
 
 @pytest.mark.parametrize(("error", "mend"), PASSING)
-def test_what_cannot_be_read_now_is_reported_and_left_where_it_is(run_dir, monkeypatch, capfd, error, mend):
+def test_what_cannot_be_read_now_is_reported_and_left_where_it_is(untouched, monkeypatch, capfd, error, mend):
     unlucky(monkeypatch, error)
-    for read in (lambda: restore(run_dir), lambda: load(run_dir, "params")):
+    for read in (lambda: restore(untouched), lambda: load(untouched, "params")):
         with pytest.raises(
             UnreachableCheckpointError, match=r"checkpoints/3 cannot be read now .*stays"
         ) as raised:
             read()
         assert mend in str(raised.value) and "\n" not in str(raised.value)
-    assert capfd.readouterr().err == "" and not (run_dir / UNREADABLE).exists()
+    assert capfd.readouterr().err == "" and not (untouched / UNREADABLE).exists()
     monkeypatch.undo()
-    assert restore(run_dir).step == 3
+    assert restore(untouched).step == 3
 
 
-def test_a_folder_that_one_may_not_look_into_is_not_a_missing_one(run_dir, monkeypatch):
+def test_a_folder_that_one_may_not_look_into_is_not_a_missing_one(untouched, monkeypatch):
     """For Orbax it is; and for root there is none, so the refusal is played."""
-    paths = type(reading.run_path(run_dir))
+    paths = type(reading.run_path(untouched))
     listed = paths.iterdir
 
     def refused(self):
@@ -204,8 +214,8 @@ def test_a_folder_that_one_may_not_look_into_is_not_a_missing_one(run_dir, monke
 
     monkeypatch.setattr(paths, "iterdir", refused)
     with pytest.raises(UnreachableCheckpointError, match="give this user the right"):
-        restore(run_dir)
-    assert not (run_dir / UNREADABLE).exists()
+        restore(untouched)
+    assert not (untouched / UNREADABLE).exists()
 
 
 @pytest.mark.parametrize("mine", [None, ValueError("OUT_OF_RANGE")])
