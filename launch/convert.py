@@ -108,6 +108,10 @@ def main() -> None:
     )
     for name in report.left_out:
         print(f"left out: {name} (unused, or a copy of a tied weight)")
+    if report.lost:
+        print(
+            f"not written: the statistics {', '.join(report.lost)}, for which {args.to} has no place; openpi has"
+        )
     print(f"{args.out}: {report.parameters:,} parameters in {report.arrays} arrays")
 
 

@@ -115,6 +115,10 @@ def test_merged_for_serving_and_for_others(tuned, tmp_path):
     back = flatten(load(tmp_path / "back", "params"))
     for name in ("backbone/llm/layers/attn/kv_einsum/w", "expert/layers/mlp/linear"):
         np.testing.assert_array_equal(back[name], flatten(merged.params)[name])
+    (statistics,) = read_meta(tmp_path / "back")["assets"]["norm_stats"].values()
+    wanted = unmerged.bundle.normalize.statistics[""]
+    assert statistics["state"]["mean"] == list(wanted.state.mean)
+    assert statistics["actions"]["q99"] == list(wanted.action.q99)
 
 
 def dry(config, folder, tmp_path, capsys):

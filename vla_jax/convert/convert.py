@@ -37,6 +37,8 @@ TARGETS: dict[str, tuple[Callable[..., list[Entry]], Callable[..., None]]] = {
     "pi0_hf": (pi0_hf.export_table, pi0_hf.write_weights),
     "openpi": (openpi.export_table, openpi.write_weights),
 }
+#: Of these, the one that holds statistics of state and actions.
+WITH_STATISTICS = "openpi"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "keep": None}
 
 
@@ -49,6 +51,8 @@ class Report:
     model: VLAConfig
     left_out: tuple[str, ...]
     """Arrays of theirs that were read over: unused ones, copies of tied ones."""
+    lost: tuple[str, ...] = ()
+    """Whose statistics of state and actions the format has no place for."""
 
 
 def convert(
@@ -157,11 +161,13 @@ def _export(
             f"{target} has no place for {len(left_out)} of {path}'s arrays ({sorted(left_out)[0]}, …)"
         )
     arrays = exported(entries, run, dtype)
+    assets = run.assets
     _check_space(out, arrays)
     with Whole(out) as partial:
-        write(partial, arrays, run.model, options, run.assets)
+        write(partial, arrays, run.model, options, assets)
         run.verify()
-    return _report(arrays, run.model, set())
+    lost = () if target == WITH_STATISTICS else tuple(assets.get("norm_stats", ()))
+    return dataclasses.replace(_report(arrays, run.model, set()), lost=lost)
 
 
 def _table(

@@ -8,7 +8,7 @@ clock runs the other way: `time_flip`.
 import dataclasses
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vla_jax.convert.entry import Entry, Lazy
@@ -108,9 +108,15 @@ def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[En
 def write_weights(
     folder: Path, arrays: dict[str, Lazy], model: VLAConfig, options: Options, assets: dict[str, Any]
 ) -> None:
-    """``params`` and, where the run has them, ``assets``."""
+    """``params`` and, where the run has statistics of state and actions, ``assets``."""
+    found = assets.get("norm_stats", {})
+    for name in found:  # a task's, which may be anything
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(
+                f"the statistics of {name!r} go into a folder of that name, and it can be no folder's"
+            )
     write_orbax(folder / "params", arrays, ("params",))
-    for name, statistics in assets.get("norm_stats", {}).items():
+    for name, statistics in found.items():
         file = folder / "assets" / name / "norm_stats.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"norm_stats": statistics}, indent=2))

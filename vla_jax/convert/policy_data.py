@@ -14,6 +14,7 @@ import numpy as np
 
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.convert.lerobot_processor import STATE_IN_PROMPT, affine, read_preprocessing
+from vla_jax.convert.statistics import openpi_method
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
@@ -57,7 +58,7 @@ def public_data(model: VLAConfig) -> DataConfig:
         prompt=form,
         prompt_clip_state=False,
         max_text_tokens=TEXT_TOKENS[form],
-        normalization="zscore" if form == "pi0" else "quantile",
+        normalization=openpi_method(model),
         image_size=model.vision.image_size,
         cameras=model.cameras,
     )

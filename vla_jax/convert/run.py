@@ -19,6 +19,7 @@ from vla_jax.convert.account import account
 from vla_jax.convert.entry import Index, Lazy
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.sources import OrbaxSource
+from vla_jax.convert.statistics import run_statistics
 from vla_jax.convert.stream import Whole, write_orbax
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
@@ -74,8 +75,11 @@ class RunSource:
 
     @property
     def assets(self) -> dict[str, Any]:
-        """What came with imported weights."""
-        return self.meta.get("assets", {})
+        """What came with imported weights; the statistics of state and actions else are the run's own."""
+        came = self.meta.get("assets", {})
+        if "norm_stats" in came or "data" not in self.meta:
+            return came
+        return {**came, "norm_stats": run_statistics(self.meta["data"], self.model)}
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The part of an array; for the checksum, each part is to be read once."""
