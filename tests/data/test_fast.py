@@ -131,6 +131,23 @@ def test_a_malformed_sequence_gives_the_nearest_chunk(fast, chunks):
     assert fast.decode([]).malformed
 
 
+@pytest.mark.parametrize("code", [0x800, 0xFFFD, 0x10FFFF])
+def test_bytes_that_spell_a_coefficient_beyond_the_alphabet(byte_level, chunks, code):
+    """Three or four bytes that no chunk is ever written with: the largest coefficient stands for it, and is flagged."""
+    row = byte_level.encode(chunks[:1])[0]
+    whole = byte_level.quantize(byte_level.decode(row, K, A).actions).ravel()
+    single = {piece: token for token, piece in enumerate(byte_level._pieces) if len(piece) == 1}
+    as_bytes = [single[bytes([byte])] for byte in "".join(map(chr, whole - byte_level.min_token)).encode()]
+    assert not byte_level.decode(as_bytes, K, A).malformed
+    spelt = [single[bytes([byte])] for byte in chr(code).encode()]
+    assert len(spelt) == (3 if code < 0x10000 else 4)
+    first = len(chr(whole[0] - byte_level.min_token).encode())
+    strange = byte_level.decode(spelt + as_bytes[first:], K, A)
+    assert strange.malformed
+    wanted = np.asarray([0x7FF + byte_level.min_token, *whole[1:]])
+    np.testing.assert_array_equal(byte_level.quantize(strange.actions).ravel(), wanted)
+
+
 def test_training_again_gives_the_same_files(fast, chunks, tmp_path):
     assert train_fast(chunks, vocab_size=400, scale=SCALE) == fast
     fast.save(tmp_path / "fast")

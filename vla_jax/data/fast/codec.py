@@ -106,7 +106,8 @@ class FastTokenizer:
         """The chunk of any sequence of integers; `horizon` and `action_dim` where the files name none.
 
         A sequence that is no chunk gives the one that shares the beginning that can be read: an id that does not
-        exist is left out, missing coefficients (the highest frequencies) are 0, further ones are cut.
+        exist is left out, missing coefficients (the highest frequencies) are 0, further ones are cut, and one beyond
+        the alphabet, which bytes can spell, is the nearest in it.
         """
         k, a = self.horizon or horizon, self.action_dim or action_dim
         if not k or not a:
@@ -115,7 +116,10 @@ class FastTokenizer:
         known = [int(token) for token in tokens if 0 <= token < len(self._pieces)]
         text, malformed = _text(b"".join(self._pieces[token] for token in known))
         values = np.fromiter(map(ord, text), np.int64, len(text)) + self.min_token
-        malformed |= len(known) != len(tokens) or len(values) != k * a
+        malformed |= (
+            len(known) != len(tokens) or len(values) != k * a or bool((values > self.max_token).any())
+        )
+        values = np.minimum(values, self.max_token)
         coefficients = np.zeros(k * a, np.int64)
         read = min(k * a, len(values))
         coefficients[:read] = values[:read]
