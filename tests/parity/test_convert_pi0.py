@@ -166,8 +166,7 @@ def test_a_wrong_mask_position_or_scale_would_show(setup, point):
     params = load(folder / "ours", "params")
     wanted = -their_velocity(cfg, data, theirs, x, 1 - t)
     for name, found in mistakes(cfg, data, params, x, t).items():
-        print(name, relative(found, wanted))
-        assert relative(found, wanted) > 5 * BOUND, name
+        assert relative(found, wanted) > 100 * BOUND, name
 
 
 def test_one_layer_of_full_width():
@@ -201,8 +200,7 @@ def test_one_layer_of_full_width():
     wrong = mistakes(cfg, data, params, x, t)
     wrong.pop("one block")
     for name, found in wrong.items():
-        print(name, relative(found, wanted))
-        assert relative(found, wanted) > 5 * BOUND, name
+        assert relative(found, wanted) > 100 * BOUND, name
 
 
 def trained_size(rng, name, shape):
