@@ -42,20 +42,20 @@ class ConvertArgs:
     weights: Literal["params", "ema"] | None = None
     """Which weights of a run to export; default: the averaged ones where it has them."""
     cameras: tuple[str, ...] = ()
-    """Names of the cameras in the order of their tokens; default: the format's usual ones."""
-    horizon: int = 50
-    """Actions of a chunk, for openpi, whose files do not say it."""
-    names: Literal["legacy", "4.5x", "5.x"] = "legacy"
-    """Generation of names that paligemma_hf writes; every transformers reads legacy."""
-    max_file_gb: float = 5.0
-    """Largest safetensors file in GB; more than one get an index."""
+    """Names of the cameras in the order of their tokens, for weights that come in; default: the format's usual ones."""
+    horizon: int | None = None
+    """Actions of a chunk, for weights that come in and whose files do not say it, as openpi's; default: 50."""
+    names: Literal["legacy", "4.5x", "5.x"] | None = None
+    """Generation of names that paligemma_hf writes; default: legacy, which every transformers reads."""
+    max_file_gb: float | None = None
+    """Largest safetensors file in GB, of paligemma_hf and pi0_hf; more than one get an index. Default: 5."""
     tokenizer: Path | None = None
     """tokenizer.json or a sentencepiece .model: with it, and the statistics beside the weights, what comes in is a
     policy that launch.serve and launch.evaluate load. Without, it is a start for training."""
     statistics: str = ""
     """With --tokenizer: which of several statistics beside the weights."""
-    control_hz: float = 20.0
-    """With --tokenizer: steps per second of the robot, which no file says."""
+    control_hz: float | None = None
+    """With --tokenizer: steps per second of the robot, which no file says; default: 20."""
     state_in_prompt: bool = True
     """With --tokenizer, for a π0.5: whether its prompt holds the state. Not for openpi's pi05_libero
     (discrete_state_input=False), which no file says either."""
@@ -63,16 +63,41 @@ class ConvertArgs:
     """Whether the leaves written for openpi end in /value, as those it saves itself."""
 
     def __post_init__(self):
-        if self.horizon < 1:
+        if self.horizon is not None and self.horizon < 1:
             raise ValueError(f"horizon={self.horizon}: a chunk needs at least one action")
-        if self.max_file_gb <= 0:
+        if self.max_file_gb is not None and self.max_file_gb <= 0:
             raise ValueError(f"max_file_gb={self.max_file_gb}: must be positive")
-        if self.tokenizer is None and self.statistics:
-            raise ValueError("statistics are chosen for a policy; give its --tokenizer too")
-        if self.tokenizer is None and not self.state_in_prompt:
-            raise ValueError("no-state-in-prompt is about a policy's prompts; give its --tokenizer too")
+        self._check_used()
         if self.tokenizer is not None and (self.source == "vla_jax" or self.to != "vla_jax"):
             raise ValueError("a tokenizer is for weights of others that come in; a run has its own")
+
+    def _check_used(self) -> None:
+        """What is given and does nothing is hardly meant."""
+        comes_in, policy = self.source != "vla_jax", self.tokenizer is not None
+        options = [  # name, whether it is given, whether it does something, what it is for
+            ("cameras", self.cameras, comes_in, "weights of others that come in; a run names its own"),
+            ("horizon", self.horizon, comes_in, "weights of others that come in; a run has its own"),
+            (
+                "weights",
+                self.weights,
+                not comes_in,
+                "a run, --from vla_jax; the weights of others are one set",
+            ),
+            ("names", self.names, self.to == "paligemma_hf", "--to paligemma_hf"),
+            (
+                "max-file-gb",
+                self.max_file_gb,
+                self.to in ("paligemma_hf", "pi0_hf"),
+                "--to paligemma_hf or pi0_hf",
+            ),
+            ("no-value", not self.value, self.to == "openpi", "--to openpi"),
+            ("statistics", self.statistics, policy, "a policy; give its --tokenizer too"),
+            ("control-hz", self.control_hz, policy, "a policy; give its --tokenizer too"),
+            ("no-state-in-prompt", not self.state_in_prompt, policy, "a policy; give its --tokenizer too"),
+        ]
+        for name, given, used, purpose in options:
+            if given and not used:
+                raise ValueError(f"--{name} would do nothing here: it is for {purpose}")
 
 
 def main() -> None:
@@ -86,14 +111,14 @@ def main() -> None:
         policy = PolicyOptions(
             tokenizer=args.tokenizer,
             statistics=args.statistics,
-            control_hz=args.control_hz,
+            control_hz=20.0 if args.control_hz is None else args.control_hz,
             state_in_prompt=args.state_in_prompt,
         )
     options = Options(
         cameras=args.cameras,
         horizon=args.horizon,
-        names=args.names,
-        max_file_bytes=int(args.max_file_gb * 1e9),
+        names=args.names or "legacy",
+        max_file_bytes=int((args.max_file_gb or 5.0) * 1e9),
         value=args.value,
         policy=policy,
     )

@@ -15,7 +15,8 @@ from tests.convert import layouts
 from tests.convert.layouts import TINY
 from tests.convert.test_round_trip import paligemma_config, pi0_hf_files, save_lerobot, save_statistics
 from vla_jax.checkpoint import load
-from vla_jax.convert import convert
+from vla_jax.convert import Options, convert
+from vla_jax.convert.convert import open_weights
 from vla_jax.convert.run import RunSource
 
 
@@ -187,6 +188,77 @@ def test_command_line(tmp_path):
     argv = ["--from", "openpi", "--path", "a", "--out", "b", "--horizon", "15"]
     args = cli(ConvertArgs, description=None, argv=argv)
     assert (args.source, args.to, args.horizon) == ("openpi", "vla_jax", 15)
+
+
+IN, OUT = ("--from", "openpi"), ("--from", "vla_jax", "--to")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((*IN, "--weights", "ema"), "--weights would do nothing here: it is for a run, --from vla_jax"),
+        ((*IN, "--names", "legacy"), "--names .* --to paligemma_hf"),
+        ((*IN, "--max-file-gb", "5"), "--max-file-gb .* --to paligemma_hf or pi0_hf"),
+        ((*IN, "--no-value"), "--no-value .* --to openpi"),
+        ((*IN, "--control-hz", "20"), "--control-hz .* give its --tokenizer too"),
+        ((*IN, "--statistics", "lab"), "--statistics .* give its --tokenizer too"),
+        ((*IN, "--no-state-in-prompt"), "--no-state-in-prompt .* give its --tokenizer too"),
+        ((*OUT, "openpi", "--cameras", "top"), "--cameras .* a run names its own"),
+        ((*OUT, "vla_jax", "--horizon", "50"), "--horizon .* a run has its own"),
+        ((*OUT, "pi0_hf", "--names", "5.x"), "--names .* --to paligemma_hf"),
+        ((*OUT, "paligemma_hf", "--no-value"), "--no-value .* --to openpi"),
+        ((*OUT, "openpi", "--max-file-gb", "1"), "--max-file-gb .* --to paligemma_hf or pi0_hf"),
+        ((*OUT, "pi0_hf", "--max-file-gb", "0"), "max_file_gb=0.0: must be positive"),
+        ((*OUT, "openpi", "--control-hz", "9"), "--control-hz .* give its --tokenizer too"),
+    ],
+)
+def test_options_that_would_do_nothing(argv, message):
+    with pytest.raises(ValueError, match=message):
+        cli(ConvertArgs, description=None, argv=[*argv, "--path", "a", "--out", "b"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (
+            *IN,
+            "--cameras",
+            "top",
+            "--horizon",
+            "9",
+            "--tokenizer",
+            "t",
+            "--control-hz",
+            "9",
+            "--no-state-in-prompt",
+        ),
+        (*OUT, "openpi", "--no-value", "--weights", "ema"),
+        (*OUT, "paligemma_hf", "--names", "5.x", "--max-file-gb", "1"),
+        (*OUT, "vla_jax", "--weights", "params"),
+    ],
+)
+def test_options_that_do_something(argv):
+    cli(ConvertArgs, description=None, argv=[*argv, "--path", "a", "--out", "b"])
+
+
+@pytest.mark.parametrize("source", ["pi0_hf", "lerobot"])
+def test_a_horizon_that_a_file_says_otherwise(tmp_path, source):
+    theirs = tmp_path / "theirs"
+    if source == "pi0_hf":
+        pi0_hf_files(theirs)
+    else:
+        save_lerobot(theirs, layouts.random(layouts.lerobot(TINY, "pi0")), "pi0")
+    said = json.loads((theirs / "config.json").read_text())["chunk_size"]
+    assert open_weights(theirs, source, Options(horizon=said)).model.expert.horizon == said
+    with pytest.raises(
+        ValueError, match=rf"config\.json says chunk_size={said}, so --horizon 15 would do nothing"
+    ):
+        open_weights(theirs, source, Options(horizon=15))
+    config = json.loads((theirs / "config.json").read_text())
+    del config["chunk_size"]
+    (theirs / "config.json").write_text(json.dumps(config))
+    assert open_weights(theirs, source, Options(horizon=15)).model.expert.horizon == 15
+    assert open_weights(theirs, source, Options()).model.expert.horizon == 50
 
 
 MEMORY = """

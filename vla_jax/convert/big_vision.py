@@ -17,7 +17,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     ours = {name: f"backbone/{name.removeprefix('params/')}" for name in source.specs}
     specs = {ours[name]: spec for name, spec in source.specs.items()}
     cameras = options.cameras or ("image",)
-    model, _ = config_from(specs, where=path, cameras=cameras, horizon=options.horizon)
+    model, _ = config_from(specs, where=path, cameras=cameras, horizon=options.chunk())
     entries = table(model, "params/" if any(name.startswith("params/") for name in ours) else "")
     return Opened(where=path, source=source, entries=entries, model=model, expert=False)
 

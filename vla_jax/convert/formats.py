@@ -20,8 +20,8 @@ class Options:
 
     cameras: tuple[str, ...] = ()
     """Names of the cameras, in the order of their tokens; empty: the format's usual ones."""
-    horizon: int = 50
-    """Actions of a chunk, where no file beside the weights says it."""
+    horizon: int | None = None
+    """Actions of a chunk, where no file beside the weights says it; None: 50."""
     names: str = "legacy"
     """Which generation of names `paligemma_hf` writes: legacy, 4.5x or 5.x."""
     max_file_bytes: int = 5 * 10**9
@@ -30,6 +30,14 @@ class Options:
     """Whether openpi's leaves end in /value, as openpi itself saves them."""
     policy: PolicyOptions | None = None
     """What makes imported weights a policy; None: they are weights, to start training from."""
+
+    def chunk(self, said: int | None = None, file: Path | None = None) -> int:
+        """Actions of a chunk; `said` is what a file says. Raises ValueError where `horizon` is another number."""
+        if said is not None and self.horizon not in (None, said):
+            raise ValueError(
+                f"{file} says chunk_size={said}, so --horizon {self.horizon} would do nothing; leave it out"
+            )
+        return said or self.horizon or 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

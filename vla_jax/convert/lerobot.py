@@ -48,7 +48,7 @@ def open_weights(path: Path, options: Options) -> Opened:
         Options(**{**vars(options), "cameras": options.cameras or cameras or PI0_CAMERAS}),
         adaptive=kind == "pi05",
         towers=towers,
-        horizon=config.get("chunk_size", options.horizon),
+        horizon=options.chunk(config.get("chunk_size"), file),
     )
     return Opened(**{**vars(opened), "assets": {"lerobot": {"config": config, **read_processors(path)}}})
 

@@ -58,7 +58,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     bare = {name: name.removeprefix("params/").removesuffix("/value") for name in source.specs}
     specs = {from_openpi(bare[name]): spec for name, spec in source.specs.items()}
     cameras = options.cameras or PI0_CAMERAS
-    model, expert = config_from(specs, where=path, cameras=cameras, horizon=options.horizon)
+    model, expert = config_from(specs, where=path, cameras=cameras, horizon=options.chunk())
     if not expert:  # of openpi's, only π0-FAST has none: the decoder writes its actions
         model = dataclasses.replace(model, expert=dataclasses.replace(model.expert, kind="tokens"))
     front = "params/" if any(name.startswith("params/") for name in bare) else ""

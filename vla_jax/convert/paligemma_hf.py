@@ -61,7 +61,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     embedding = f"{prefixes.text}.embed_tokens.weight"
     rows, _ = sizes.shape(embedding, 2)
     vision, text = read_towers(config, sizes, prefixes, rows, path / "config.json")
-    expert = new_expert(text, options.horizon)
+    expert = new_expert(text, options.chunk())
     model = VLAConfig(
         vision=vision,
         text=text,

@@ -49,7 +49,7 @@ def open_weights(path: Path, options: Options) -> Opened:
         return read_towers(config["vlm_config"], sizes, prefixes, rows, file)
 
     options = Options(**{**vars(options), "cameras": options.cameras or PI0_CAMERAS})
-    horizon = config.get("chunk_size", options.horizon)
+    horizon = options.chunk(config.get("chunk_size"), file)
     return open_pi0(path, SafetensorsSource(path), options, adaptive=False, towers=towers, horizon=horizon)
 
 
