@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -21,6 +20,7 @@ from vla_jax.convert.convert import open_weights
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.attention import attend, prefix_lm
+from vla_jax.layers.axes import constrain
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import count, draw, transfusion_loss
@@ -126,7 +126,7 @@ def main() -> None:
         }
         if name == "2x2x2x1":  # the residual stream of the prefix, as the model constrains it
             with activate(mesh):
-                split = jax.jit(lambda x: nn.with_logical_constraint(x, ("batch", "prefix", "act_embed")))
+                split = jax.jit(lambda x: constrain(x, ("batch", "prefix", "act_embed")))
                 x = split(np.zeros((8, 16, 4), np.float32))
             out[name]["prefix_shards"] = 16 // x.addressable_shards[0].data.shape[1]
     out["splash"] = splash()

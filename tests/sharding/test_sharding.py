@@ -1,9 +1,12 @@
 """Meshes, rules and placement: refused where they cannot work, equal to one device where they can."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,9 +15,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from vla_jax.layers.axes import constrain, mesh_axes
+from vla_jax.layers.mlp import GeGLU
 from vla_jax.sharding import (
     RULES,
     MeshConfig,
+    activate,
     check_batch,
     check_prefix,
     check_unsharded,
@@ -145,6 +151,78 @@ def test_rules_name_each_axis_once():
 def test_misspelt_axis_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"layer/w: axis 'emded' .* did you mean 'embed'\?"):
         shardings(boxed(("emded", "mlp"), (4, 4)), mesh_of(data=1, fsdp=2, tensor=1))
+
+
+@pytest.mark.parametrize("lay", [lambda x, names: constrain(x, names), lambda x, names: mesh_axes(names)])
+def test_misspelt_axis_of_an_activation_is_refused_too(lay):
+    """Flax would copy it to every device. Without rules the names mean nothing, and everything passes."""
+    x = jnp.zeros((2, 4, 4))
+
+    def trace(first):
+        jax.jit(lambda x: (lay(x, (first, "length", "act_embed")), x)[1])(x)
+
+    trace("bacth")
+    with activate(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+        trace("batch")
+        with pytest.raises(ValueError, match=r"axis 'bacth' is not in .* did you mean 'batch'\?"):
+            trace("bacth")
+
+
+def test_a_model_with_a_misspelt_axis_does_not_trace():
+    model = GeGLU(8, 8, length="prefx")
+    x = jnp.zeros((2, 4, 8))
+    params = model.init(jax.random.key(0), x)
+    with activate(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+        with pytest.raises(ValueError, match=r"'batch', 'prefx', 'act_mlp'.* did you mean 'prefix'\?"):
+            jax.eval_shape(model.apply, params, x)
+        with pytest.raises(ValueError, match=r"\(2, 4, 8\) has 3 axes, but 2 names"):
+            constrain(x, ("batch", "length"))
+
+
+NAMING = {
+    "constrain", "mesh_axes", "_on_mesh", "with_logical_partitioning", "fan_in", "kernel", "normal", "zeros", "ones",
+    "sincos_2d", "dct_2d", "Einsum", "_dense",
+}  # fmt: skip
+"""Functions and modules that are given the names of axes."""
+
+
+def axis_names(path):
+    """(line, name) of every axis that a source file names: in tuples given to `NAMING`, and as a `length`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        given = []
+        if isinstance(node, ast.Call):
+            function = (
+                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            )
+            values = [*node.args, *(k.value for k in node.keywords)] if function in NAMING else []
+            given = [
+                one for value in values for t in ast.walk(value) if isinstance(t, ast.Tuple) for one in t.elts
+            ]
+            for keyword in node.keywords:
+                given += [keyword.value] if keyword.arg == "length" else []
+                given += keyword.value.elts if keyword.arg == "names" and function == "dict" else []
+        elif isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "length":
+            given = [node.value]
+        elif isinstance(node, ast.arguments):
+            named = zip([a.arg for a in node.kwonlyargs], node.kw_defaults)
+            given = [default for name, default in named if name == "length"]
+        elif isinstance(node, ast.Dict):
+            given = [v for k, v in zip(node.keys, node.values) if getattr(k, "attr", "") == "PARTITION_NAME"]
+        for one in given:
+            if isinstance(one, ast.Constant) and isinstance(one.value, str):
+                yield one.lineno, one.value
+
+
+def test_every_axis_that_the_source_names_is_in_the_rules():
+    root = Path(__file__).parents[2] / "vla_jax"
+    known, found = {name for name, _ in RULES}, set()
+    for path in sorted(root.rglob("*.py")):
+        for line, name in axis_names(path):
+            assert name in known, f"{path}:{line}: axis '{name}' is not in vla_jax/sharding/rules.py"
+            found.add(name)
+        if path.parent.name != "sharding" and path.name != "axes.py":
+            assert not re.search(r"nn\.(with_logical_constraint|logical_to_mesh)", path.read_text()), path
+    assert found == known  # so this test finds them, and no rule is idle
 
 
 def test_unnamed_parameter_is_refused():

@@ -332,4 +332,4 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _look_into(folder: Path) -> None:
     """Raises PermissionError where this process may not: Orbax takes such a folder's files for missing."""
-    next(iter(folder.iterdir()), None)
+    list(folder.iterdir())

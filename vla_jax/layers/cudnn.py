@@ -4,10 +4,11 @@ It takes bfloat16 and head widths that are multiples of 8, up to 128, on Hopper 
 goes in as a bias [b 1 t s], the one array of that size that is left.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from vla_jax.layers.axes import constrain
 
 
 def attend(
@@ -25,7 +26,7 @@ def attend(
     """
     del length
     queries = q.shape[1]
-    q = nn.with_logical_constraint(_even(q), ("batch", "length", "act_heads", None))
+    q = constrain(_even(q), ("batch", "length", "act_heads", None))
     reach = _even(reach)
     k, v, visible = _even(k), _even(v), _even(visible)  # padding is False: seen by nobody
     mask = (jnp.arange(k.shape[1]) <= reach[:, :, None]) & visible[:, None, :]

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vla_jax.layers.axes import constrain
 from vla_jax.layers.init import fan_in
 
 
@@ -27,5 +28,5 @@ class GeGLU(nn.Module):
             x.dtype
         )
         hidden = nn.gelu(jnp.einsum("btd,df->btf", x, gating[0])) * jnp.einsum("btd,df->btf", x, gating[1])
-        hidden = nn.with_logical_constraint(hidden, ("batch", self.length, "act_mlp"))
+        hidden = constrain(hidden, ("batch", self.length, "act_mlp"))
         return jnp.einsum("btf,fd->btd", hidden, linear)

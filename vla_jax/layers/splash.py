@@ -7,13 +7,13 @@ array to the mask function, usually its position, and `reach` takes that place. 
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from vla_jax.layers.axes import mesh_axes
 
 LANES = 128
 """Sequence lengths and blocks are multiples of it."""
@@ -116,10 +116,8 @@ def _on_mesh(function: Callable, inputs: tuple, output: tuple) -> Callable:
     if jax.sharding.get_abstract_mesh().empty:
         return function
 
-    def spec(names) -> PartitionSpec:
-        return nn.logical_to_mesh_axes(names)
-
-    return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=spec(output), check_vma=False)
+    specs = tuple(map(mesh_axes, inputs))
+    return jax.shard_map(function, in_specs=specs, out_specs=mesh_axes(output), check_vma=False)
 
 
 def _block(length: int, most: int) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import Backend, BlockMask, attend
+from vla_jax.layers.axes import constrain
 from vla_jax.layers.mlp import GeGLU
 from vla_jax.layers.norm import AdaRMSNorm, RMSNorm
 from vla_jax.layers.rope import apply_rope
@@ -96,7 +97,7 @@ class Block(nn.Module):
         normed, gate = _norm(self.config.adaptive, "pre_ffw_norm", x, condition)
         out = GeGLU(self.config.width, self.config.mlp, self.length, name="mlp")(normed)
         x = x + (out if gate is None else out * gate)
-        return nn.with_logical_constraint(x, ("batch", self.length, "act_embed")), keys_values
+        return constrain(x, ("batch", self.length, "act_embed")), keys_values
 
 
 class Attention(nn.Module):
@@ -123,7 +124,7 @@ class Attention(nn.Module):
             (2, *self._shape(self.config.kv_heads)),
             name="kv_einsum",
         )(x)
-        q = nn.with_logical_constraint(apply_rope(q, positions), ("batch", self.length, "act_heads", None))
+        q = constrain(apply_rope(q, positions), ("batch", self.length, "act_heads", None))
         q, k, v = named(q, PROJECTED), named(apply_rope(kv[0], positions), PROJECTED), named(kv[1], PROJECTED)
         out = attend(q, k, v, mask, past, past_mask, backend=self.backend, length=self.length)
         out = named(out, CONTEXT)
@@ -180,8 +181,8 @@ class Embedder(nn.Module):
         gradients of all tokens, whole, on every device.
         """
         x = self.input_embedding[tokens].astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
-        x = nn.with_logical_constraint(x, ("replica", "length", "embed"))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = constrain(x, ("replica", "length", "embed"))
+        return constrain(x, ("batch", "length", "act_embed"))
 
     def decode(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits of the next token, float32."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.layers.attention import prefix_lm, token_positions
+from vla_jax.layers.axes import constrain
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.gemma import Gemma, TowerConfig
 from vla_jax.models.siglip import SigLIP
@@ -113,7 +114,7 @@ class PaliGemma(nn.Module):
         tokens = jnp.concatenate(
             [encoded.reshape(b, -1, encoded.shape[-1]), self.llm.embed(batch.tokens)], axis=1
         )
-        tokens = nn.with_logical_constraint(tokens, ("batch", "prefix", "act_embed"))
+        tokens = constrain(tokens, ("batch", "prefix", "act_embed"))
         return tokens, jnp.concatenate([mask, batch.token_mask], axis=1)
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vla_jax.layers import cudnn, init
 from vla_jax.layers.attention import Backend
+from vla_jax.layers.axes import constrain
 from vla_jax.models.config import VisionConfig
 from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
 
@@ -48,7 +49,7 @@ class SigLIP(nn.Module):
             init.sincos_2d((None, "patch", "embed"), cfg.image_size // cfg.patch),
             (1, cfg.tokens, cfg.width),
         )
-        x = nn.with_logical_constraint(x.astype(self.dtype), ("batch", "prefix", "act_embed"))
+        x = constrain(x.astype(self.dtype), ("batch", "prefix", "act_embed"))
         x = Transformer(cfg, self.dtype, self.remat, self.unroll, self.attention, name="Transformer")(x)
         return nn.Dense(
             self.out_width,
@@ -90,7 +91,7 @@ class EncoderBlock(nn.Module):
         attention = _Attention(self.config, self.dtype, self.attention, name="MultiHeadDotProductAttention_0")
         x = x + attention(_layer_norm(self.dtype, "LayerNorm_0")(x))
         x = x + _Mlp(self.config, self.dtype, name="MlpBlock_0")(_layer_norm(self.dtype, "LayerNorm_1")(x))
-        return nn.with_logical_constraint(x, ("batch", "prefix", "act_embed")), None
+        return constrain(x, ("batch", "prefix", "act_embed")), None
 
 
 class _Attention(nn.Module):
@@ -106,7 +107,7 @@ class _Attention(nn.Module):
         )
         names = ("query", "key", "value")
         q, k, v = (named(_Projection(**into, name=name)(x), PROJECTED) for name in names)
-        q = nn.with_logical_constraint(q, ("batch", "prefix", "act_heads", None))
+        q = constrain(q, ("batch", "prefix", "act_heads", None))
         if self.backend == "cudnn":
             out = cudnn.attend_all(q, k, v)
         else:
@@ -150,7 +151,7 @@ class _Mlp(nn.Module):
             bias_init=init.zeros(("mlp",)),
             name="Dense_0",
         )(x)
-        x = nn.with_logical_constraint(nn.gelu(x), ("batch", "prefix", "act_mlp"))
+        x = constrain(nn.gelu(x), ("batch", "prefix", "act_mlp"))
         return nn.Dense(
             self.config.width,
             dtype=self.dtype,

@@ -1,12 +1,12 @@
 """The one table that says where every named axis of every array lies on the mesh.
 
 Models name the axes of their parameters (``nn.with_logical_partitioning``) and activations
-(``nn.with_logical_constraint``); nothing else in the library mentions a mesh axis. Parameters, their
+(`layers.axes.constrain`); nothing else in the library mentions a mesh axis. Parameters, their
 optimiser moments and their EMA carry the same names, so they are sharded alike.
 
-Two traps, both measured: a name that is not in the table silently replicates its axis, so `shardings` refuses
-it; and ``with mesh:`` silently drops every activation constraint, so use `activate`, which sets the mesh with
-`jax.set_mesh`.
+Two traps, both measured: a name that is not in the table silently replicates its axis, so `shardings` and
+`constrain` refuse it; and ``with mesh:`` silently drops every activation constraint, so use `activate`, which sets
+the mesh with `jax.set_mesh`.
 """
 
 import contextlib
@@ -45,7 +45,6 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("act_embed", None),  # the batch already lies on fsdp
     ("act_mlp", "tensor"),
     ("act_heads", "tensor"),
-    ("act_vocab", "tensor"),
 )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import prefix_lm
+from vla_jax.layers.axes import constrain
 from vla_jax.models.config import ExpertConfig, VLAConfig
 from vla_jax.models.gemma import Tower, TowerConfig
 from vla_jax.types import Cache
@@ -90,7 +91,7 @@ class JointExpert(nn.Module):
                 clean = embed_clock(jnp.ones((rows, 1)), expert).astype(condition.dtype)
                 clean = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(clean))))
                 condition = jnp.concatenate([clean, condition], axis=1)
-        tokens = nn.with_logical_constraint(tokens, ("batch", "length", "act_embed"))
+        tokens = constrain(tokens, ("batch", "length", "act_embed"))
 
         seen = jnp.sum(cache.visible, axis=1)  # positions go on after what the expert sees of the prefix
         positions = jnp.repeat(seen, rows // seen.shape[0])[:, None] + jnp.arange(tokens.shape[1])
