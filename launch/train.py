@@ -50,7 +50,8 @@ class TrainArgs:
     process_id: int | None = None
     """This process's number, from 0 on, where no cluster is recognised."""
     start_timeout: float = 300.0
-    """Seconds to wait at the start until all processes are there; then those that came end with code 3."""
+    """Seconds to wait at the start until all processes are there, and again until each has loaded its libraries;
+    then those that came end with code 3."""
 
 
 def adapt(config: Any, argv: Sequence[str]) -> Any:
@@ -75,7 +76,14 @@ def main() -> None:
     )
     from vla_jax.train.run import train
 
-    train(config, args.run_dir, dry_run=args.dry_run, profile=steps, begun=_BEGUN)
+    train(
+        config,
+        args.run_dir,
+        dry_run=args.dry_run,
+        profile=steps,
+        begun=_BEGUN,
+        start_timeout=args.start_timeout,
+    )
     distributed.shutdown()
 
 

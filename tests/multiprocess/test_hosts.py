@@ -49,7 +49,7 @@ def start(data, tmp_path_factory):
     """Runs the toy as `processes` of `devices` each and waits for all; `one_differs` are options of the last only."""
     cache = tmp_path_factory.mktemp("xla")
 
-    def run(run_dir, *options, processes=2, devices=1, one_differs=(), module="tests.multiprocess.toy"):
+    def run(run_dir, *options, processes=2, devices=1, one_differs=(), frozen=()):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
@@ -60,7 +60,8 @@ def start(data, tmp_path_factory):
         port = free_port()
         running = []
         for i in range(processes):
-            command = [sys.executable, "-m", module, str(run_dir), "--data", str(data), *map(str, options)]
+            command = [sys.executable, "-m", "tests.multiprocess.toy", str(run_dir), "--data", str(data)]
+            command += map(str, options)
             if processes > 1:
                 command += ["--coordinator", f"localhost:{port}"]
                 command += ["--num-processes", str(processes), "--process-id", str(i)]
@@ -69,21 +70,23 @@ def start(data, tmp_path_factory):
             running.append(
                 (subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log), log)
             )
-        return wait(running)
+        return wait(running, frozen)
 
     return run
 
 
-def wait(running) -> list[Ended]:
+def wait(running, frozen=()) -> list[Ended]:
+    """Until all have ended but the `frozen` ones, which never do; kills what is left."""
     ends: dict[int, float] = {}
     patience = time.monotonic() + PATIENCE
-    while len(ends) < len(running) and time.monotonic() < patience:
+    while len(ends.keys() | set(frozen)) < len(running) and time.monotonic() < patience:
         for i, (process, _) in enumerate(running):
             if i not in ends and process.poll() is not None:
                 ends[i] = time.monotonic()
         time.sleep(0.05)
     for process, _ in running:
         process.kill()
+        process.wait()
     for process, log in running:
         while process.returncode < 0 and "ended suddenly" not in text_of(log) and time.monotonic() < patience:
             time.sleep(0.1)
@@ -184,7 +187,8 @@ def test_killed_processes_are_named_and_the_run_ends_with_the_same_bytes(start, 
     assert "process 0, the coordinator at localhost" in survivor.errors()[-1]
     assert read_meta(tmp_path)["step"] in (4, 8)
 
-    newest = max((tmp_path / "checkpoints").glob("*/params"), key=lambda path: int(path.parent.name))
+    whole_ones = [path for path in (tmp_path / "checkpoints").glob("*/params") if path.parent.name.isdigit()]
+    newest = max(whole_ones, key=lambda path: int(path.parent.name))
     file = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     shutil.copytree(newest.parent, newest.parent.with_name("11"))
     torn = newest.parent.with_name("11") / "params" / file.relative_to(newest)
@@ -196,6 +200,15 @@ def test_killed_processes_are_named_and_the_run_ends_with_the_same_bytes(start, 
     assert_same_bytes(tmp_path, whole)
     ledger = json.loads((tmp_path / "goodput.json").read_text())
     assert ledger["starts"] == 3 and ledger["seconds"]["training"] > 0
+
+
+def test_a_coordinator_that_freezes_is_named_by_the_others(start, tmp_path):
+    """Its sockets stay open, so nothing fails: a call to it would wait for ever, as the collective does."""
+    frozen, survivor = start(tmp_path, "--fault", "SIGSTOP:0:6", "--host-timeout", 8, frozen=(0,))
+    assert frozen.code == -9 and survivor.code == 3, survivor.said[-3000:]
+    (error,) = survivor.errors()
+    named = re.search(r"process 0 \(.+\) is gone: silent for (\d+) s, last seen at step \d, .*", error)
+    assert 8 <= int(named[1]) < 60 and "its coordinator at localhost:" in named[0]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +230,7 @@ def test_an_error_of_one_process_is_one_line_on_both(start, tmp_path, fault, mes
 
 
 def test_a_process_that_hangs_is_named_with_everyones_stacks(start, tmp_path):
-    first, second = start(tmp_path, "--fault", "sleep:1:6", "--hang-timeout", 8, "--save-every", 100)
+    first, second = start(tmp_path, "--fault", "sleep:1:6", "--hang-timeout", 30, "--save-every", 100)
     assert first.code == second.code == 3
     for one in (first, second):
         assert "most recent call first" in one.said

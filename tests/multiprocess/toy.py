@@ -104,7 +104,7 @@ def make_job(
 
 
 class Fault:
-    """``kind:process:step``: what goes wrong, where and when."""
+    """``kind:process:step``: what goes wrong, where and when. ``SIGSTOP`` is a host that freezes."""
 
     def __init__(self, text: str | None):
         self.kind, process, step = (text or "none:0:0").split(":")

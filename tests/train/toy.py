@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -120,14 +121,20 @@ def small_loop(**changes) -> LoopConfig:
 
 
 def _kill_after_save(step: int) -> None:
-    save = Checkpoints.save
+    """Killed while the background write goes on: it never gets as far as giving the checkpoint its name."""
+    save, rename = Checkpoints.save, os.rename
 
     def save_and_die(self, at, items, meta):
         save(self, at, items, meta)
-        if at == step:  # the background write has hardly begun
+        if at == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Checkpoints.save = save_and_die
+    def rename_late(source, target, **options):
+        if Path(target).name == str(step):
+            time.sleep(60)
+        rename(source, target, **options)
+
+    Checkpoints.save, os.rename = save_and_die, rename_late
 
 
 def main() -> None:

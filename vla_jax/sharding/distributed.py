@@ -160,6 +160,11 @@ def client():
     return _jax_distributed.global_state.client if process_count() > 1 else None
 
 
+def coordinator() -> str | None:
+    """HOST:PORT of process 0; None in a process that is alone."""
+    return _jax_distributed.global_state.coordinator_address
+
+
 def process_index() -> int:
     """This process's number; unlike `jax.process_index` it starts no backend."""
     return _jax_distributed.global_state.process_id

@@ -24,6 +24,7 @@ from jaxtyping import PRNGKeyArray
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.checkpoint.paths import Path, is_remote, run_path
 from vla_jax.sharding import activate, batch_sharding, check_batch, distributed
+from vla_jax.train.beats import COMPILING, RESTORING, STEP
 from vla_jax.train.compiled import jit_train_step
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
@@ -34,7 +35,7 @@ from vla_jax.train.prefetch import Prefetch
 from vla_jax.train.profile import Profiler, Steps
 from vla_jax.train.progress import Progress, StepClock, memory_in_use
 from vla_jax.train.state import StateBuilder, TrainState
-from vla_jax.train.watchdog import COMPILING, RESTORING, STEP, Watchdog
+from vla_jax.train.watchdog import Watchdog
 from vla_jax.types import Batch, PyTree
 
 IN_FLIGHT = 2

@@ -57,20 +57,21 @@ def train(
     dry_run: bool = False,
     profile: Steps | None = None,
     begun: float | None = None,
+    start_timeout: float = distributed.START_TIMEOUT,
 ) -> None:
     """Trains, or continues to train, into `run_dir`; with `dry_run` only prints what would happen.
 
     With several processes all call it, after `sharding.distributed.initialize`. `begun` is when the command began
-    (`time.monotonic`), for the ledger.
+    (`time.monotonic`), for the ledger; `start_timeout` the seconds that a process has until it is heard of.
 
     Raises ValueError, FileNotFoundError and OSError with one clear line each; see `loop.fit`.
     """
     begun = time.monotonic() if begun is None else begun
     loop = config.train
-    with (
-        StopSignal() as stop,
-        Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout) as watchdog,
-    ):
+    watchdog = Watchdog(
+        silent_after=loop.host_timeout, stuck_after=loop.hang_timeout, start_timeout=start_timeout
+    )
+    with StopSignal() as stop, watchdog:
         check_hosts(config)
         mesh = make_mesh(config.mesh)
         check_batch(loop.batch_size, loop.accumulate, mesh)

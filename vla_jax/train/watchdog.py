@@ -2,8 +2,9 @@
 
 A collective waits for ever for a process that is not there. So every process has a thread that tells the
 coordination service every two seconds where it is; the thread of process 0 reads what all of them told and, when
-one has gone silent or nothing moves any more, passes a verdict, which ends all of them. None of it touches the
-devices.
+one has gone silent or nothing moves any more, passes a verdict, which ends all of them. The service lives in process
+0, and a call to it has no deadline: where that process is frozen or cut off, the thread waits as well. A second
+thread, which asks nobody, sees that nothing has been heard and ends its process. None of it touches the devices.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
 
 import jax
 
 from vla_jax.sharding import distributed
+from vla_jax.train.beats import STARTING, Beat, failed, gone, stuck
 
 FAILED = 2
 """Exit code where this process failed in a way that a person can mend."""
@@ -30,38 +31,11 @@ FAILED = 2
 POLL = 2.0
 """Seconds between two looks."""
 
-STEP = "in the training step"
-"""The phase in which a process waits for the others."""
-
-STARTING, RESTORING, COMPILING = "starting", "restoring or initialising", "compiling"
-SLOW = {STARTING, RESTORING, COMPILING}
-"""Phases that may take four times as long as the others before they count as stuck."""
-
 _STATUS = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
 
 _BEAT, _ERROR, _VERDICT, _SEEN = "vla/beat", "vla/error", "vla/verdict", "vla/seen"
-
-
-@dataclasses.dataclass(frozen=True)
-class Beat:
-    """What a process tells of itself."""
-
-    host: str
-    number: int
-    step: int
-    phase: str
-    seconds: float
-    """In this step and phase."""
-    done: bool = False
-
-    def __str__(self) -> str:
-        return f"at step {self.step}, {self.phase}"
-
-    def is_stuck(self, after: float) -> bool:
-        """Whether this has lasted too long."""
-        return 0 < after < self.seconds / (4 if self.phase in SLOW else 1)
 
 
 class Watchdog:
@@ -71,33 +45,51 @@ class Watchdog:
 
     - `silent_after`: seconds without a sign of life after which a process counts as dead.
     - `stuck_after`: seconds in one phase of one step after which the run counts as stuck; 0: never.
+    - `start_timeout`: seconds that a process has for its first sign of life, where that is longer.
     """
 
-    def __init__(self, *, silent_after: float, stuck_after: float, poll: float = POLL):
+    def __init__(
+        self,
+        *,
+        silent_after: float,
+        stuck_after: float,
+        start_timeout: float = distributed.START_TIMEOUT,
+        poll: float = POLL,
+    ):
         self._silent_after, self._stuck_after, self._poll = silent_after, stuck_after, poll
+        self._start_after = max(silent_after, start_timeout)
         self._client = distributed.client()
         self._state = (0, STARTING, time.monotonic())
         self._beats = 0
+        self._clock, self._ticked = threading.Lock(), time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}
-        self._stop, self._failing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        """By process: its last beat, "" before the first, and when it came."""
+        self._answered, self._trouble = time.monotonic(), ""
+        """When the coordination service last answered, and the error of the last call since then."""
+        self._ending, self._said, self._code = threading.Lock(), threading.Event(), 1
+        self._told, self._stop = threading.Event(), threading.Event()
+        self._teller = threading.Thread(target=self._tell_and_look, name="teller", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        now = time.monotonic()
+        now = self._ticked = self._answered = time.monotonic()
         self._heard = {i: ("", now) for i in range(distributed.process_count())}
         self._state = (0, STARTING, now)
+        self._watcher.start()
         if self._client is not None:
             self._tell()  # whatever happens next, the others know this host's name
-        self._thread.start()
+            self._teller.start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
             self._report(error)
-        self._stop.set()
-        self._thread.join(timeout=10)
+        self._told.set()
         if self._client is not None:
+            self._teller.join(timeout=10)
             self._tell(done=True)
+        self._stop.set()
+        self._watcher.join(timeout=10)
 
     def at(self, step: int, phase: str) -> None:
         """The process is now in this phase of this step."""
@@ -121,65 +113,92 @@ class Watchdog:
             return
         if _broken_collective(error):  # because a process has gone: its name is to come
             time.sleep(self._silent_after + 5 * self._poll)
-        self._failing.set()
         expected = isinstance(error, ValueError | OSError | KeyboardInterrupt)
+        if not self._is_first_to_end(FAILED if expected else 1):
+            self._leave_with_the_first(self._silent_after + 5 * self._poll)
         if not expected or os.environ.get("VLA_TRACEBACK", "") not in ("", "0"):
             traceback.print_exception(error)
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: [{distributed.me()}] {message}", file=sys.stderr, flush=True)
+        self._say(message)
         with contextlib.suppress(Exception):  # it may be the coordination service that is gone
             self._tell()
             self._client.key_value_set(
                 f"{_ERROR}/{distributed.process_index()}", message, allow_overwrite=True
             )
             self._wait_until_seen()
-        distributed.leave_at_once(FAILED if expected else 1)
+        distributed.leave_at_once(self._code)
+
+    def _is_first_to_end(self, code: int) -> bool:
+        """Whether no other thread has begun to end this process: one line says why, and that thread writes it."""
+        if not self._ending.acquire(blocking=False):
+            return False
+        self._code = code
+        return True
+
+    def _leave_with_the_first(self, seconds: float) -> None:
+        """Leaves it to the thread that began to end the process, unless that takes too long."""
+        self._said.wait(self._poll)
+        time.sleep(seconds)
+        distributed.leave_at_once(self._code)
+
+    def _say(self, message: str) -> None:
+        name = f"[{distributed.me()}] " if self._client is not None else ""
+        print(f"error: {name}{message}", file=sys.stderr, flush=True)
+        self._said.set()
 
     def _wait_until_seen(self) -> None:
         """The store lives in process 0, which therefore must not leave before the others have read the news."""
         if distributed.process_index():
             return
         self._scan()
-        now = time.monotonic()
+        now = self._now()
         alive = {i for i, (_, heard) in self._heard.items() if i and now - heard < self._silent_after}
         while alive and time.monotonic() < now + 4 * self._poll:
             seen = {int(path.rsplit("/", 1)[1]) for path, _ in self._client.key_value_dir_get(_SEEN)}
+            self._hear(0, self._heard[0][0])  # the teller may be where this is called, and tells no more
             if alive <= seen:
                 time.sleep(self._poll / 10)  # they print it
                 return
             time.sleep(self._poll / 10)
 
     def _watch(self) -> None:
-        last = time.monotonic()
+        """Sees that the coordination service has not been heard of; asks nobody, so nothing can hold it up."""
         while not self._stop.wait(self._poll):
-            now = time.monotonic()
-            if now - last > 5 * self._poll:  # this machine slept, not the others
-                self._forgive(now, now - last)
-            last = now
+            now = self._now()
+            if self._client is None:
+                beat = self._beat()
+                if beat.is_stuck(self._stuck_after):
+                    self._end(f"stuck: no progress for {beat.seconds:.0f} s {beat}", stacks=True)
+                continue
+            if not self._is_silent(0, now):
+                continue
+            text, heard = self._heard[0]
+            reason = gone(0, now - heard, Beat(**json.loads(text)) if text else None)
+            if now - self._answered > 3 * self._poll:
+                reason += f"; its coordinator at {distributed.coordinator()} does not answer"
+            self._end(reason + (f" ({self._trouble})" if self._trouble else ""))
+            self._leave_with_the_first(0)  # whose news nobody hears either
+
+    def _tell_and_look(self) -> None:
+        while not self._told.wait(self._poll):
             try:
                 self._look()
+                self._answered, self._trouble = time.monotonic(), ""
             except Exception as error:  # the coordination service is gone, or about to answer again
-                if self._heard_nothing_since(now, 0):
-                    self._end(f"the coordinator, process 0, does not answer: {_first_line(error)}")
+                self._trouble = _first_line(error)
 
     def _look(self) -> None:
-        if self._client is None:
-            beat = self._beat()
-            if beat.is_stuck(self._stuck_after):
-                self._end(f"stuck: no progress for {beat.seconds:.0f} s {beat}", stacks=True)
-            return
+        me = distributed.process_index()
         self._tell()
-        if not distributed.process_index():
-            self._heard[0] = (str(self._beats), time.monotonic())
+        if not me:
             self._scan()
         verdict = _get(self._client, _VERDICT)
-        if distributed.process_index():
-            self._heard[0] = ("", time.monotonic())
+        beat = _get(self._client, f"{_BEAT}/0") or ""
+        if beat != self._heard[0][0] or (beat and Beat(**json.loads(beat)).done):
+            self._hear(0, beat)
         if verdict is None:
             return
-        self._client.key_value_set(f"{_SEEN}/{distributed.process_index()}", "", allow_overwrite=True)
-        if self._failing.is_set():
-            return  # it has an error of its own to tell
+        self._client.key_value_set(f"{_SEEN}/{me}", "", allow_overwrite=True)
         self._end(verdict, stacks="stuck" in verdict.split(":")[0])
 
     def _beat(self, done: bool = False) -> Beat:
@@ -193,47 +212,56 @@ class Watchdog:
 
     def _scan(self) -> None:
         """Process 0 reads what all have told, and passes a verdict where something is wrong."""
-        now = time.monotonic()
-        beats = {}
-        for path, text in self._client.key_value_dir_get(_BEAT):
-            i = int(path.rsplit("/", 1)[1])
-            beats[i] = Beat(**json.loads(text))
+        texts = {_index(path): text for path, text in self._client.key_value_dir_get(_BEAT)}
+        errors = {_index(path): text for path, text in self._client.key_value_dir_get(_ERROR)}
+        beats = {i: Beat(**json.loads(text)) for i, text in texts.items()}
+        for i, text in texts.items():
             if text != self._heard[i][0]:
-                self._heard[i] = (text, now)
-        errors = {int(path.rsplit("/", 1)[1]): text for path, text in self._client.key_value_dir_get(_ERROR)}
-        verdict = _failed(errors, beats) or self._silent(beats, now) or _stuck(beats, self._stuck_after)
+                self._hear(i, text)
+        verdict = failed(errors, beats) or self._silent(beats, self._now()) or stuck(beats, self._stuck_after)
         if verdict:
             with contextlib.suppress(Exception):  # the first verdict stays
                 self._client.key_value_set(_VERDICT, verdict)
 
     def _silent(self, beats: dict[int, Beat], now: float) -> str | None:
         silent = [
-            i
-            for i, (_, heard) in self._heard.items()
-            if i and now - heard > self._silent_after and not (i in beats and beats[i].done)
+            i for i in self._heard if i and self._is_silent(i, now) and not (i in beats and beats[i].done)
         ]
         if not silent:
             return None
-        i = silent[0]
-        last = f"last seen {beats[i]}" if i in beats else "never seen"
-        host = f" ({beats[i].host})" if i in beats else ""
-        more = f"; so are processes {', '.join(map(str, silent[1:]))}" if silent[1:] else ""
-        return f"process {i}{host} is gone: silent for {now - self._heard[i][1]:.0f} s, {last}{more}"
+        i, *others = silent
+        more = f"; so are processes {', '.join(map(str, others))}" if others else ""
+        return gone(i, now - self._heard[i][1], beats.get(i)) + more
 
-    def _heard_nothing_since(self, now: float, i: int) -> bool:
-        return now - self._heard[i][1] > self._silent_after
+    def _is_silent(self, i: int, now: float) -> bool:
+        """Whether a process has been silent for too long; before its first beat it may still be importing."""
+        text, heard = self._heard[i]
+        return now - heard > (self._silent_after if text else self._start_after)
 
-    def _forgive(self, now: float, gap: float) -> None:
-        self._heard = {i: (text, now) for i, (text, _) in self._heard.items()}
-        step, phase, since = self._state
-        self._state = (step, phase, since + gap)
+    def _hear(self, i: int, text: str) -> None:
+        now = self._now()
+        with self._clock:
+            self._heard[i] = (text, now)
 
-    def _end(self, reason: str, *, stacks: bool = False) -> NoReturn:
+    def _now(self) -> float:
+        """The time, for judging others. Where no thread asked for long, this machine slept: forgives the others."""
+        with self._clock:
+            now = time.monotonic()
+            gap, self._ticked = now - self._ticked, now
+            if gap > 5 * self._poll:
+                self._heard = {i: (text, now) for i, (text, _) in self._heard.items()}
+                step, phase, since = self._state
+                self._state = (step, phase, since + gap)
+            return now
+
+    def _end(self, reason: str, *, stacks: bool = False) -> None:
+        """Ends this process because of another one; returns where another thread has begun to end it."""
+        if not self._is_first_to_end(distributed.LOST):
+            return
         if stacks:
             distributed.say("where every thread is:")
             faulthandler.dump_traceback(all_threads=True)
-        name = f"[{distributed.me()}] " if self._client is not None else ""
-        print(f"error: {name}{reason}; start again to continue", file=sys.stderr, flush=True)
+        self._say(f"{reason}; start again to continue")
         if self._client is not None:
             with contextlib.suppress(Exception):
                 self._wait_until_seen()
@@ -254,30 +282,6 @@ def _broken_collective(error: BaseException | None) -> bool:
     return False
 
 
-def _failed(errors: dict[int, str], beats: dict[int, Beat]) -> str | None:
-    if not errors:
-        return None
-    i = min(errors)
-    host = f" ({beats[i].host})" if i in beats else ""
-    return f"process {i}{host} failed: {errors[i]}"
-
-
-def _stuck(beats: dict[int, Beat], after: float) -> str | None:
-    """Names the process that the others wait for: the one that is behind, or not in the step."""
-    waiting = {i: beat for i, beat in beats.items() if not beat.done}
-    if not any(beat.is_stuck(after) for beat in waiting.values()):
-        return None
-    first = min(waiting, key=lambda i: (waiting[i].step, waiting[i].phase == STEP, i))
-    beat = waiting[first]
-    longest = max(b.seconds for b in waiting.values())
-    if all(str(b) == str(beat) for b in waiting.values()):
-        return f"stuck: no progress for {longest:.0f} s; all processes are {beat}"
-    return (
-        f"stuck: no progress for {longest:.0f} s; process {first} ({beat.host}) is {beat} "
-        f"since {beat.seconds:.0f} s, and the others wait for it"
-    )
-
-
 def _get(client, key: str) -> str | None:
     try:
         return client.key_value_try_get(key)
@@ -285,6 +289,10 @@ def _get(client, key: str) -> str | None:
         if "NOT_FOUND" in str(error):
             return None
         raise
+
+
+def _index(path: str) -> int:
+    return int(path.rsplit("/", 1)[1])
 
 
 def _first_line(error: BaseException) -> str:
