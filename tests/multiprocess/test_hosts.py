@@ -65,7 +65,7 @@ def start(data, tmp_path_factory):
             if processes > 1:
                 command += ["--coordinator", f"localhost:{port}"]
                 command += ["--num-processes", str(processes), "--process-id", str(i)]
-            command += one_differs if i == processes - 1 else ()
+            command += map(str, one_differs if i == processes - 1 else ())
             log = open(tmp_path_factory.mktemp("log") / "stderr", "w+")  # noqa: SIM115
             running.append(
                 (subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log), log)
@@ -245,3 +245,14 @@ def test_a_process_with_another_config_is_named_before_anything_is_done(start, t
         (error,) = one.errors()
         assert re.search(r"process 1 \(.+\) has another config .* train.batch_size=16 instead of .*=8", error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_is_not_shared_is_refused_before_anything_is_written(start, tmp_path):
+    ended = start(tmp_path / "here" / "run", one_differs=("--unshared", tmp_path / "there" / "run"))
+    for one in ended:
+        assert one.code in (2, 3)
+        (error,) = one.errors()
+        assert re.search(
+            r"process 1 \(.+\) does not find in its run directory .*there/run .* all hosts share", error
+        )
+    assert not list(tmp_path.iterdir())

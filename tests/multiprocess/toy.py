@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0)
     parser.add_argument("--fault")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--unshared", type=Path, help="another run directory than the others have")
     parser.add_argument("--coordinator")
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
@@ -199,7 +200,7 @@ def main() -> None:
                     yield batch
 
             job = dataclasses.replace(job, batches=slowly)
-        fit(job, loop, args.run_dir, watchdog=watchdog)
+        fit(job, loop, args.unshared or args.run_dir, watchdog=watchdog)
     distributed.shutdown()
 
 

@@ -22,7 +22,8 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
-from vla_jax.checkpoint.paths import Path, is_remote, run_path
+from vla_jax.checkpoint.paths import Path, is_remote
+from vla_jax.checkpoint.shared import make_shared
 from vla_jax.sharding import activate, batch_sharding, check_batch, distributed
 from vla_jax.train.beats import COMPILING, RESTORING, STEP
 from vla_jax.train.compiled import jit_train_step
@@ -122,17 +123,18 @@ def fit(
 
     Everything goes to `run_dir`, a directory that all processes share; where it holds a checkpoint, training
     continues from it. `stop` is given where signals were to be heeded before this; `begun` is when the command began
-    (`time.monotonic`). Raises ValueError where that checkpoint belongs to another config, and TrainingDiverged.
+    (`time.monotonic`). Raises ValueError where that checkpoint belongs to another config or the processes do not share
+    the directory, and TrainingDiverged.
     """
     begun = time.monotonic() if begun is None else begun
-    run_dir, mesh = run_path(run_dir), job.builder.mesh
+    mesh = job.builder.mesh
     check_batch(loop.batch_size, loop.accumulate, mesh)
-    run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if watchdog is None:
             watchdog = stack.enter_context(_watchdog(loop))
         if stop is None:
             stop = stack.enter_context(StopSignal())
+        run_dir = make_shared(run_dir)
         stack.enter_context(_only_one(run_dir))
         checkpoints = Checkpoints(run_dir, keep=loop.keep)
         stack.callback(checkpoints.close)
