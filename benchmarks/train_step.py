@@ -76,9 +76,9 @@ def measure(config, mesh, steps: int, repeats: int) -> dict | None:
     import jax
 
     from vla_jax.aot import programs
-    from vla_jax.aot.memory import out_of_memory
     from vla_jax.sharding import activate, check_batch
     from vla_jax.train.flops import total_peak
+    from vla_jax.train.memory import out_of_memory
     from vla_jax.train.run import train_flops
 
     programs.check_sizes(config)

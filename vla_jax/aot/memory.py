@@ -1,7 +1,6 @@
 """What a compiled program needs of a chip's memory, and what to say where it is too much."""
 
 import dataclasses
-import re
 from typing import Any
 
 
@@ -49,21 +48,3 @@ def memory(compiled: Any, limit: float) -> Memory:
         limit=int(limit),
         host=stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
     )
-
-
-def out_of_memory(error: Exception) -> tuple[float, float] | None:
-    """(needed, available) bytes where a compiler's error is about memory, else None."""
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
-        return None
-    needed = re.search(r"\(([\d.]+)([KMGT]?)B?\) exceeds available \w+ \(([\d.]+)([KMGT]?)B?\)", text)
-    if needed:
-        return _bytes(needed[1], needed[2]), _bytes(needed[3], needed[4])
-    used = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B?", text)
-    if used:
-        return _bytes(used[1], used[2]), _bytes(used[3], used[4])
-    return None
-
-
-def _bytes(number: str, unit: str) -> float:
-    return float(number) * 1024 ** " KMGT".index(unit or " ")

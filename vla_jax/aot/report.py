@@ -6,13 +6,14 @@ from typing import Any
 
 from vla_jax.aot import programs
 from vla_jax.aot.hlo import Program
-from vla_jax.aot.memory import DoesNotFit, Memory, memory, out_of_memory
+from vla_jax.aot.memory import DoesNotFit, Memory, memory
 from vla_jax.aot.network import Network
 from vla_jax.aot.schedule import Player, Timeline
 from vla_jax.aot.topology import Topology
 from vla_jax.config import TrainConfig
 from vla_jax.sharding import make_mesh
 from vla_jax.sharding.report import human
+from vla_jax.train.memory import out_of_memory
 
 ASSUMPTIONS = (
     "MFU counts the model's own FLOPs (train/flops.py: attention whole, padding counted, nothing for what is computed "

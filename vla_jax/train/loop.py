@@ -31,6 +31,7 @@ from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
 from vla_jax.train.interrupt import StopSignal, Vote
 from vla_jax.train.ledger import Ledger
+from vla_jax.train.memory import explained
 from vla_jax.train.metrics import MetricsLog
 from vla_jax.train.prefetch import Prefetch
 from vla_jax.train.profile import Profiler, Steps
@@ -124,7 +125,7 @@ def fit(
     Everything goes to `run_dir`, a directory that all processes share; where it holds a checkpoint, training
     continues from it. `stop` is given where signals were to be heeded before this; `begun` is when the command began
     (`time.monotonic`). Raises ValueError where that checkpoint belongs to another config or the processes do not share
-    the directory, and TrainingDiverged.
+    the directory, OutOfMemory and TrainingDiverged.
     """
     begun = time.monotonic() if begun is None else begun
     mesh = job.builder.mesh
@@ -139,6 +140,7 @@ def fit(
         checkpoints = Checkpoints(run_dir, keep=loop.keep)
         stack.callback(checkpoints.close)
         stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
+        stack.enter_context(explained(watchdog))
         watchdog.at(0, RESTORING)
         state, start, skipped = _restore_or_init(job, checkpoints)
         progress = Progress(start=start, steps=loop.steps)

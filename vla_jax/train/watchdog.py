@@ -95,6 +95,11 @@ class Watchdog:
         """The process is now in this phase of this step."""
         self._state = (step, phase, time.monotonic())
 
+    @property
+    def where(self) -> tuple[int, str]:
+        """The step and the phase that the process is in."""
+        return self._state[:2]
+
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
         """An exception in the body ends all processes at once, before anything waits for one that failed.
