@@ -212,6 +212,19 @@ def test_arrays_that_do_not_fit_their_configuration_are_refused(base, tmp_path, 
         dry(with_train(config, init_from=str(folder / "base")), folder, tmp_path, capsys)
 
 
+def test_another_way_to_compute_is_the_same_model(base, tmp_path, capsys, monkeypatch):
+    """As where weights trained on GPUs go on elsewhere: another kernel, other rematerialisation."""
+    from vla_jax.train import init_from
+
+    folder, config = base
+    meta = read_meta(folder / "base")
+    meta["config"]["model"] |= {"attention": "cudnn", "dtype": "bfloat16", "remat": "nothing_saveable"}
+    assert config.model.attention == "xla"
+    monkeypatch.setattr(init_from, "read_meta", lambda _: meta)
+    arrays, said = dry(with_train(config, init_from=str(folder / "base")), folder, tmp_path, capsys)
+    assert set(arrays) == set(flatten(load(folder / "base", "ema"))) and ", 0 new" in said
+
+
 def test_nowhere(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         model_of(tmp_path)

@@ -31,7 +31,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     ("backbone/llm/embedder/input_embedding", "text.vocab"),
 )
 """(pattern, field of the model): arrays that may be of another shape, or missing, where the field is another."""
-FREE = ("cameras", "dtype", "remat", "unroll", "expert.horizon", *(field for _, field in CAUSES))
+FREE = ("cameras", "dtype", "attention", "remat", "unroll", "expert.horizon", *(field for _, field in CAUSES))
 """Fields of the model that may differ from the checkpoint's; the others decide what its arrays mean."""
 LISTED = 5
 
