@@ -1,6 +1,7 @@
 """The real thing in small: data set, model, objective, optimiser, loop. And its FLOPs, counted twice."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
@@ -17,19 +18,23 @@ from tests.data import toy as toy_data
 from tests.models import small
 from vla_jax.aot import programs
 from vla_jax.checkpoint import load, read_meta
+from vla_jax.checkpoint.manager import versions
 from vla_jax.config import TrainConfig, from_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
+from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.loader import Loader
 from vla_jax.flow.processes import make_process
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.models.vla import VLA
+from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding import MeshConfig, make_mesh
 from vla_jax.train import run
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.flops import model_flops
+from vla_jax.train.hosts import code_hash
 from vla_jax.train.optim import make_optimizer
-from vla_jax.train.run import count_flops, train, train_flops
+from vla_jax.train.run import count_flops, sample_tokens, train, train_flops
 from vla_jax.train.step import make_train_step
 
 
@@ -168,6 +173,81 @@ def test_another_data_set_is_refused(config, whole, tmp_path):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
     with pytest.raises(ValueError, match="data_fingerprint="):
         train(other, whole)
+
+
+def test_what_a_host_makes_of_the_data_is_compared(config, tmp_path, monkeypatch):
+    """Two tokenizer files of one name on two hosts, say: the configuration and the data are the same."""
+    from vla_jax.data.tokenizer import train_tokenizer
+    from vla_jax.train.hosts import bundle_hash
+
+    found = []
+    for i, texts in enumerate((["push the red block"] * 2, ["open a drawer"] * 2)):
+        folder = tmp_path / str(i)
+        train_tokenizer(texts, 300).save(folder)
+        found.append(bundle_hash(run.prepare_data(with_tokenizer(config, folder))))
+    differing = [name for name, value in found[0].parts.items() if found[1].parts[name] != value]
+    assert differing and all("Tokenize.tokenizer" in name for name in differing)
+    assert found[0] == bundle_hash(run.prepare_data(with_tokenizer(config, tmp_path / "0")))
+
+    mine, theirs = {}, {"preparation of the data": found[1].short}
+    theirs["preparation of the data fields"] = run.distributed._as_lines(found[1].parts)
+
+    def gather(name, value):
+        return [mine.setdefault(name, value), theirs.get(name, value)]
+
+    monkeypatch.setattr(run.distributed, "gather", gather)
+    with pytest.raises(
+        ValueError, match=r"another preparation of the data .*Tokenize\.tokenizer.*same data\.tokenizer"
+    ):
+        train(with_tokenizer(config, tmp_path / "0"), tmp_path / "run", dry_run=True)
+
+
+def with_tokenizer(config, folder):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
+
+
+def test_the_versions_of_what_decides_data_and_program_are_known():
+    """Whatever of it is installed, here everything but plugins."""
+    known = versions()
+    assert {
+        "python",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "grain",
+        "pillow",
+        "tokenizers",
+        "transformers",
+    } <= known.keys()
+    assert code_hash().parts["jaxlib"] == importlib.metadata.version("jaxlib")
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside", "action_weight", "tokens"),
+    [
+        ("flow", False, 1.0, 2 * 4 + 20 + 3 * (4 + 1)),
+        ("flow", False, 0.0, 2 * 4 + 20),
+        ("flow", True, 0.0, 2 * 4 + 20 + 30),
+        ("flow", True, 1.0, 2 * 4 + 20 + 30 + 3 * (4 + 1)),
+        ("tokens", False, 1.0, 2 * 4 + 20 + 30),
+    ],
+)
+def test_tokens_of_a_sample_are_those_that_are_computed(config, kind, beside, action_weight, tokens):
+    """Two cameras of 2 × 2 patches, 20 of text, 30 of a chunk, and for each of 3 draws a state and 4 steps."""
+    expert = dataclasses.replace(config.model.expert, kind="tokens" if kind == "tokens" else "joint")
+    model = dataclasses.replace(config.model, expert=expert, cameras=("top", "wrist"))
+    data = dataclasses.replace(
+        config.data,
+        max_text_tokens=20,
+        action_tokens=beside,
+        fast=FastConfig(max_tokens=30),
+        ignore_state=False,
+    )
+    if kind == "tokens":
+        data = dataclasses.replace(data, prompt="fast", normalization="quantile")
+    objective = ObjectiveConfig(noise_draws=3, action_weight=action_weight)
+    found = dataclasses.replace(config, model=model, data=data, objective=objective)
+    assert sample_tokens(found) == tokens
 
 
 def test_data_path_must_be_given(config, tmp_path):

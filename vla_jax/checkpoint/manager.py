@@ -181,10 +181,20 @@ class Checkpoints:
         )
 
 
+LIBRARIES = (
+    # the program and its compilers
+    "vla_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy",
+    "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt",
+    # the data: order, files, pictures, texts
+    "grain", "tensorflow-datasets", "array-record", "pillow", "tokenizers", "sentencepiece", "transformers",
+)  # fmt: skip
+"""What decides the numbers of a run, as package registries call it."""
+
+
 def versions() -> dict[str, str]:
-    """The versions of everything that decides what a checkpoint means."""
+    """The versions of everything that decides what a checkpoint means, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for package in ("vla_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy"):
+    for package in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # vla_jax, run from its sources
             found[package] = importlib.metadata.version(package)
     return found

@@ -209,13 +209,19 @@ def all_agree(name: str, ok: bool) -> bool:
     return all(answer == "yes" for answer in gather(name, "yes" if ok else "no"))
 
 
-def check_same(facts: Mapping[str, str], details: Mapping[str, Mapping[str, object]] | None = None) -> None:
+def check_same(
+    facts: Mapping[str, str],
+    details: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    mend: str = "start all of them from the same command and code",
+) -> None:
     """Raises ValueError, on every process, where a fact is not the same on all of them; names who differs.
 
     **Arguments:**
 
     - `facts`: short texts by name, such as a config's hash.
     - `details`: for some of them the fields behind the text, so that the differing ones can be named.
+    - `mend`: what to do about it.
     """
     hosts = gather("host", socket.gethostname())
     for name, value in facts.items():
@@ -233,7 +239,7 @@ def check_same(facts: Mapping[str, str], details: Mapping[str, Mapping[str, obje
         others = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
         raise ValueError(
             f"process {odd[0]} ({hosts[odd[0]]}){others} has another {name} than the other processes: "
-            f"{difference}; start all of them from the same command and code"
+            f"{difference}; {mend}"
         )
 
 

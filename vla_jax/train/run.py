@@ -36,7 +36,7 @@ from vla_jax.sharding import (
 )
 from vla_jax.train import spikes
 from vla_jax.train.flops import Flops, model_flops
-from vla_jax.train.hosts import code_hash
+from vla_jax.train.hosts import bundle_hash, code_hash
 from vla_jax.train.init_from import read_start
 from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import Job, fit
@@ -80,7 +80,12 @@ def train(
         patches = config.model.vision.tokens
         check_prefix(len(config.model.cameras) * patches + config.data.max_text_tokens, patches, mesh)
         job = make_job(config, bundle, mesh)
-        distributed.check_same({"data": job.meta["data_fingerprint"]})
+        prepared = bundle_hash(bundle)
+        distributed.check_same(
+            {"data": job.meta["data_fingerprint"], "preparation of the data": prepared.short},
+            details={"preparation of the data": prepared.parts},
+            mend="give all of them the same data set, with what is kept beside it, and the same data.tokenizer",
+        )
         check_weighting_state(run_dir, config)
         table = placement(job.builder.shapes, job.builder.shardings, mesh)
         check_unsharded(table, config.mesh.max_unsharded)
@@ -287,17 +292,23 @@ def train_flops(config: TrainConfig, state: TrainState) -> float:
 
 
 def sample_tokens(config: TrainConfig) -> int:
-    """Tokens of one training sample: images, padded text, and the suffix of every noise draw."""
+    """Tokens of one training sample: images, padded text, the padded chunk as FAST tokens, and the expert's suffix for
+    every noise draw, each where there is one."""
     model, objective = config.model, config.objective
-    draws = objective.noise_draws if objective.action_weight else 0
+    draws = objective.noise_draws if objective.action_weight and model.expert.kind != "tokens" else 0
     prefix = len(model.cameras) * model.vision.tokens + config.data.max_text_tokens
-    return prefix + draws * (model.expert.horizon + model.expert.state_token)
+    return prefix + padded_chunk(config) + draws * (model.expert.horizon + model.expert.state_token)
+
+
+def padded_chunk(config: TrainConfig) -> int:
+    """Tokens of a chunk's row in a batch of a resolved configuration; 0 where chunks do not become tokens."""
+    return config.data.fast.max_tokens if config.chunk_tokens != "none" else 0
 
 
 def count_flops(config: TrainConfig) -> Flops:
     """Analytic FLOPs of a resolved configuration's model on its data."""
     target_tokens = config.data.max_target_tokens if config.objective.text else 0
-    chunk_tokens = config.data.fast.max_tokens if config.chunk_tokens != "none" else 0
+    chunk_tokens = padded_chunk(config)
     return model_flops(
         config.model,
         text_tokens=config.data.max_text_tokens,
