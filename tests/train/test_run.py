@@ -157,6 +157,18 @@ def test_dry_run_prints_the_placement_and_writes_nothing(config, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_keeps_where_every_array_lies(config, whole, tmp_path, capsys):
+    """The table of --dry-run, by the newest start, with no part of it left behind."""
+    table = (whole / "placement.txt").read_text()
+    train(config, tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert table in said and "opt_state" in table and len(table.splitlines()) > 100
+    train(config, whole)  # it is finished: nothing is written
+    said = capsys.readouterr().out
+    assert f"array by array: {whole}/placement.txt" in said and "input_embedding" not in said
+    assert not list(whole.glob(".*.part"))
+
+
 def test_a_dimension_that_never_changes_is_told_once(config, tmp_path, capsys):
     episodes = [toy_data.make_episode(seed) for seed in range(4)]
     for episode in episodes:

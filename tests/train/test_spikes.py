@@ -9,8 +9,8 @@ import pytest
 
 from tests.train.toy import make_job, small_loop
 from vla_jax.sharding import MeshConfig
-from vla_jax.train import spikes
-from vla_jax.train.ledger import BUCKETS, Ledger
+from vla_jax.train import ledger, spikes
+from vla_jax.train.ledger import BUCKETS, EVERY, Ledger
 from vla_jax.train.loop import fit
 from vla_jax.train.profile import Steps, parse
 
@@ -58,7 +58,7 @@ def test_ledger_over_a_crash(tmp_path, monkeypatch):
             with one.spent("checkpoint"):
                 wait(2)
             one.saved(2)
-    one.write()  # and a crash: step 3 is lost
+    one.write()  # and a crash: step 3 is lost, and so is what is not yet in the file
     wait(1000)
     two = Ledger(path, step=2, begun=now)
     wait(3)
@@ -76,6 +76,41 @@ def test_ledger_over_a_crash(tmp_path, monkeypatch):
     assert two.goodput() == pytest.approx(12 / sum(expected.values()))
     assert two.seconds == pytest.approx(expected) and set(BUCKETS) == set(expected)
     assert "in 2 starts" in two.table() and "training" in two.table()
+
+
+def test_a_start_that_dies_early_is_in_the_ledger(tmp_path, monkeypatch):
+    """While compiling, and between two lines of the log."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    path = tmp_path / "goodput.json"
+
+    def saved():
+        return json.loads(path.read_text())
+
+    first = Ledger(path, step=0, begun=93.0)
+    assert saved()["starts"] == 1 and saved()["seconds"]["start"] == 7
+    killed = first.spent("compile")
+    killed.__enter__()
+    now += 1000
+
+    second = Ledger(path, step=0, begun=now - 5)
+    assert saved()["starts"] == 2 and saved()["seconds"]["start"] == 12
+    with second.spent("compile"):
+        now += 30
+    assert saved()["seconds"]["compile"] == 30
+    second.begin()
+    written, write = [], ledger.write_atomically
+    monkeypatch.setattr(ledger, "write_atomically", lambda *args: (written.append(now), write(*args)))
+    begun = now
+    for _ in range(25):
+        now += 3
+        with second.spent("data"):
+            now += 1
+    known = saved()["seconds"]["training"] + saved()["seconds"]["data"]
+    assert now - begun - known <= EVERY  # nothing was logged or saved, and yet
+    assert len(written) <= 100 / EVERY  # of 50 changes
+    third = Ledger(path, step=0, begun=now)
+    assert third.starts == 3 and third.seconds["lost"] > 60 and third.seconds["training"] == 0
 
 
 def test_profile_traces_the_steps_asked_for(tmp_path):

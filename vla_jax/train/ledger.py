@@ -12,7 +12,9 @@ Every second between a start and its end is in exactly one bucket:
 | checkpoint | the loop was held up by saving (the rest of a save runs beside the training)                |
 | evaluation | validation                                                                                  |
 
-Goodput is training / all. The time between two starts is nobody's: it is not counted.
+Goodput is training / all. The time between two starts is nobody's: it is not counted. The file is written when a start
+begins and then at changes of the bucket, at most every ten seconds: a crash takes the seconds since then with it, which
+are in no bucket.
 """
 
 import contextlib
@@ -48,6 +50,7 @@ class Ledger:
         self._written = -float("inf")
         if path is not None and path.exists():
             self._continue(json.loads(path.read_text()), step)
+        self.write()  # a start that ends while compiling was one too
 
     def _continue(self, saved: dict, step: int) -> None:
         self.seconds |= saved["seconds"]
@@ -66,10 +69,12 @@ class Ledger:
     def spent(self, bucket: str) -> Iterator[None]:
         """The body's time belongs to `bucket`, whatever it belonged to before."""
         outer = self._switch(bucket)
+        self.write_now_and_then()
         try:
             yield
         finally:
             self._switch(outer)
+            self.write_now_and_then()
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step was begun: until here nothing can be lost once it is whole."""

@@ -22,7 +22,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Checkpoints
-from vla_jax.checkpoint.paths import Path, is_remote
+from vla_jax.checkpoint.paths import Path, is_remote, write_atomically
 from vla_jax.checkpoint.shared import make_shared
 from vla_jax.sharding import activate, batch_sharding, check_batch, distributed
 from vla_jax.train.beats import COMPILING, RESTORING, STEP
@@ -69,6 +69,9 @@ FREE_TO_CHANGE = (
 )
 """Fields that may differ when a run is continued: they change how it is computed or reported, not what."""
 
+PLACEMENT = "placement.txt"
+"""In a run's directory: where this start's arrays lie."""
+
 SKIPPED = "skipped_in_a_row"
 """In a checkpoint's metadata: a run that diverges stops at the same step whether it was interrupted or not."""
 
@@ -106,6 +109,8 @@ class Job:
     """Tokens of one training sample, padding included; 0: not known."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The config's defaults, as JSON: what a checkpoint means that is older than a field."""
+    placement: str = ""
+    """Where every array lies, for people; kept in ``placement.txt``."""
     start: Callable[[], dict[str, Any] | None] = lambda: None
     """Reads the parameters, by path, that a new run does not draw; not called where it continues."""
 
@@ -156,6 +161,8 @@ def fit(
         config = job.meta["config"]
         if not jax.process_index():
             (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if job.placement:
+                write_atomically(run_dir / PLACEMENT, job.placement)
         log = MetricsLog(run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=config)
         stack.callback(log.close)
         ledger = Ledger(None if jax.process_index() else run_dir / "goodput.json", step=start, begun=begun)

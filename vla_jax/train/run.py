@@ -1,5 +1,6 @@
 """From a configuration to a trained policy: puts data, model, objective and optimiser together for the loop."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import read_meta
 from vla_jax.checkpoint.manager import flatten
+from vla_jax.checkpoint.paths import run_path
 from vla_jax.config import TrainConfig, config_hash, to_json
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import index_dataset
@@ -39,7 +41,7 @@ from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.hosts import bundle_hash, code_hash
 from vla_jax.train.init_from import read_start
 from vla_jax.train.interrupt import StopSignal
-from vla_jax.train.loop import Job, fit
+from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.parts import make_parts, trained_shares
 from vla_jax.train.profile import Steps
@@ -92,8 +94,12 @@ def train(
         if not jax.process_index():
             print(describe(json.loads(to_json(config))))
             print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
-            print(f"{table.table()}\n{table.summary()}" if dry_run else table.summary(), flush=True)
+            if dry_run:
+                print(f"{table.table()}\n{table.summary()}", flush=True)
+            else:
+                print(f"{table.summary()}; array by array: {run_path(run_dir) / PLACEMENT}", flush=True)
         if not dry_run:
+            job = dataclasses.replace(job, placement=f"{table.table()}\n{table.summary()}\n")
             fit(job, loop, run_dir, watchdog=watchdog, stop=stop, profile=profile, begun=begun)
 
 
