@@ -7,7 +7,8 @@ step. At a random moment a random one gets SIGKILL: every third time inside a sa
 training. What is measured: after how many seconds the survivor ended, with which code and message; and whether the run,
 started again until it is finished, ends with the same bytes (parameters, moments, EMA and metrics) as one that was
 left alone. Then the same with SIGTERM: both must end with 0 and the same last step. Fails where a run ends with other
-bytes, or a survivor takes a minute or more.
+bytes, a survivor takes a minute or more or does not say why it ends, or a process that was asked to stop ends with
+another code than 0 or was never asked.
 """
 
 import dataclasses
@@ -110,6 +111,28 @@ def strike(group: Group, run_dir: Path, rng: random.Random, number: int, span: f
     return {"victim": victim, "at": time.monotonic(), "inside_save": inside_save, "aim": aim}
 
 
+SLOW = 60
+"""Seconds that a survivor may not need."""
+
+
+def failures(report: dict) -> list[str]:
+    """What of a report is not as it must be."""
+    found = []
+    if report["runs_bit_identical"] != report["runs_finished"] or not all(s["same"] for s in report["stops"]):
+        found.append("a run that was struck ended with other bytes than one that was left alone")
+    if report["slowest_survivor_seconds"] >= SLOW:
+        found.append(f"a survivor took {report['slowest_survivor_seconds']:.0f} s to end")
+    silent = [i + 1 for i, one in enumerate(report["each"]) if one["survivor_code"] and not one["message"]]
+    if silent:
+        found.append(f"the survivors of kills {silent} ended without a word")
+    for i, stop in enumerate(report["stops"]):
+        if stop["victim"] is None:
+            found.append(f"request {i + 1} to stop was not delivered: its run was over")
+        elif any(stop["codes"]):
+            found.append(f"after request {i + 1} to stop the processes ended with {stop['codes']}")
+    return found
+
+
 def main() -> None:
     """Kills, starts again, compares, prints, writes."""
     args = cli(KillsArgs, description=__doc__)
@@ -155,9 +178,8 @@ def main() -> None:
             ended = group.wait(600)
             steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
             seconds = max(one.at for one in ended) - entry["at"] if entry["victim"] is not None else None
-            stops.append(
-                {"codes": [one.code for one in ended], "seconds": seconds, "newest": max(map(int, steps))}
-            )
+            codes, newest = [one.code for one in ended], max(map(int, steps), default=0)
+            stops.append({"victim": entry["victim"], "codes": codes, "seconds": seconds, "newest": newest})
             all_well(start(run_dir).wait(1200))
             stops[-1]["same"] = same(run_dir, whole)
             print("SIGTERM", json.dumps(stops[-1]), flush=True)
@@ -179,10 +201,8 @@ def main() -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    if not all(finished) or not all(stop["same"] for stop in stops):
-        raise ValueError("a run that was struck ended with other bytes than one that was left alone")
-    if report["slowest_survivor_seconds"] >= 60:
-        raise ValueError(f"a survivor took {report['slowest_survivor_seconds']:.0f} s to end")
+    if wrong := failures(report):
+        raise ValueError("; ".join(wrong))
 
 
 if __name__ == "__main__":

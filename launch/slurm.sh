@@ -16,8 +16,9 @@
 #   launch/slurm.sh --dry-run OPTIONS...                    prints what would run in the job
 #
 # Three minutes before the time limit, and when the job is preempted, SLURM sends SIGTERM: the run saves and ends. A
-# preempted job is queued again by itself; after a time limit submit the same command again. Where a node dies, the
-# run is started again in the same job, RESTARTS times at most.
+# preempted job is queued again by itself; after a time limit submit the same command again. Where a process dies, the
+# run is started again in the same job, RESTARTS times at most. Where a node dies, SLURM ends the job (NODE_FAIL) and
+# queues it again (--requeue) for nodes that are there; RESTARTS counts anew.
 #
 # Environment: PYTHON    the interpreter (.venv/bin/python)
 #              RESTARTS  how often to start again after a process was lost (3)
