@@ -11,7 +11,7 @@ All heads are one matrix: of `q_einsum/w` [layers n d e], A is [layers d r] and 
 import math
 import string
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -47,10 +47,13 @@ def attach(key: PRNGKeyArray, params: Any, names: Collection[str], rank: int) ->
     return walk(params, "")
 
 
-def merge(params: Any, scale: float, above: str = "") -> Any:
-    """The plain tree: every W with A and B beside it becomes W + scale·A·B, float32; all else is left as it is.
+def merge(
+    params: Any, scale: float, above: str = "", dtype: Callable[[str], Any] = lambda path: jnp.float32
+) -> Any:
+    """The plain tree: every W with A and B beside it becomes W + scale·A·B; all else is left as it is.
 
-    `above` is the path of the tree itself, where it is a part of a larger one.
+    `above` is the path of the tree itself, where it is a part of a larger one. The sum is float32, and then rounded to
+    the type that `dtype` says for a path.
     """
     if not isinstance(params, dict):
         return params
@@ -60,9 +63,10 @@ def merge(params: Any, scale: float, above: str = "") -> Any:
             continue
         path, factors = f"{above}{name}", params.get(name + SUFFIX)
         if factors is None:
-            merged[name] = merge(value, scale, f"{path}/")
+            merged[name] = merge(value, scale, f"{path}/", dtype)
         else:
-            merged[name] = value.astype(jnp.float32) + scale * product(path, factors["a"], factors["b"])
+            whole = value.astype(jnp.float32) + scale * product(path, factors["a"], factors["b"])
+            merged[name] = whole.astype(dtype(path))
     return merged
 
 

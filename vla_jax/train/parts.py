@@ -6,10 +6,10 @@ the matrices that it adapts to the second.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jaxtyping import PRNGKeyArray
 
@@ -17,6 +17,7 @@ from vla_jax.checkpoint.tree import flatten, join
 from vla_jax.config import TrainConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
+from vla_jax.models.vla import VLA, product_dtype
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Model
 from vla_jax.train.flops import Trained
@@ -67,21 +68,24 @@ def _modules(config: TrainConfig, names: list[str]) -> tuple[str, ...]:
     return ("backbone/**", EXPERT_LAYERS) if expert else ("backbone/**",)
 
 
-def network(model: nn.Module, frozen: PyTree | None, scale: float) -> Model:
+def network(model: VLA, frozen: PyTree | None, scale: float) -> Model:
     """The model over the trained parameters alone: frozen ones are joined, LoRA (`scale` above 0) is merged."""
     return model if frozen is None and not scale else _Network(model, frozen, scale)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Network:
-    model: nn.Module
+    model: VLA
     frozen: PyTree | None
     scale: float
 
     def apply(self, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
         """The model's own, with all parameters. What a method does not read of them is not computed either."""
         params = join(variables["params"], self.frozen)
-        return self.model.apply({"params": lora.merge(params, self.scale)}, *args, **kwargs)
+        # Rounded here and not where they multiply: within the layers' scan, the stack of merged matrices would be
+        # float32, and so would be that of their gradients.
+        dtype = functools.partial(product_dtype, self.model.config)
+        return self.model.apply({"params": lora.merge(params, self.scale, dtype=dtype)}, *args, **kwargs)
 
 
 def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
