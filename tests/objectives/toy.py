@@ -35,8 +35,8 @@ class Toy:
         seen = total / jnp.maximum(jnp.sum(batch.token_mask, axis=1), 1)[:, None]
         return ToyCache(seen @ p["backbone"]["key"], seen @ p["backbone"]["value"]), hidden
 
-    def logits(self, p, hidden):
-        return hidden @ p["backbone"]["embed"].T
+    def output_table(self, p):
+        return p["backbone"]["embed"]
 
     def denoise(self, p, cache, state, x_t, t, mask):
         seen = jnp.tanh(cache.keys + state @ p["expert"]["state"]) * cache.values

@@ -81,6 +81,25 @@ def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device(eight_vl
     assert found["1x8x1"]["unsharded"] < 0.02 and found["2x2x2"]["unsharded"] < 0.02
 
 
+@pytest.fixture(scope="module")
+def eight_losses():
+    return on_eight_devices("tests.sharding.eight_cross_entropy")
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1x1", "1x8x1x1", "2x2x1x2", "1x2x2x2"])
+def test_the_vocabulary_split_over_devices_has_the_same_cross_entropy(eight_losses, mesh):
+    """In pieces and at once, 202 tokens over 1 to 8 devices; also samples that no mesh divides."""
+    for found in eight_losses[mesh]["cases"].values():
+        assert found["loss"] < 1e-6 and found["gradient"] < 1e-6 and found["correct"] == 0
+
+
+def test_pieces_of_a_cross_entropy_exchange_hidden_vectors_only(eight_losses):
+    """No collective of a piece is as large as the table, or as what one device has of it where data sums gradients."""
+    for mesh in ("1x8x1x1", "2x2x1x2"):
+        pieces = eight_losses[mesh]["pieces"]
+        assert pieces["loops"] and 0 < pieces["largest"] <= pieces["hidden"] < pieces["table"]
+
+
 def test_a_batch_that_is_split_stays_where_it_is(eight_vla):
     """Where every device has all parameters, only gradients are exchanged: no image, token or activation moves."""
     assert eight_vla["8x1x1"]["collectives"] == ["all-reduce"]

@@ -216,6 +216,10 @@ class Gemma(nn.Module):
         """Float32 logits of normalised outputs."""
         return self.embedder.decode(x)
 
+    def output_table(self) -> Float[Array, "v d"]:
+        """The token table, which is tied to the output."""
+        return self.embedder.input_embedding
+
     def __call__(self, x, positions, mask, past=None, past_mask=None):
         """See `Tower.__call__`."""
         return self.blocks(x, positions, mask, past, past_mask)

@@ -59,6 +59,10 @@ class PaliGemma(nn.Module):
         """Float32 logits of the token that follows."""
         return self.llm.logits(hidden)
 
+    def output_table(self) -> Float[Array, "v d"]:
+        """What outputs are multiplied with for `logits`."""
+        return self.llm.output_table()
+
     def decode(
         self, cache: Cache, token: Int[Array, " b"], slot: Int[Array, ""], *, visible: bool = True
     ) -> tuple[Float[Array, "b v"], Cache]:

@@ -73,6 +73,10 @@ class VLA(nn.Module):
         """Float32 logits of the token that follows each output."""
         return self.backbone.logits(hidden)
 
+    def output_table(self) -> Float[Array, "v d"]:
+        """What outputs are multiplied with for `logits`."""
+        return self.backbone.output_table()
+
     def denoise(
         self,
         cache: Cache,

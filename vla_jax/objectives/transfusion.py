@@ -29,7 +29,7 @@ class Model(Protocol):
     """What the objective asks of a model: a linen module's `apply` with these methods."""
 
     def apply(self, variables: PyTree, *args, method: str):
-        """Methods `prefill`, `extend`, `logits` and `denoise`, as `models.vla.VLA` has them."""
+        """Methods `prefill`, `extend`, `output_table` and `denoise`, as `models.vla.VLA` has them."""
 
 
 class Draws(NamedTuple):
@@ -284,11 +284,8 @@ def _cross_entropy(
     valid: Bool[Array, "b g"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum over the valid labels, and how many of them are the likeliest."""
-
-    def logits_of(x: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
-        return model.apply({"params": params}, x, method="logits")
-
-    return cross_entropy(logits_of, hidden, labels, valid)
+    table = model.apply({"params": params}, method="output_table")
+    return cross_entropy(table, hidden, labels, valid)
 
 
 def action_error(
