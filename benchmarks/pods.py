@@ -31,10 +31,8 @@ class Case:
 
 CASES = {
     "pi0_v5e_256": Case("pi0", "v5e:16x16", 1, 2048),
-    "pi0_v5e_256_attention": Case("pi0", "v5e:16x16", 1, 2048, ("--model.remat", "save_attention")),
     "pi0_v5e_256_dots": Case(
-        *("pi0", "v5e:16x16", 1, 2048),
-        ("--model.remat", "dots_with_no_batch_dims_saveable", "--train.accumulate", "2"),
+        *("pi0", "v5e:16x16", 1, 1792), ("--model.remat", "dots_with_no_batch_dims_saveable")
     ),
     "pi05_v5e_256": Case("pi05", "v5e:16x16", 1, 2048),
     "pi0_v5p_64": Case("pi0", "v5p:4x4x4", 1, 2048),

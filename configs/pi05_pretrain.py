@@ -13,6 +13,8 @@ With knowledge insulation (arXiv:2505.23705) instead, both are trained from the 
 200 text tokens, of which up to 64 are targets, and up to 256 FAST tokens per chunk.
 """
 
+import dataclasses
+
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.config import FastConfig
@@ -21,10 +23,13 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
+VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
+"""A TPU's products may use half of its vector memory; by default an eighth."""
+
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        model=presets.pi05(),
+        model=dataclasses.replace(presets.pi05(), remat="save_attention"),
         objective=ObjectiveConfig(text=True, action_weight=0.0),
         data=DataConfig(
             prompt="pi05",
@@ -42,6 +47,8 @@ def get_config() -> TrainConfig:
             clip="per_group",
             freeze=("expert/**",),
         ),
-        train=LoopConfig(batch_size=2048, steps=280_000, ema_decay=0.999, save_every=5000, log_every=100),
+        train=LoopConfig(
+            batch_size=2048, steps=280_000, ema_decay=0.999, save_every=5000, log_every=100, xla=VMEM
+        ),
         mesh=MeshConfig(data=-1, fsdp=64),
     )

@@ -6,6 +6,8 @@ python -m launch.train --config configs/pi0_pretrain.py --run-dir runs/pi0 --dat
 2048 samples are 8 per chip on 256 chips. All sizes are here, so that compiling needs no data set.
 """
 
+import dataclasses
+
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
 from vla_jax.models import presets
@@ -13,13 +15,18 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
+VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
+"""A TPU's products may use half of its vector memory; by default an eighth."""
+
 
 def get_config() -> TrainConfig:
     return TrainConfig(
-        model=presets.pi0(),
+        model=dataclasses.replace(presets.pi0(), remat="save_attention"),
         objective=ObjectiveConfig(text=False, plan_visible=0.0),
         data=DataConfig(max_text_tokens=48, image_size=224, normalization_group="task"),
         optim=OptimConfig(learning_rate=5e-5, warmup_fraction=0.01, weight_decay=0.01),
-        train=LoopConfig(batch_size=2048, steps=700_000, ema_decay=0.999, save_every=5000, log_every=100),
+        train=LoopConfig(
+            batch_size=2048, steps=700_000, ema_decay=0.999, save_every=5000, log_every=100, xla=VMEM
+        ),
         mesh=MeshConfig(data=-1, fsdp=64),
     )

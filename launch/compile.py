@@ -39,19 +39,12 @@ class CompileArgs:
     """File for the same as JSON."""
     hlo: Path | None = None
     """File for the compiled program's text."""
-    xla: tuple[str, ...] = ()
-    """Compiler options as name=value, e.g. xla_tpu_scoped_vmem_limit_kib=65536."""
 
     def __post_init__(self):
         if self.compiles < 1:
             raise ValueError(f"compiles={self.compiles}: at least 1")
-        wrong = [option for option in self.xla if "=" not in option]
-        if wrong:
-            raise ValueError(f"xla: '{wrong[0]}' is not name=value")
-        if self.search and (self.program != "train" or self.hlo or self.xla):
-            raise ValueError(
-                "--search ranks training steps; it goes with neither --program sample, --hlo nor --xla"
-            )
+        if self.search and (self.program != "train" or self.hlo):
+            raise ValueError("--search ranks training steps; it goes with neither --program sample nor --hlo")
 
 
 def main() -> None:
@@ -64,8 +57,7 @@ def main() -> None:
     if args.search:
         results = _search(config, topology, args)
     else:
-        options = dict(option.split("=", 1) for option in args.xla)
-        report = aot.measure(config, topology, args.program, options=options or None, text_to=args.hlo)
+        report = aot.measure(config, topology, args.program, text_to=args.hlo)
         print(report.text())
         results = report.json()
     if args.json:

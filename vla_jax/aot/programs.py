@@ -66,7 +66,7 @@ def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     tx = make_optimizer(config.optim, config.train.steps)
     step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
     with activate(builder.mesh):
-        lowered = jit_train_step(step, builder).lower(builder.shapes, batch)
+        lowered = jit_train_step(step, builder, config.train.xla).lower(builder.shapes, batch)
     return Lowered(lowered, builder.mesh, table, train_flops(config, builder.shapes))
 
 

@@ -13,6 +13,7 @@ from vla_jax.aot.topology import Topology
 from vla_jax.config import TrainConfig
 from vla_jax.sharding import make_mesh
 from vla_jax.sharding.report import human
+from vla_jax.train.compiled import xla_options
 from vla_jax.train.memory import out_of_memory
 
 ASSUMPTIONS = (
@@ -179,10 +180,9 @@ def measure(
     topology: Topology,
     program: str = "train",
     *,
-    options: dict[str, str] | None = None,
     text_to: Any = None,
 ) -> Report:
-    """Compiles a program for a pod and reads the result. `options` are XLA's; `text_to`, a path, gets its text.
+    """Compiles a program for a pod and reads the result. `text_to`, a path, gets its text.
 
     Raises ValueError where config and mesh do not go together, and DoesNotFit.
     """
@@ -190,7 +190,7 @@ def measure(
     lowered = programs.lower(config, mesh, program)
     start = time.perf_counter()
     try:
-        compiled = lowered.lowered.compile(compiler_options=options)
+        compiled = lowered.lowered.compile(compiler_options=xla_options("tpu", config.train.xla))
     except Exception as error:
         amounts = out_of_memory(error)
         if amounts is None:

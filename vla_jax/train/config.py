@@ -152,6 +152,9 @@ class LoopConfig:
     hang_timeout: float = 1800.0
     """Seconds without progress after which the run prints where every thread is, names who is behind and ends;
     longer than the slowest compilation, validation or save. 0: never."""
+    xla: tuple[str, ...] = ()
+    """Compiler options for the training step, name=value; those of other platforms (xla_tpu_…, xla_gpu_…) are left out.
+    xla_tpu_scoped_vmem_limit_kib=65536 makes π0's products faster on chips with 128 MiB of vector memory."""
     init_from: str = ""
     """A run's directory (or one step of it, or converted weights) whose parameters a new run starts from, the averaged
     ones where it has them. The log says which arrays are new because actions, states or vocabulary are others;
@@ -167,6 +170,11 @@ class LoopConfig:
         for name in ("batch_size", "steps", "accumulate", "max_skipped", "log_every", "save_every", "keep"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value}: must be at least 1")
+        for option in self.xla:
+            _check(
+                bool(option.partition("=")[2]),
+                f"train.xla: '{option}' is not name=value, e.g. xla_tpu_…=65536",
+            )
         for name in ("val_every", "val_batches", "spike_sigma", "hang_timeout"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}={value}: must not be negative")

@@ -51,6 +51,7 @@ FREE_TO_CHANGE = (
     "model.attention",
     "model.unroll",
     "train.accumulate",
+    "train.xla",
     "train.log_every",
     "train.val_",
     "train.save_every",
@@ -259,7 +260,9 @@ class _Trainer:
         with self.clock.paused(), self.ledger.spent("compile"), activate(builder.mesh):
             self.progress.say("compiling the training step …")
             start = time.perf_counter()
-            compiled = jit_train_step(self.job.train_step, builder).lower(state, batch).compile()
+            compiled = (
+                jit_train_step(self.job.train_step, builder, self.loop.xla).lower(state, batch).compile()
+            )
             self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
             return compiled
 
