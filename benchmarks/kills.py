@@ -40,6 +40,9 @@ class KillsArgs:
     """How long a step takes at least, so that most moments are inside of the training and of its saves."""
     host_timeout: float = 30.0
     """Seconds of silence after which a process counts as dead; the default of `launch.train`."""
+    start_timeout: float = 45.0
+    """Seconds that processes have to come together: so long the others wait for one that is killed before.
+    `launch.train` gives them 300 by default, since real ones come from a queue."""
     seed: int = 0
     """Of the moments and victims."""
     json: Path | None = None
@@ -54,6 +57,7 @@ def options(args: KillsArgs, run_dir: Path, data: Path) -> list[str]:
         "step-seconds": args.step_seconds,
         "save-every": 3,
         "host-timeout": args.host_timeout,
+        "start-timeout": args.start_timeout,
     }
     return [str(run_dir), *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
 

@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--host-timeout", type=float, default=20)
     parser.add_argument("--hang-timeout", type=float, default=600)
+    parser.add_argument("--start-timeout", type=float, default=distributed.START_TIMEOUT)
     parser.add_argument("--step-seconds", type=float, default=0)
     parser.add_argument("--fault")
     parser.add_argument("--record", type=Path)
@@ -171,7 +172,9 @@ def main() -> None:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     args = parser.parse_args()
-    distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    distributed.initialize(
+        args.coordinator, args.num_processes, args.process_id, start_timeout=args.start_timeout
+    )
     fault = Fault(args.fault)
     fault.at_save()
     fault.at_step()
@@ -186,7 +189,9 @@ def main() -> None:
         hang_timeout=args.hang_timeout,
     )
     record = args.record and args.record.with_suffix(f".{distributed.process_index()}")
-    with Watchdog(silent_after=loop.host_timeout, stuck_after=loop.hang_timeout) as watchdog:
+    with Watchdog(
+        silent_after=loop.host_timeout, stuck_after=loop.hang_timeout, start_timeout=args.start_timeout
+    ) as watchdog:
         distributed.check_same(
             {"config": str(args.batch_size)}, details={"config": {"train.batch_size": args.batch_size}}
         )
