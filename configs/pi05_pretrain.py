@@ -23,9 +23,6 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
-VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
-"""A TPU's products may use half of its vector memory; by default an eighth."""
-
 
 def get_config() -> TrainConfig:
     return TrainConfig(
@@ -47,8 +44,6 @@ def get_config() -> TrainConfig:
             clip="per_group",
             freeze=("expert/**",),
         ),
-        train=LoopConfig(
-            batch_size=2048, steps=280_000, ema_decay=0.999, save_every=5000, log_every=100, xla=VMEM
-        ),
+        train=LoopConfig(batch_size=2048, steps=280_000, ema_decay=0.999, save_every=5000, log_every=100),
         mesh=MeshConfig(data=-1, fsdp=64),
     )

@@ -15,9 +15,6 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
-VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
-"""A TPU's products may use half of its vector memory; by default an eighth."""
-
 
 def get_config() -> TrainConfig:
     return TrainConfig(
@@ -25,8 +22,6 @@ def get_config() -> TrainConfig:
         objective=ObjectiveConfig(text=False, plan_visible=0.0),
         data=DataConfig(max_text_tokens=48, image_size=224, normalization_group="task"),
         optim=OptimConfig(learning_rate=5e-5, warmup_fraction=0.01, weight_decay=0.01),
-        train=LoopConfig(
-            batch_size=2048, steps=700_000, ema_decay=0.999, save_every=5000, log_every=100, xla=VMEM
-        ),
+        train=LoopConfig(batch_size=2048, steps=700_000, ema_decay=0.999, save_every=5000, log_every=100),
         mesh=MeshConfig(data=-1, fsdp=64),
     )
