@@ -264,6 +264,8 @@ class _Trainer:
                 jit_train_step(self.job.train_step, builder, self.loop.xla).lower(state, batch).compile()
             )
             self.progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+            # The first step opens connections, for which no process waits longer than its network's library likes.
+            distributed.barrier("compiled")
             return compiled
 
     def _read(self, leave: int) -> None:
