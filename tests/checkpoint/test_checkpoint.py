@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, read_meta
+from vla_jax.checkpoint import fingerprint as fingerprint_module
 from vla_jax.checkpoint import read as reading
 from vla_jax.checkpoint.fingerprint import fingerprint
 from vla_jax.checkpoint.manager import UNREADABLE
@@ -287,3 +288,18 @@ def test_fingerprint_against_numpy():
     for leaf in (x.view(np.uint32), h.view(np.uint16), np.asarray([3, 4], np.uint32)):
         total = (total * 31 + int(leaf.astype(np.uint64).sum())) % 2**32
     assert fingerprint({"a": jnp.asarray(x), "b": jnp.asarray(h), "c": jnp.asarray([3, 4])}) == total
+
+
+def test_fingerprints_of_host_and_device_are_the_same(monkeypatch):
+    """On a CPU numpy sums the words in place; accelerators have their own program, here on a CPU too."""
+    rng = np.random.default_rng(0)
+    tree = {
+        "half": jnp.asarray(rng.normal(size=(3, 5, 2)), jnp.bfloat16),
+        "float": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
+        "int": jnp.asarray([-3, 2**31 - 1], jnp.int32),
+        "bool": jnp.asarray([True, False, True]),
+        "scalar": jnp.float32(-0.0),
+    }
+    device = fingerprint_module._fingerprint(jax.tree.leaves(tree))
+    monkeypatch.setattr(fingerprint_module, "_fingerprint", None)  # whose copies of whole arrays take memory
+    assert fingerprint(tree) == fingerprint(jax.tree.map(np.asarray, tree)) == int(device)
