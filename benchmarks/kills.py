@@ -158,7 +158,7 @@ def main() -> None:
         whole = base / "whole"
         all_well(start(whole).wait(1200))
         span = args.steps * args.step_seconds / 2
-        while len(struck) < args.kills:
+        while sum(e["survivor_code"] != 0 for e in struck) < args.kills:
             run_dir = base / f"run{len(finished)}"
             group = start(run_dir)
             aim = "save" if len(struck) % 3 == 2 else "training" if rng.random() < 0.8 else "start"
@@ -172,6 +172,8 @@ def main() -> None:
             entry |= {"survivor_code": survivor.code, "survivor_seconds": survivor.at - entry.pop("at")}
             struck.append(entry | {"message": survivor.error})
             print(len(struck), json.dumps(struck[-1]), flush=True)
+            if survivor.code == 0:  # the run was over, and the victim on its way out
+                finished.append(same(run_dir, whole))
         last = base / f"run{len(finished)}"
         all_well(start(last).wait(1200))
         finished.append(same(last, whole))
@@ -190,7 +192,8 @@ def main() -> None:
 
     named = [e for e in struck if "is gone" in e["message"]]
     report = {
-        "kills": len(struck),
+        "kills": sum(e["survivor_code"] != 0 for e in struck),
+        "kills_after_the_end": sum(e["survivor_code"] == 0 for e in struck),
         "aimed": {aim: sum(e["aim"] == aim for e in struck) for aim in ("start", "training", "save")},
         "inside_save": sum(e["inside_save"] for e in struck),
         "survivors_that_said_who": len(named),

@@ -211,6 +211,13 @@ def test_a_coordinator_that_freezes_is_named_by_the_others(start, tmp_path):
     assert 8 <= int(named[1]) < 60 and "its coordinator at localhost:" in named[0]
 
 
+def test_who_dies_on_the_way_out_keeps_nobody(start, whole, tmp_path):
+    first, second = start(tmp_path, "--fault", "leave:1:0", "--host-timeout", 5)
+    assert second.code == -9 and first.code == 0 and first.seconds < 60
+    assert "another process did not come to the end" in first.said and not first.errors()
+    assert_same_bytes(tmp_path, whole)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

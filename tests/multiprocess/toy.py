@@ -151,6 +151,11 @@ class Fault:
 
         Checkpoints.save = save_and_die
 
+    def at_leaving(self) -> None:
+        """``leave:process:0``: killed when the run is over."""
+        if self.kind == "leave" and self.here():
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -206,7 +211,8 @@ def main() -> None:
 
             job = dataclasses.replace(job, batches=slowly)
         fit(job, loop, args.unshared or args.run_dir, watchdog=watchdog)
-    distributed.shutdown()
+    fault.at_leaving()
+    distributed.shutdown(patience=args.host_timeout)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,18 @@ def _answers(address: str | None) -> bool:
     return True
 
 
-def shutdown() -> None:
-    """Leaves the cluster once all processes do."""
+def shutdown(patience: float = 30.0) -> None:
+    """Leaves the cluster once all processes do; where one does not within `patience` seconds, ends this one, in order.
+
+    For the end of a run: nothing is left to do then, so that a process that died on its way out harms nobody.
+    """
+    store = client()
+    if store is not None:
+        try:
+            store.wait_at_barrier("vla/leave", int(1000 * patience))
+        except RuntimeError:
+            say("warning: another process did not come to the end; what this one had to do is done")
+            leave_at_once(0)
     jax.distributed.shutdown()
     last_words.take_back()
 
