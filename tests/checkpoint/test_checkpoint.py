@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
-from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, read_meta
+from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, manager, read_meta
 from vla_jax.checkpoint import fingerprint as fingerprint_module
 from vla_jax.checkpoint import read as reading
 from vla_jax.checkpoint.fingerprint import fingerprint
@@ -303,3 +304,16 @@ def test_fingerprints_of_host_and_device_are_the_same(monkeypatch):
     device = fingerprint_module._fingerprint(jax.tree.leaves(tree))
     monkeypatch.setattr(fingerprint_module, "_fingerprint", None)  # whose copies of whole arrays take memory
     assert fingerprint(tree) == fingerprint(jax.tree.map(np.asarray, tree)) == int(device)
+
+
+def test_arrays_lie_in_chunks_on_the_disk(tmp_path, monkeypatch):
+    """Whoever converts a model reads its layers one by one, and must not decode a whole stack for each."""
+    monkeypatch.setattr(manager, "CHUNK_BYTES", 40_000)
+    tree = {"stack": jnp.arange(40_000.0).reshape(4, 100, 100), "one": jnp.float32(3)}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"params": tree}, {"config": CONFIG})
+    checkpoints.close()
+    store = {"driver": "ocdbt", "base": f"file://{tmp_path}/checkpoints/1/params/", "path": "stack/"}
+    found = ts.open({"driver": "zarr", "kvstore": store}).result()
+    assert found.chunk_layout.read_chunk.shape == (1, 100, 100)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, "params"), tree)

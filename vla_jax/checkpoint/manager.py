@@ -47,6 +47,18 @@ class Restored:
     meta: dict[str, Any]
 
 
+CHUNK_BYTES = 64 * 2**20
+"""Of a file's chunks: whoever wants one layer of a stack reads and decodes so much, not gigabytes."""
+
+
+def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+    def chunks(x: Any) -> ocp.SaveArgs:
+        first = (0,) if jax.numpy.ndim(x) else ()  # layers, where there are some
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=first)
+
+    return ocp.args.StandardSave(tree, save_args=jax.tree.map(chunks, tree))
+
+
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them. Only one process (or one group) may hold a run.
 
@@ -75,7 +87,7 @@ class Checkpoints:
             fingerprints={name: fingerprint(tree) for name, tree in items.items()},
             versions=versions(),
         )
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = {name: _in_chunks(tree) for name, tree in items.items()}
         try:
             self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(record)))
         except Exception as error:
