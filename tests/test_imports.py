@@ -13,7 +13,7 @@ PACKAGES = {
     "layers": set(),
     "flow": {"types"},
     "models": {"types", "layers"},
-    "objectives": {"types", "flow"},
+    "objectives": {"types", "layers", "flow"},
     "data": {"types"},
     "sharding": {"types"},
     "checkpoint": {"types", "sharding"},
