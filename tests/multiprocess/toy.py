@@ -26,6 +26,7 @@ from vla_jax.train.config import LoopConfig, OptimConfig
 from vla_jax.train.interrupt import Vote
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.overlap import settled
 from vla_jax.train.state import TrainState, state_builder
 from vla_jax.train.watchdog import Watchdog
 
@@ -85,7 +86,7 @@ def make_job(
             yield batch
 
     def validate(params, batches):
-        return {"loss": jnp.mean(jnp.stack([jax.jit(loss_fn)(params, batch) for batch in batches]))}
+        return {"loss": jnp.mean(jnp.stack([settled(jax.jit(loss_fn)(params, batch)) for batch in batches]))}
 
     return Job(
         builder=state_builder(init, tx, ema=True, mesh=mesh),

@@ -33,6 +33,7 @@ from vla_jax.train.interrupt import StopSignal, Vote
 from vla_jax.train.ledger import Ledger
 from vla_jax.train.memory import explained
 from vla_jax.train.metrics import MetricsLog
+from vla_jax.train.overlap import settled
 from vla_jax.train.prefetch import Prefetch
 from vla_jax.train.profile import Profiler, Steps
 from vla_jax.train.progress import Progress, StepClock, memory_in_use
@@ -238,7 +239,7 @@ class _Trainer:
             self.watchdog.at(step + 1, STEP)
             state, metrics = train_step(state, batch)
             step += 1
-            self.pending.append((step, metrics, vote.cast(stop.requested)))
+            self.pending.append((step, settled(metrics), vote.cast(stop.requested)))
             self._read(self.in_flight)
             if self.profiler.last(step):
                 self._read(0)

@@ -43,6 +43,7 @@ from vla_jax.train.init_from import read_start
 from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.overlap import settled
 from vla_jax.train.parts import make_parts, trained_shares
 from vla_jax.train.profile import Steps
 from vla_jax.train.state import InitParams, StateBuilder, TrainState, state_builder
@@ -281,7 +282,9 @@ def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilde
     key = jax.random.key(config.seed)
 
     def validate(params: PyTree, batches: Iterator[Batch]) -> dict[str, Any]:
-        sums = [eval_step(params, batch, jax.random.fold_in(key, i)) for i, batch in enumerate(batches)]
+        sums = [
+            settled(eval_step(params, batch, jax.random.fold_in(key, i))) for i, batch in enumerate(batches)
+        ]
         return add_up(sums, config.objective)
 
     return validate
