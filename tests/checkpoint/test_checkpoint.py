@@ -23,7 +23,9 @@ CONFIG = {"train": {"batch_size": 8, "keep": 2}, "seed": 0}
 
 def tree(step):
     return {
-        "backbone": {"w": jnp.arange(1200.0).reshape(30, 40) * step},
+        "backbone": {
+            "w": jax.random.normal(jax.random.key(0), (150, 40)) * step
+        },  # too large to lie in an index
         "expert": {"w": jnp.full((4,), step, jnp.bfloat16), "n": jnp.int32(step)},
     }
 
@@ -86,20 +88,21 @@ def test_one_item_of_a_run_a_folder_or_a_step(run_dir):
         load(run_dir / "nowhere", "ema")
 
 
-def largest(folder):
-    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+def data_files(folder):
+    """Those that hold the arrays: orbax keeps what each process wrote beside what it merged."""
+    return [f for f in folder.rglob("*") if f.is_file() and f.stat().st_size > 10_000]
 
 
 def truncate(step_dir):
-    file = largest(step_dir / "params")
-    file.write_bytes(file.read_bytes()[:50])
+    for file in data_files(step_dir / "params"):
+        file.write_bytes(file.read_bytes()[:50])
 
 
 def flip_a_bit(step_dir):
-    file = largest(step_dir / "ema")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
+    for file in data_files(step_dir / "ema"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
 
 
 def lose_an_item(step_dir):
