@@ -158,11 +158,11 @@ def errors(
     """Relative error of each solver's chunks."""
     key = jax.random.key(7)
     with jax.default_matmul_precision("highest"):
-        reference = in_float32(policy).act(observation, key, solver=REFERENCE) / policy.action_scale
+        reference = policy.in_scale(in_float32(policy).act(observation, key, solver=REFERENCE))
     size = np.sqrt(np.mean(reference**2))
     rows = []
     for solver in solvers:
-        found = compiled.act(observation, key, solver=solver) / policy.action_scale
+        found = policy.in_scale(compiled.act(observation, key, solver=solver))
         error = np.sqrt(np.mean((found - reference) ** 2)) / size
         rows.append(
             {"solver": solver.method, "num_steps": solver.num_steps, "nfe": solver.nfe, "error": float(error)}

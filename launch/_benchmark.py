@@ -287,7 +287,7 @@ def in_float32(policy: Policy) -> Policy:
 def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig, seen: _Seen) -> float:
     """Root mean square error of normalised chunks from the reference, over the reference's root mean square."""
     found = [compiled.act(o, key, solver=solver) for o, key in zip(seen.observations, seen.keys)]
-    found, reference = (np.concatenate(chunks) / policy.action_scale for chunks in (found, seen.references))
+    found, reference = (policy.in_scale(np.concatenate(chunks)) for chunks in (found, seen.references))
     return float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))
 
 

@@ -148,6 +148,11 @@ class Policy:
         statistics = self.bundle.normalize.statistics.values()
         return np.mean([np.asarray(s.action.std) for s in statistics], axis=0)
 
+    def in_scale(self, chunks: Float[np.ndarray, "b k a"]) -> Float[np.ndarray, "b k m"]:
+        """Actions in units of `action_scale`, without the dimensions that never change in the training data."""
+        moves = self.action_scale > 0
+        return chunks[..., moves] / self.action_scale[moves]
+
     def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float = 0.0) -> list[str]:
         """One text per robot, decoded greedily (temperature 0) or sampled from softmax(logits / temperature).
 
