@@ -215,3 +215,8 @@ def test_padded_action_dims_are_masked_and_cut_off():
     )
     changed = Policy(config=cfg, bundle=bundle, params=params, step=0)
     np.testing.assert_allclose(changed.act(toy.observe(2), KEY, solver=SOLVER), actions, atol=1e-5)
+
+
+def test_dimensions_that_never_change_are_not_in_scale(monkeypatch):
+    monkeypatch.setattr(Policy, "action_scale", np.array([2.0, 0.0, 0.5]))
+    np.testing.assert_array_equal(make().in_scale(np.ones((1, 1, 3))), [[[0.5, 2.0]]])
