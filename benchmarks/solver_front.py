@@ -229,14 +229,13 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     figure = style.new_figure(11.5, 4.8 * len(reports), f"Recommended: {told}")
     for (left, right), report in zip(figure.subplots(len(reports), 2, squeeze=False), reports):
         _lines(left, report["solvers"], "error")
-        left.set(xscale="log", yscale="log")
+        left.set(yscale="log")
         left.axhline(report["tolerance"], color=style.FAINT, linestyle="--", linewidth=1)
         style.tidy(
             left, xlabel="median latency of a call (ms)", ylabel="relative error of the chunk",
             title=f"{report['name']}: against 100 midpoint steps; numbers are steps",
         )  # fmt: skip
         _lines(right, report["solvers"], "success")
-        right.set(xscale="log")
         style.tidy(
             right, xlabel="median latency of a call (ms)", ylabel="success",
             title=f"{report['name']}: {report['episodes']} held-out episodes, 95 % intervals",
