@@ -205,6 +205,12 @@ def random(shapes: Shapes, dtype: str = "float32", seed: int = 0) -> dict[str, n
     return {name: rng.normal(size=shape).astype(kind) for name, shape in sorted(shapes.items())}
 
 
+def save_small_openpi(folder, sizes: Sizes, kind: str) -> None:
+    """Random weights, so small that sampled chunks stay near the noise."""
+    arrays = random(openpi(sizes, kind))
+    save_openpi(folder, {name: 0.05 * x for name, x in arrays.items()}, value=True)
+
+
 def save_openpi(folder, arrays, *, value: bool) -> None:
     """As openpi saves: orbax's own writer, a tree below ``params``."""
     tree: dict = {}

@@ -32,8 +32,7 @@ def theirs(tmp_path_factory):
     """Weights of π0 and π0.5 without statistics, and a data set."""
     folder = tmp_path_factory.mktemp("theirs")
     for kind in ("pi0", "pi05"):
-        arrays = layouts.random(layouts.openpi(SIZES, kind))
-        layouts.save_openpi(folder / kind, {n: 0.05 * a for n, a in arrays.items()}, value=True)
+        layouts.save_small_openpi(folder / kind, SIZES, kind)
         convert(folder / kind, folder / f"ours_{kind}", source="openpi", target="vla_jax")
     toy.write(folder / "toy", [episode(seed) for seed in range(6)])
     return folder

@@ -190,6 +190,7 @@ def measure(
     lowered = programs.lower(config, mesh, program)
     start = time.perf_counter()
     try:
+        # The training step brings these options along; a sampling program does not.
         compiled = lowered.lowered.compile(compiler_options=xla_options("tpu", config.train.xla))
     except Exception as error:
         amounts = out_of_memory(error)

@@ -225,9 +225,8 @@ def first_line(error: BaseException) -> str:
     """An exception in one line of bearable length."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = line.split(" See full TensorStore details")[0]
-    if (
-        "[os_error_code=" in line
-    ):  # what the operating system said: behind long paths, before notes in any order
+    if "[os_error_code=" in line:
+        # What the operating system said: behind long paths, before notes in any order.
         return re.split(r" \[(?:os_error_code|tensorstore_spec|source)", line)[0].rsplit(": ", 1)[-1].strip()
     return line if len(line) <= 200 else line[:197] + "..."
 

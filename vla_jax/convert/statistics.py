@@ -48,9 +48,8 @@ def _field(normalize: Normalize, group: str, field: str, method: str) -> dict[st
     statistics = getattr(normalize.statistics[group], field)
     values = {kind: np.asarray(getattr(statistics, kind)) for kind in ("mean", "std", "q01", "q99")}
     offset, scale, _ = normalize.affine(group, field)
-    if (
-        field == "state"
-    ):  # by a deviation of 0 and openpi's 1e-6, a motion of 1 after all would become a million
+    if field == "state":
+        # By a deviation of 0 and openpi's 1e-6, a motion of 1 after all would become a million.
         scale = np.where(scale > 0, scale, 1.0)
     read = (
         {"mean": offset, "std": scale}

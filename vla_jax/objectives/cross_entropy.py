@@ -110,7 +110,7 @@ def _devices(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
 
 def _on_device(table, hidden, labels, valid, *, split: Split) -> CrossEntropy:
     """One device's part of the table and its samples; the sums are everybody's."""
-    # As of now every device counts its own table: its gradient is summed once, behind all pieces, not in each.
+    # From here on every device counts its own table, so that its gradient is summed once, not in each piece.
     table = jax.lax.pcast(
         table, tuple(axis for axis in split.samples if axis not in split.vocab), to="varying"
     )
