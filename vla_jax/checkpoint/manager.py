@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from vla_jax.checkpoint import write
 from vla_jax.checkpoint.fingerprint import fingerprint
 from vla_jax.checkpoint.paths import is_remote, run_path
 from vla_jax.checkpoint.read import (
@@ -47,18 +48,6 @@ class Restored:
     meta: dict[str, Any]
 
 
-CHUNK_BYTES = 64 * 2**20
-"""Of a file's chunks: whoever wants one layer of a stack reads and decodes so much, not gigabytes."""
-
-
-def _in_chunks(tree: Any) -> ocp.args.StandardSave:
-    def chunks(x: Any) -> ocp.SaveArgs:
-        first = (0,) if jax.numpy.ndim(x) else ()  # layers, where there are some
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=first)
-
-    return ocp.args.StandardSave(tree, save_args=jax.tree.map(chunks, tree))
-
-
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them. Only one process (or one group) may hold a run.
 
@@ -68,7 +57,9 @@ class Checkpoints:
     def __init__(self, run_dir: str | os.PathLike, *, keep: int):
         self.directory = run_path(run_dir) / FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, handler_registry=write.registry()
+        )
         self._saving: int | None = None
 
     def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -87,7 +78,7 @@ class Checkpoints:
             fingerprints={name: fingerprint(tree) for name, tree in items.items()},
             versions=versions(),
         )
-        args = {name: _in_chunks(tree) for name, tree in items.items()}
+        args = {name: write.arrays(tree) for name, tree in items.items()}
         try:
             self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(record)))
         except Exception as error:
@@ -103,6 +94,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(self._saving, error) from error
         self._saving = None
+        write.give_back()
 
     def restore_latest(
         self,
