@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, manager, read_meta
+from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, read_meta, write
 from vla_jax.checkpoint import fingerprint as fingerprint_module
 from vla_jax.checkpoint import read as reading
 from vla_jax.checkpoint.fingerprint import fingerprint
@@ -309,14 +309,60 @@ def test_fingerprints_of_host_and_device_are_the_same(monkeypatch):
     assert fingerprint(tree) == fingerprint(jax.tree.map(np.asarray, tree)) == int(device)
 
 
+def stored(folder, name):
+    """An array of step 1 as it lies on the disk."""
+    store = {"driver": "ocdbt", "base": f"file://{folder}/checkpoints/1/params/", "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": store}).result()
+
+
 def test_arrays_lie_in_chunks_on_the_disk(tmp_path, monkeypatch):
-    """Whoever converts a model reads its layers one by one, and must not decode a whole stack for each."""
-    monkeypatch.setattr(manager, "CHUNK_BYTES", 40_000)
-    tree = {"stack": jnp.arange(40_000.0).reshape(4, 100, 100), "one": jnp.float32(3)}
+    """Whoever converts a model reads its layers one by one, and must not read a whole stack for each.
+
+    But every chunk costs: a vector lies in one, not each of its numbers in its own, and a table in pieces.
+    """
+    monkeypatch.setattr(write, "CHUNK_BYTES", 400_000)
+    monkeypatch.setattr(write, "SLICE_BYTES", 40_000)
+    monkeypatch.setattr(write, "FILE_BYTES", 800_000)
+    shapes = {"stack": (6, 100, 100), "vector": (7001,), "scales": (18, 64), "table": (3000, 100), "one": ()}
+    tree = {k: jax.random.normal(jax.random.key(i), shape) for i, (k, shape) in enumerate(shapes.items())}
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"params": tree}, {"config": CONFIG})
     checkpoints.close()
-    store = {"driver": "ocdbt", "base": f"file://{tmp_path}/checkpoints/1/params/", "path": "stack/"}
-    found = ts.open({"driver": "zarr", "kvstore": store}).result()
-    assert found.chunk_layout.read_chunk.shape == (1, 100, 100)
+    arrays = [name for name, shape in shapes.items() if shape]
+    chunks = {name: stored(tmp_path, name).chunk_layout.read_chunk.shape for name in arrays}
+    whole = {name: shapes[name] for name in arrays}
+    assert chunks == whole | {"stack": (1, 100, 100), "table": (1000, 100)}
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path, "params"), tree)
+
+
+def test_arrays_are_not_compressed_and_files_are_cut(tmp_path, monkeypatch):
+    """Both bound the memory of a save: compressed copies, and files that are being filled, are held."""
+    monkeypatch.setattr(write, "FILE_BYTES", 100_000)
+    tree = {f"w{i}": jnp.ones(10_000) for i in range(8)}  # 40 kB each, which would shrink to almost nothing
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"params": tree}, {"config": CONFIG})
+    checkpoints.close()
+    assert stored(tmp_path, "w0").codec.to_json()["compressor"] is None
+    sizes = [
+        file.stat().st_size for file in (tmp_path / "checkpoints/1/params").rglob("d/*") if file.is_file()
+    ]
+    assert sum(sizes) > 320_000
+    assert max(sizes) < 200_000
+
+
+def test_a_shard_larger_than_what_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "AT_ONCE", 1000)
+    tree = {f"w{i}": jax.random.normal(jax.random.key(i), (100 * (i + 1),)) for i in range(12)}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"params": tree}, {"config": CONFIG})
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, "params"), tree)
+
+
+def test_orbax_reads_a_step_without_us(tmp_path):
+    saved(tmp_path)
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as others:
+        found = others.restore(
+            3, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract()["params"]))
+        )
+    jax.tree.map(np.testing.assert_array_equal, found["params"], tree(3))
