@@ -9,13 +9,22 @@ being there before. Ends with 1 where the peak is higher.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from launch._main import cli, run
+from vla_jax.checkpoint import Checkpoints
+from vla_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +33,8 @@ class MemoryArgs:
 
     gib: float = 3.0
     """Size of the state: parameters, moments and EMA of equal parts."""
-    devices: int = 8
-    """Simulated ones, over which the arrays are divided."""
+    devices: tuple[int, ...] = (8, 1)
+    """Over how many simulated ones the arrays are divided: one measurement each."""
     saves: int = 4
     """How often to save; the peak is that of all of them."""
     json: Path | None = None
@@ -53,67 +62,80 @@ def shapes(gib: float, devices: int) -> dict[str, tuple[tuple[int, ...], tuple[s
     }
 
 
-def main() -> None:
-    """Makes a state, saves it, reads the peak."""
-    args = cli(MemoryArgs, description=__doc__)
-    import jax
-    import jax.numpy as jnp
+def make_state(gib: float, devices: int) -> dict[str, PyTree]:
+    """The items of a checkpoint: parameters, their average, both moments."""
+    mesh = jax.make_mesh(
+        (devices,), ("fsdp",), devices=jax.devices()[:devices], axis_types=(jax.sharding.AxisType.Auto,)
+    )
 
-    from vla_jax.checkpoint import Checkpoints
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.devices)
-    mesh = jax.make_mesh((args.devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    parts = {
-        part: {
-            name: jax.device_put(
-                jax.random.normal(jax.random.fold_in(jax.random.key(p), i), shape),
-                jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)),
-            )
-            for i, (name, (shape, axes)) in enumerate(shapes(args.gib, args.devices).items())
+    def part(number: int) -> PyTree:
+        keys = iter(jax.random.split(jax.random.key(number), 6))
+        return {
+            name: jax.device_put(jax.random.normal(next(keys), shape), NamedSharding(mesh, P(*axes)))
+            for name, (shape, axes) in shapes(gib, devices).items()
         }
-        for p, part in enumerate(("params", "mu", "nu", "ema"))
-    }
-    moments = {"mu": parts["mu"], "nu": parts["nu"]}
-    items = jax.block_until_ready({"params": parts["params"], "ema": parts["ema"], "opt_state": moments})
-    del parts, moments  # which would keep the arrays that training gives away
-    state = sum(x.nbytes for x in jax.tree.leaves(items))
-    half = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.5, tree), donate_argnums=0)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(folder, keep=1)
-        checkpoints.save(
-            0, {"params": {"w": jnp.ones(1000)}}, {"config": {}}
-        )  # loads what a first save loads
+
+    return {"params": part(0), "ema": part(1), "opt_state": {"mu": part(2), "nu": part(3)}}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train(state: PyTree) -> PyTree:
+    """Training that goes on while a save runs, and gives the old arrays away."""
+    return jax.tree.map(lambda x: x * 0.5, state)
+
+
+def measure(gib: float, devices: int, saves: int, folder: str) -> dict[str, Any]:
+    """Saves a state several times; the peak and what it is compared with."""
+    items = jax.block_until_ready(make_state(gib, devices))
+    size = sum(x.nbytes for x in jax.tree.leaves(items))
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(0, {"params": {"w": jnp.ones(1000)}}, {"config": {}})  # loads what a first save loads
+    checkpoints.wait()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    blocking, whole = [], []
+    for step in range(1, saves + 1):
+        start = time.perf_counter()
+        checkpoints.save(step, items, {"config": {}})
+        blocking.append(time.perf_counter() - start)
+        items = jax.block_until_ready(train(items))
         checkpoints.wait()
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-        blocking, whole = [], []
-        for step in range(1, args.saves + 1):
-            start = time.perf_counter()
-            checkpoints.save(step, items, {"config": {}})
-            blocking.append(time.perf_counter() - start)
-            items = jax.block_until_ready(half(items))  # training goes on and gives the old arrays away
-            checkpoints.wait()
-            whole.append(time.perf_counter() - start)
-        peak = memory("VmHWM") - before
-        checkpoints.close()
-    limit = 1.3 * state + 2**30
-    report = {
-        "state_gib": state / 2**30,
+        whole.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - before
+    checkpoints.close()
+    limit = 1.3 * size + 2**30
+    return {
+        "devices": devices,
+        "state_gib": size / 2**30,
         "peak_above_before_gib": peak / 2**30,
-        "peak_over_state": peak / state,
+        "peak_over_state": peak / size,
         "limit_gib": limit / 2**30,
         "within": peak <= limit,
         "blocking_seconds": blocking,
         "whole_seconds": whole,
-        "devices": f"{args.devices} simulated CPU devices",
     }
-    print(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    """Measures, prints, compares."""
+    args = cli(MemoryArgs, description=__doc__)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(args.devices))
+    reports = []
+    for devices in args.devices:
+        with tempfile.TemporaryDirectory() as folder:
+            reports.append(measure(args.gib, devices, args.saves, folder))
+        print(json.dumps(reports[-1], indent=2), flush=True)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    if not report["within"]:
-        print(f"error: the peak is {peak / 2**30:.2f} GiB, the bar {limit / 2**30:.2f} GiB", file=sys.stderr)
+        args.json.write_text(json.dumps(reports, indent=2) + "\n")
+    over = [r for r in reports if not r["within"]]
+    for r in over:
+        peak, limit = r["peak_above_before_gib"], r["limit_gib"]
+        print(
+            f"error: {r['devices']} devices: the peak is {peak:.2f} GiB, the bar {limit:.2f}", file=sys.stderr
+        )
+    if over:
         sys.exit(1)
 
 
