@@ -131,6 +131,32 @@ def test_a_fused_collective_counts_once_from_its_first_stage_to_its_last():
     assert found.waiting == pytest.approx(3 * (one - (15 + 1500 + 30) / V5E.clock))
 
 
+@pytest.mark.parametrize("name", ["fusion.9", "all-reduce-scatter.1"])
+@pytest.mark.parametrize("called", ["all-reduce-scatter.2.clone.1", "fused_computation.3"])
+def test_a_sum_of_which_each_keeps_its_part_is_a_scatter(name, called):
+    """TPU programs have such sums as fusions; the compiler says it by the name of one of the two."""
+    text = f"""HloModule step, is_scheduled=true
+
+%{called} (q: bf16[128,128]) -> bf16[32,128] {{
+  %q = bf16[128,128]{{1,0}} parameter(0)
+  %r = bf16[128,128]{{1,0}} all-reduce(%q), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+  %z = s32[] constant(0)
+  ROOT %s = bf16[32,128]{{1,0}} dynamic-slice(%r, %z, %z), dynamic_slice_sizes={{32,128}}
+}}
+
+ENTRY %main (arg: bf16[128,128]) -> bf16[32,128] {{
+  %arg = bf16[128,128]{{1,0}} parameter(0)
+  ROOT %{name} = bf16[32,128]{{1,0}} fusion(%arg), kind=kCustom, calls=%{called}
+}}
+"""
+    mesh = mesh_of(data=2, fsdp=4)
+    line = Player(Program(text), mesh, Network(parse("v5e:2x4"), mesh)).play()
+    scattered = "all-reduce-scatter" in name + called
+    ((key, found),) = line.traffic.items()
+    assert key == ("reduce-scatter" if scattered else "all-reduce", ("fsdp",))
+    assert found.bytes == (1 if scattered else 2) * 3 / 4 * 128 * 128 * 2
+
+
 KERNELS = """HloModule step, is_scheduled=true
 
 ENTRY %main (q: bf16[2,8,896,256], k: bf16[2,896,256]) -> bf16[2,8,896,256] {

@@ -160,9 +160,7 @@ class Player:
             for where, candidate in inside:
                 found = collective(candidate, self.mesh, self._inputs(where, candidate))
                 if found is not None:
-                    if instruction.name.startswith(
-                        "all-reduce-scatter"
-                    ):  # a sum of which each keeps its part
+                    if _keeps_its_part(instruction):
                         found = dataclasses.replace(found, kind="reduce-scatter", bytes=found.bytes / 2)
                     key = candidate.channel if candidate.channel is not None else instruction.name
                     stages[i].append((key, found))
@@ -254,6 +252,11 @@ class Player:
             own = self.program.by_name(called)
             written = min(written, sum(own[x.operands[1]].bytes for x in updates if x.operands[1] in own))
         return moved + written
+
+
+def _keeps_its_part(fusion: Instruction) -> bool:
+    """Whether a fusion is a sum of which each device keeps its part; only names tell it from other fused sums."""
+    return any(name.startswith("all-reduce-scatter") for name in (fusion.name, *fusion.called))
 
 
 def _read(inside: list[Instruction], position: int, whole: float) -> float:
