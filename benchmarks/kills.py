@@ -110,7 +110,7 @@ def strike(group: Group, run_dir: Path, rng: random.Random, number: int, span: f
         wait_for(lambda: over() or saving(run_dir), 60)
     if victim not in group.running():
         return {"victim": None}
-    inside_save = saving(run_dir)
+    inside_save = begun() and saving(run_dir)  # before, what lies there is left from the last kill
     group.signal(victim, number)
     return {"victim": victim, "at": time.monotonic(), "inside_save": inside_save, "aim": aim}
 

@@ -321,7 +321,7 @@ def test_arrays_lie_in_chunks_on_the_disk(tmp_path, monkeypatch):
     But every chunk costs: a vector lies in one, not each of its numbers in its own, and a table in pieces.
     """
     monkeypatch.setattr(write, "CHUNK_BYTES", 400_000)
-    monkeypatch.setattr(write, "SLICE_BYTES", 40_000)
+    monkeypatch.setattr(write, "LAYER_BYTES", 40_000)
     monkeypatch.setattr(write, "FILE_BYTES", 800_000)
     shapes = {"stack": (6, 100, 100), "vector": (7001,), "scales": (18, 64), "table": (3000, 100), "one": ()}
     tree = {k: jax.random.normal(jax.random.key(i), shape) for i, (k, shape) in enumerate(shapes.items())}

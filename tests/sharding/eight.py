@@ -7,6 +7,7 @@ import tempfile
 import flax.linen as nn
 import jax
 import numpy as np
+import tensorstore as ts
 
 from tests.train.toy import host_batch, make_job, small_loop
 from vla_jax.checkpoint import Checkpoints, load
@@ -41,8 +42,23 @@ def run(shape, steps=3):
     return job, first, state, losses, lowered
 
 
+def layout_on_disk() -> dict:
+    """Chunks of a stack of layers whose second axis is divided, and whether it comes back."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    values = jax.random.normal(jax.random.key(0), (6, 64, 2048))
+    divided = jax.device_put(values, jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    with tempfile.TemporaryDirectory() as run_dir:
+        checkpoints = Checkpoints(run_dir, keep=1)
+        checkpoints.save(1, {"params": {"stack": divided}}, {"config": {}})
+        checkpoints.close()
+        store = {"driver": "ocdbt", "base": f"file://{run_dir}/checkpoints/1/params/", "path": "stack/"}
+        stored = ts.open({"driver": "zarr", "kvstore": store}).result()
+        found = load(run_dir, "params")["stack"]
+    return {"chunk": stored.chunk_layout.read_chunk.shape, "gap": gap(found, values)}
+
+
 def main() -> None:
-    out = {}
+    out = {"on_disk": layout_on_disk()}
     devices = jax.devices()
     jax_devices = jax.devices
     jax.devices = lambda *args: devices[:1]  # a mesh of one, beside which the others are judged

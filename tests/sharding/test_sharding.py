@@ -125,6 +125,11 @@ def test_a_checkpoint_is_restored_onto_another_mesh(eight):
     assert eight["whole"] == 0 and eight["whole_devices"] == 1
 
 
+def test_layers_of_divided_stacks_lie_apart_on_the_disk(eight):
+    """64 KiB of a layer on a device are enough: whoever reads it must not read all layers of that part."""
+    assert eight["on_disk"] == {"chunk": [1, 8, 2048], "gap": 0}
+
+
 def test_prefix_split_over_devices_changes_nothing(eight_vla):
     """sequence=2 has fewer samples per device, and the prefix in two parts."""
     assert eight_vla["2x2x2x1"]["loss"] < 1e-5

@@ -160,7 +160,7 @@ class Player:
             for where, candidate in inside:
                 found = collective(candidate, self.mesh, self._inputs(where, candidate))
                 if found is not None:
-                    if _keeps_its_part(instruction):
+                    if found.kind == "all-reduce" and _keeps_its_part(instruction):
                         found = dataclasses.replace(found, kind="reduce-scatter", bytes=found.bytes / 2)
                     key = candidate.channel if candidate.channel is not None else instruction.name
                     stages[i].append((key, found))
