@@ -157,6 +157,39 @@ ENTRY %main (arg: bf16[128,128]) -> bf16[32,128] {{
     assert found.bytes == (1 if scattered else 2) * 3 / 4 * 128 * 128 * 2
 
 
+def test_of_a_stack_that_a_fusion_slices_inside_only_the_slice_is_traffic():
+    """A layer's product reads its part of what all layers kept, by way of a bitcast and of a fusion in the fusion."""
+    text = """HloModule step, is_scheduled=true
+
+%cut (s: bf16[18,64,128], i: s32[]) -> bf16[64,128] {
+  %s = bf16[18,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %layer = bf16[1,64,128]{2,1,0} dynamic-slice(%s, %i, %z, %z), dynamic_slice_sizes={1,64,128}
+  ROOT %b = bf16[64,128]{1,0} bitcast(%layer)
+}
+
+%outer (stack: bf16[18,8192], w: bf16[128,32], i: s32[]) -> bf16[64,32] {
+  %stack = bf16[18,8192]{1,0} parameter(0)
+  %w = bf16[128,32]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %again = bf16[18,64,128]{2,1,0} bitcast(%stack)
+  %one = bf16[64,128]{1,0} fusion(%again, %i.1), kind=kLoop, calls=%cut
+  ROOT %c = bf16[64,32]{1,0} convolution(%one, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (arg: bf16[18,8192], w: bf16[128,32]) -> bf16[64,32] {
+  %arg = bf16[18,8192]{1,0} parameter(0)
+  %w.1 = bf16[128,32]{1,0} parameter(1)
+  %five = s32[]{:S(6)} constant(5)
+  ROOT %out = bf16[64,32]{1,0} fusion(%arg, %w.1, %five), kind=kOutput, calls=%outer
+}
+"""
+    mesh = mesh_of(data=2, fsdp=4)
+    line = Player(Program(text), mesh, Network(parse("v5e:2x4"), mesh)).play()
+    assert line.hbm == 2 * (64 * 128 + 128 * 32 + 64 * 32)
+
+
 KERNELS = """HloModule step, is_scheduled=true
 
 ENTRY %main (q: bf16[2,8,896,256], k: bf16[2,896,256]) -> bf16[2,8,896,256] {

@@ -245,7 +245,7 @@ class Player:
         for position, operand in enumerate(instruction.operands):
             arrays = names[operand].arrays if operand in names else ()
             here = sum(a.bytes for a in arrays if a.space == space)
-            moved += min(here, _read(inside, position, here)) if inside else here
+            moved += self._read(called, position, here) if inside else here
         written = sum(a.bytes for a in instruction.arrays if a.space == space)
         updates = [x for x in inside if x.opcode == "dynamic-update-slice"]
         if updates and inside:
@@ -253,26 +253,28 @@ class Player:
             written = min(written, sum(own[x.operands[1]].bytes for x in updates if x.operands[1] in own))
         return moved + written
 
+    def _read(self, fusion: str, position: int, whole: float) -> float:
+        """Bytes of a fusion's parameter that are read: of what is sliced or updated in place, only the slices."""
+        inside = self.program.computations.get(fusion, ())
+        parameters = (x.name for x in inside if x.opcode == "parameter" and x.operands == (str(position),))
+        name = next(parameters, None)
+        return whole if name is None else min(whole, self._used(inside, name, whole))
+
+    def _used(self, inside: list[Instruction], name: str, whole: float) -> float:
+        total, users = 0.0, [x for x in inside if name in x.operands]
+        for user in users:
+            if user.opcode == "bitcast":
+                total += self._used(inside, user.name, whole)
+            elif user.opcode == "fusion" and user.called:
+                places = (i for i, operand in enumerate(user.operands) if operand == name)
+                total += sum(self._read(user.called[0], i, whole) for i in places)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                total += user.bytes
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return whole
+        return total if users else whole
+
 
 def _keeps_its_part(fusion: Instruction) -> bool:
     """Whether a fusion is a sum of which each device keeps its part; only names tell it from other fused sums."""
     return any(name.startswith("all-reduce-scatter") for name in (fusion.name, *fusion.called))
-
-
-def _read(inside: list[Instruction], position: int, whole: float) -> float:
-    """Bytes of a fusion's parameter that are read: of an array that is sliced or updated in place, only the slices."""
-    parameter = next(
-        (x.name for x in inside if x.opcode == "parameter" and x.operands == (str(position),)), None
-    )
-    users = [x for x in inside if parameter in x.operands]
-    if not users or parameter is None:
-        return whole
-    total = 0.0
-    for user in users:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter:
-            total += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter:
-            continue
-        else:
-            return whole
-    return total
