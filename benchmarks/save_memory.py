@@ -119,8 +119,9 @@ def measure(gib: float, devices: int, saves: int, folder: str) -> dict[str, Any]
 def main() -> None:
     """Measures, prints, compares."""
     args = cli(MemoryArgs, description=__doc__)
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(args.devices))
+    if max(args.devices) > 1:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(args.devices))
     reports = []
     for devices in args.devices:
         with tempfile.TemporaryDirectory() as folder:

@@ -50,12 +50,12 @@ def test_memory_of_a_save(tmp_path, monkeypatch, capsys, peak):
     monkeypatch.setattr(save_memory, "memory", held.__getitem__)
     report = tmp_path / "report.json"
     monkeypatch.setattr(
-        sys, "argv", ["save_memory", "--gib", "0.001", "--arrays", "1", "--json", str(report)]
+        sys, "argv", ["save_memory", "--gib", "0.001", "--devices", "1", "1", "--json", str(report)]
     )
     if peak < 1:
         save_memory.main()
     else:
         with pytest.raises(SystemExit, match=r"^1$"):
             save_memory.main()
-        assert "error: the peak is 2.00 GiB, the bar 1.00 GiB" in capsys.readouterr().err
-    assert json.loads(report.read_text())["within"] == (peak < 1)
+        assert "error: 1 devices: the peak is 2.00 GiB, the bar 1.00" in capsys.readouterr().err
+    assert [case["within"] for case in json.loads(report.read_text())] == 2 * [peak < 1]
