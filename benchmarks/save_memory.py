@@ -119,7 +119,7 @@ def measure(gib: float, devices: int, saves: int, folder: str) -> dict[str, Any]
 def main() -> None:
     """Measures, prints, compares."""
     args = cli(MemoryArgs, description=__doc__)
-    if max(args.devices) > 1:
+    if max(args.devices) > 1:  # simulated; one is whichever device there is
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(args.devices))
     reports = []

@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 CHUNK_BYTES = 64 * 2**20
@@ -78,16 +77,12 @@ def give_back() -> None:
             trim(0)
 
 
-def shard_bytes(x: Any) -> int:
-    """Of the part of an array that one device has; all of it where it is on no device."""
-    return math.prod(_shard_shape(x)) * (x if hasattr(x, "dtype") else np.asarray(x)).dtype.itemsize
+def shard_bytes(x: jax.Array) -> int:
+    """Of the part of an array that one device has."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-def _chunks(x: Any) -> ocp.SaveArgs:
-    shape = _shard_shape(x)
-    stacked = len(shape) >= 3 and shard_bytes(x) // max(1, shape[0]) >= LAYER_BYTES
+def _chunks(x: jax.Array) -> ocp.SaveArgs:
+    layers = x.sharding.shard_shape(x.shape)[0] if x.ndim >= 3 else 0
+    stacked = layers > 0 and shard_bytes(x) // layers >= LAYER_BYTES
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
-
-
-def _shard_shape(x: Any) -> tuple[int, ...]:
-    return x.sharding.shard_shape(x.shape) if isinstance(x, jax.Array) else np.shape(x)
