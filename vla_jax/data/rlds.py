@@ -183,23 +183,8 @@ def finalize(out_dir: str | os.PathLike, schema: DatasetSchema, num_shards: int)
             f"{out_dir} is half-written: {len(missing)} of {num_shards} shards are missing {missing}"
         )
     paths = [shard_path(out_dir, schema, shard, num_shards) for shard in range(num_shards)]
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[_count_records(path) for path in paths],
-        num_bytes=sum(path.stat().st_size for path in paths),
-        filename_template=tfds.core.ShardedFileTemplate(
-            dataset_name=schema.name, data_dir=out_dir, split=SPLIT, filetype_suffix="array_record"
-        ),
-    )
-    info = tfds.core.DatasetInfo(
-        builder=DatasetIdentity(
-            name=schema.name, version=tfds.core.Version("1.0.0"), data_dir=str(out_dir), module_name=""
-        ),
-        features=features(schema),
-        description=f"{schema.robot} demonstrations in RLDS layout",
-    )
-    info.set_file_format("array_record")
-    info.set_splits(tfds.core.SplitDict([split]))
+    lengths = [_count_records(path) for path in paths]
+    info = dataset_info(out_dir, schema, lengths, num_bytes=sum(path.stat().st_size for path in paths))
     checksums = {path.name: _checksum(path) for path in paths}
     write_atomically(out_dir / CHECKSUMS_FILE, json.dumps(checksums, indent=2).encode())
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".metadata-") as temporary:
@@ -209,7 +194,31 @@ def finalize(out_dir: str | os.PathLike, schema: DatasetSchema, num_shards: int)
             _publish(Path(temporary) / name, out_dir / name)
     for rest in out_dir.glob(f".{schema.name}-{SPLIT}.*.tmp"):
         rest.unlink()  # of writers that were killed
-    return sum(split.shard_lengths)
+    return sum(lengths)
+
+
+def dataset_info(
+    directory: Path, schema: DatasetSchema, shard_lengths: list[int], *, num_bytes: int
+) -> tfds.core.DatasetInfo:
+    """TFDS's description of a data set in `directory`, of nothing but its schema and its shards' lengths."""
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=shard_lengths,
+        num_bytes=num_bytes,
+        filename_template=tfds.core.ShardedFileTemplate(
+            dataset_name=schema.name, data_dir=directory, split=SPLIT, filetype_suffix="array_record"
+        ),
+    )
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(
+            name=schema.name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
+        ),
+        features=features(schema),
+        description=f"{schema.robot} demonstrations in RLDS layout",
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.SplitDict([split]))
+    return info
 
 
 def _serialize(layout: tfds.features.FeaturesDict, schema: DatasetSchema, episode: Episode) -> bytes:

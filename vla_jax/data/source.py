@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vla_jax.data import rlds
 from vla_jax.data.schema import METADATA, DatasetSchema
+from vla_jax.data.stored_features import one_line, open_records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,37 +146,8 @@ def _open(path: Path) -> tuple[DatasetSchema, Any]:
             f"{path} is half-written ({shards - len(missing)} of {shards} shards); "
             "run the same launch.collect command again to finish it"
         )
-    try:
-        builder = tfds.builder_from_directory(path)
-        difference = _difference(rlds.features(schema), builder.info.features)
-        if not difference:
-            # Steps stay dense arrays, images stay bytes: one parse per episode, no decoding.
-            return schema, builder.as_data_source(rlds.SPLIT, decoders={"steps": tfds.decode.SkipDecoding()})
-    # TFDS and array_record raise whatever their JSON, proto and file layers raise.
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable data set: {_line(error)}") from error
-    raise ValueError(f"{path} holds other features than its {rlds.SCHEMA_FILE} says: {difference}")
-
-
-def _difference(wanted: tfds.features.FeaturesDict, found: tfds.features.FeaturesDict) -> str:
-    """The first feature that differs, in words; empty where none does."""
-    wanted, found = (_flat(features.get_tensor_info()) for features in (wanted, found))
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            return f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
-    return ""
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(tree, dict):
-        return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}/{name}").items()}
-    return {prefix.removeprefix("/"): f"{np.dtype(tree.np_dtype)}{list(tree.shape)}"}
+    return schema, open_records(path, schema)
 
 
 def _unreadable(path: Path, number: int, reason: object) -> str:
-    return f"episode {number} of {path} cannot be read ({_line(reason)}); collect the data set again"
-
-
-def _line(error: object) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
+    return f"episode {number} of {path} cannot be read ({one_line(reason)}); collect the data set again"

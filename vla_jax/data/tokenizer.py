@@ -51,7 +51,10 @@ class Tokenizer:
         if missing:
             raise ValueError(f"tokenizer files lack {missing}")
         self._files = {name: files[name] for name in _FILES}
-        self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # the library has no type of its own
+            raise ValueError(f"tokenizer.json is no tokenizer: {str(error)[:200]}") from None
         # An instruction that spells "<eos>" is text, not the end of the sequence.
         self._tokenizer.encode_special_tokens = True
         self._cache: dict[tuple, TextTokens] = {}

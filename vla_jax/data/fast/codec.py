@@ -13,6 +13,7 @@ hold half a coefficient; a BPE trained here works on whole ones.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,11 +45,19 @@ class FastTokenizer:
         settings = json.loads(files["processor_config.json"])
         try:
             self.scale, self.min_token = float(settings["scale"]), int(settings["min_token"])
-        except (KeyError, TypeError) as error:
+            sizes = [settings.get(name) for name in ("time_horizon", "action_dim")]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"processor_config.json of a FAST tokenizer lacks {error}") from None
-        self.horizon: int | None = settings.get("time_horizon")
-        self.action_dim: int | None = settings.get("action_dim")
-        self._bpe = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        if not (
+            math.isfinite(self.scale) and all(x is None or (isinstance(x, int) and x > 0) for x in sizes)
+        ):
+            raise ValueError(f"processor_config.json of a FAST tokenizer: scale {self.scale}, sizes {sizes}")
+        self.horizon: int | None = sizes[0]
+        self.action_dim: int | None = sizes[1]
+        try:
+            self._bpe = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # the library has no type of its own
+            raise ValueError(f"tokenizer.json is no tokenizer: {str(error)[:200]}") from None
         pre_tokenizer = json.loads(files["tokenizer.json"]).get("pre_tokenizer") or {}
         self._pieces = _pieces(self._bpe, by_bytes=pre_tokenizer.get("type") == "ByteLevel")
         texts = [_text(piece) for piece in self._pieces]
