@@ -86,10 +86,10 @@ def test_features_of_other_modules_are_not_imported(evil, change):
     root = features(folder)
     change(root)
     (folder / "features.json").write_text(json.dumps(root))
-    with pytest.raises(ValueError, match=r"features\.json") as caught:
+    with pytest.raises(ValueError) as caught:
         EpisodeSource(folder)
     assert not trace.exists() and MODULE not in sys.modules
-    assert "\n" not in str(caught.value)
+    assert "features.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_dry_run_of_training_says_which_class(evil, monkeypatch):

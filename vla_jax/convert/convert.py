@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from vla_jax.checkpoint.read import first_line
 from vla_jax.config import LoraConfig, TrainConfig, config_hash
 from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
 from vla_jax.convert.entry import Entry, Lazy, exported, imported
@@ -91,8 +92,13 @@ def open_weights(path: Path, source: str, options: Options) -> Opened:
         raise ValueError(f"weights of {source!r} are not read here; there are {', '.join(SOURCES)}")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    opened = SOURCES[source](path, options)
-    opened.check()
+    try:
+        opened = SOURCES[source](path, options)
+        opened.check()
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # JSON beside the weights holds something of another kind than the format says
+        raise ValueError(f"{path} is not of the format {source}: {first_line(error)}") from error
     return opened
 
 

@@ -7,8 +7,9 @@ policy_preprocessor.json, one array per feature and kind. The clock runs the oth
 from pathlib import Path
 from typing import Any
 
+from vla_jax.convert.entry import checked
 from vla_jax.convert.formats import Opened, Options
-from vla_jax.convert.sources import SafetensorsSource, read_json
+from vla_jax.convert.sources import SafetensorsSource, beside, read_json
 from vla_jax.convert.torch_pi0 import open_pi0
 from vla_jax.models.presets import PI0_CAMERAS
 
@@ -62,10 +63,11 @@ def read_processors(path: Path) -> dict[str, Any]:
     for step in preprocessor.get("steps", []):
         if "state_file" not in step:
             continue
-        if not (path / step["state_file"]).is_file():
-            raise FileNotFoundError(f"{path / step['state_file']} is missing; {PREPROCESSOR} names it")
-        state = SafetensorsSource(path / step["state_file"])
+        file = beside(path, step["state_file"], f"{PREPROCESSOR} names the file")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; {PREPROCESSOR} names it")
+        state = SafetensorsSource(file)
         for name in state.specs:
             feature, _, kind = name.rpartition(".")
-            statistics.setdefault(feature, {})[kind] = state.read(name).tolist()
+            statistics.setdefault(feature, {})[kind] = checked(name, state.read(name)).tolist()
     return {"preprocessor": preprocessor, "statistics": statistics}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,18 +23,24 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
         config = dataclasses.replace(
             config, expert=dataclasses.replace(config.expert, action_dim=1, state_dim=1)
         )
-    e, size, text = config.expert, config.vision.image_size, jnp.zeros((1, 1), bool)
+    e, size = config.expert, config.vision.image_size
+
+    def abstract(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), dtype)  # sizes come from files: nothing is allocated by them
+
+    text = abstract(jnp.bool_, 1)
     batch = Batch(
-        images={name: jnp.zeros((1, size, size, 3), jnp.uint8) for name in config.cameras},
-        image_mask={name: jnp.ones(1, bool) for name in config.cameras},
-        state=jnp.zeros((1, e.state_dim)),
-        tokens=jnp.zeros((1, 1), jnp.int32),
+        images={name: abstract(jnp.uint8, size, size, 3) for name in config.cameras},
+        image_mask={name: abstract(jnp.bool_) for name in config.cameras},
+        state=abstract(jnp.float32, e.state_dim),
+        tokens=abstract(jnp.int32, 1),
         token_mask=text,
         token_causal=text,
         token_loss=text,
     )
-    noise = jnp.zeros((1, e.horizon, e.action_dim))
-    tree = jax.eval_shape(VLA(config).init, jax.random.key(0), batch, noise, jnp.zeros(1))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    noise = abstract(jnp.float32, e.horizon, e.action_dim)
+    tree = jax.eval_shape(VLA(config).init, key, batch, noise, abstract(jnp.float32))
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(tree)["params"])
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
     return {name: shape for name, shape in shapes.items() if expert or name.startswith("backbone/")}

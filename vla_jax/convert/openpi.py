@@ -7,6 +7,7 @@ clock runs the other way: `time_flip`.
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -94,10 +95,18 @@ def read_statistics(file: Path) -> dict[str, Any]:
     for name, part in found.items():
         if not isinstance(part, dict) or not {"mean", "std"} <= part.keys():
             raise ValueError(f"{file}: {name} has no mean and std")
-        lengths = {len(values) for values in part.values() if values is not None}
+        given = {kind: values for kind, values in part.items() if values is not None}
+        for kind, values in given.items():
+            if not isinstance(values, list) or not all(_is_number(x) for x in values):
+                raise ValueError(f"{file}: {kind} of {name} is not a list of finite numbers")
+        lengths = {len(values) for values in given.values()}
         if len(lengths) != 1:
             raise ValueError(f"{file}: the statistics of {name} are of different lengths {sorted(lengths)}")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[Entry]:

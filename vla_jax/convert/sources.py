@@ -1,6 +1,7 @@
 """Files of weights, opened so that any part of any array can be read alone. Damage is refused in one line."""
 
 import json
+import lzma
 import math
 import struct
 import zipfile
@@ -31,6 +32,11 @@ DTYPES = {
 
 INDEX = "model.safetensors.index.json"
 
+MAX_ARRAY_BYTES = 2**35
+"""More than any array of a network here: the largest of a π0 has 2.25 GiB. What claims more is not read."""
+MAX_EXPANSION = 100
+"""How often an archive's size its content may be; weights compress to a half at best, and zeros to a thousandth."""
+
 
 class NpzSource:
     """An uncompressed or compressed numpy archive; the rows of an array must be asked for in order."""
@@ -41,15 +47,33 @@ class NpzSource:
         self._member: tuple[str, int, Any] | None = None  # name, row to come next, stream
         try:
             self._zip = zipfile.ZipFile(path)
-            for member in self._zip.namelist():
-                name = member.removesuffix(".npy")
-                with self._zip.open(member) as stream:
-                    shape, fortran, dtype = _npy_header(stream)
-                if fortran:
-                    raise ValueError(f"{name} is in Fortran order")
-                self.specs[name] = Spec(shape, dtype)
-        except (zipfile.BadZipFile, ValueError, EOFError, zlib.error) as error:
+            members = self._zip.infolist()
+            total, most = sum(m.file_size for m in members), MAX_EXPANSION * path.stat().st_size + 2**20
+            if total > most:
+                raise ValueError(f"it would expand from {path.stat().st_size} bytes to {total}")
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                if name == member.filename or name in self.specs:
+                    raise ValueError(f"{member.filename!r} is there twice, or no .npy")
+                self.specs[name] = self._spec(name, member)
+        except _UNREADABLE as error:
             raise ValueError(f"{path} is not a readable npz file ({first_line(error)})") from error
+
+    def _spec(self, name: str, member: zipfile.ZipInfo) -> Spec:
+        """Of the header alone; pickled objects are refused and never loaded."""
+        with self._zip.open(member) as stream:
+            shape, fortran, dtype = _npy_header(stream)
+            begin = stream.tell()
+        if fortran:
+            raise ValueError(f"{name} is in Fortran order")
+        if dtype.hasobject or dtype.names:
+            raise ValueError(f"{name} holds Python objects or records, not numbers")
+        spec = plausible(name, shape, dtype)
+        if begin + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(
+                f"{name} has {member.file_size - begin} bytes, not those of {dtype.name}{list(shape)}"
+            )
+        return spec
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The array, or rows of it."""
@@ -66,12 +90,37 @@ class NpzSource:
             data = stream.read(math.prod(shape) * spec.dtype.itemsize)
             if stop is None or stop == spec.shape[0]:
                 stream.read(1)  # the end of the stream: now its checksum is compared
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{self.path} is damaged: {name} ({first_line(error)})") from error
         if len(data) != math.prod(shape) * spec.dtype.itemsize:
             raise ValueError(f"{self.path} is damaged: {name} ends too early")
         self._member = (name, stop, stream) if stop is not None else None
         return np.frombuffer(data, spec.dtype).reshape(shape)
+
+
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,  # of an encrypted member, and NotImplementedError of a method
+    RecursionError,
+    MemoryError,
+    TypeError,
+    SyntaxError,  # the header of a .npy is a Python literal, which numpy parses and does not evaluate
+)
+
+
+def plausible(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Spec:
+    """The array's description, unless no network has such an array. Raises ValueError, before anything is allocated."""
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{name} of shape {list(shape)} has no elements")
+    if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} of shape {list(shape)} is larger than any array of a network here")
+    return Spec(shape, dtype)
 
 
 def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -94,9 +143,7 @@ class SafetensorsSource:
         if path.is_file():
             files = [path]
         elif (path / INDEX).is_file():
-            listed = _json(path / INDEX).get("weight_map")
-            if not isinstance(listed, dict):
-                raise ValueError(f"{path / INDEX} has no weight_map")
+            listed = _weight_map(path / INDEX)
             files = [path / name for name in sorted(set(listed.values()))]
         else:
             files = [path / "model.safetensors"]
@@ -131,14 +178,19 @@ class SafetensorsSource:
             raise ValueError(f"{file} is not a whole safetensors file ({first_line(error)})") from error
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            header = json.loads(
+                stream.read(length)
+            )  # of a length that safetensors has checked: 100 MB at most
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if listed is not None and listed.get(name) != file.name:
                 raise ValueError(f"{file} holds {name}, which {INDEX} does not list there")
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{file}: {name} is of type {entry['dtype']}, which is not read here")
-            self.specs[name] = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            try:
+                self.specs[name] = plausible(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
             self._place[name] = (file, 8 + length + entry["data_offsets"][0])
 
 
@@ -157,10 +209,13 @@ class OrbaxSource:
         self._keys: dict[str, str] = {}
         self._stores: dict[str, Any] = {}
         self.specs = {}
-        for keys, leaf in _leaves(tree):
-            name = "/".join(keys)
-            self._keys[name] = ".".join(keys)
-            self.specs[name] = Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
+        try:
+            for keys, leaf in _leaves(tree):
+                name = "/".join(keys)
+                self._keys[name] = ".".join(keys)
+                self.specs[name] = plausible(name, tuple(leaf.shape), np.dtype(leaf.dtype))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable orbax folder ({first_line(error)})") from error
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The array, or a part of it."""
@@ -193,8 +248,26 @@ def _leaves(tree: Any, above: tuple[str, ...] = ()):
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({first_line(error)})") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Array → file beside the index. A name that leads out of the folder is refused."""
+    found = _json(index)
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} has no weight_map")
+    for name, file in listed.items():
+        beside(index.parent, file, f"{index} lists {name!r} in")
+    return listed
+
+
+def beside(folder: Path, name: Any, said: str) -> Path:
+    """A file in `folder` that another file there names; raises ValueError where the name leads elsewhere."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or set(name) & {"\0", "\\"}:
+        raise ValueError(f"{said} {str(name)[:100]!r}, which is not the name of a file in the same folder")
+    return folder / name
 
 
 def read_json(path: Path) -> dict[str, Any]:
