@@ -72,7 +72,7 @@ class Reference:
         _, for_noise = jax.random.split(key)
         images, masks = [], []
         for name in self.policy.config.model.cameras:
-            there = name in observation.images
+            there = observation.images.get(name) is not None
             image = observation.images[name] if there else np.zeros((robots, size, size, 3), np.uint8)
             images.append(jnp.asarray(image).astype(jnp.float32) / 255.0 * 2.0 - 1.0)
             masks.append(jnp.full((robots,), there))

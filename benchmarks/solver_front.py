@@ -27,10 +27,10 @@ from matplotlib.axes import Axes
 from launch import _report
 from launch._benchmark import in_float32
 from launch._main import UsageError, cli, run
+from vla_jax.data.observations import take
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.policy import CompiledPolicy
-from vla_jax.serve.executors import take
 from vla_jax.serve.policy import Policy
 from vla_jax.sim import metrics
 from vla_jax.sim.env import VectorEnv

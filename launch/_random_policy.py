@@ -109,7 +109,8 @@ def observe(bundle: DataBundle, robots: int, *, seed: int, cameras: int | None =
         images={
             name: rng.integers(0, 256, (robots, *bundle.schema.cameras[name], 3), dtype=np.uint8)
             for name in names
-        },
+        }
+        | dict.fromkeys(bundle.cameras[len(names) :]),
         state=state.astype(np.float32),
         instruction=(prompt,) * robots,
     )

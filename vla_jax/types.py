@@ -82,8 +82,12 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a batch of robots sees, on the host, in the robots' own units: the input of a policy."""
+    """What a batch of robots sees, on the host, in the robots' own units: the input of a policy.
 
-    images: dict[str, UInt8[np.ndarray, "b h w 3"]]
+    `data.observations.check_observation` says what is taken.
+    """
+
+    images: dict[str, UInt8[np.ndarray, "b h w 3"] | None]
+    """Camera → RGB images of any size; None: the robots have no such camera now (the model sees a masked image)."""
     state: Float[np.ndarray, "b q"]
     instruction: tuple[str, ...]

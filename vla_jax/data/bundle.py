@@ -17,6 +17,7 @@ from vla_jax.data.fast.ids import action_ids
 from vla_jax.data.fast.transform import DecodedChunks, TokenizeActions
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.observations import Expected, check_observation
 from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
@@ -27,6 +28,10 @@ from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
 
 _TOKENIZER_VERSION = 1
+FARTHEST = 1e12
+"""Largest normalised state that is taken. Not less, because a dimension that never changed has a spread of 1e-8 in
+converted statistics (openpi, LeRobot), by which an ordinary reading becomes 1e10. Not more, because the network squares
+it in float32, which ends at 3e38."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,45 @@ class DataBundle:
         """A line for each dimension that never changes in what the normalisation was computed from."""
         return constant_dims(self.normalize.statistics, self.schema)
 
+    @property
+    def expected(self) -> Expected:
+        """What observations are checked against."""
+        unseen = tuple(camera for camera in self.schema.cameras if camera not in self.cameras)
+        return Expected(cameras=self.cameras, unseen=unseen, state_names=self.schema.state_names)
+
+    def check(self, observation: Observation) -> Observation:
+        """The observation as the model takes it: its cameras (None: absent), uint8 images, a float32 state.
+
+        Raises one ValueError, in one line: the field, what came, what is expected, how to mend it.
+        """
+        observation = check_observation(observation, self.expected)
+        for row, state in enumerate(observation.state):
+            offset, _, inverse = self.normalize.affine(
+                self.normalize.key(_observed(observation, row, None)), "state"
+            )
+            far = np.abs((state - offset) * inverse)
+            if (far > FARTHEST).any():
+                dim = int(far.argmax())
+                raise ValueError(
+                    f"state[{row}, {dim}] ({self.schema.state_names[dim]}) is {state[dim]:g}, {far[dim]:.1g} times the "
+                    f"training data's spread from its centre, {offset[dim]:g}; a reading in the data's units is "
+                    "expected: check the sensor and the unit"
+                )
+        return observation
+
+    def blank(self, instruction: str | None = None) -> Observation:
+        """One robot that sees black in the middle of the training data's states: to trace and to warm up with.
+
+        `instruction` None: one of the data set's, where it is needed to choose statistics.
+        """
+        if instruction is None:
+            instruction = next(iter(self.normalize.task_of), "")
+        sample = Sample(images={}, state=np.zeros(0, np.float32), instruction=instruction)
+        middle, _, _ = self.normalize.affine(self.normalize.key(sample), "state")
+        images = {camera: np.zeros((1, *self.schema.cameras[camera], 3), np.uint8) for camera in self.cameras}
+        state = np.asarray(middle, np.float32)[None]
+        return Observation(images=images, state=state, instruction=(instruction,))
+
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Samples in the robot's units as the model's batch; leaves are numpy arrays."""
         return collate([tf.apply_inputs(self.transforms, sample) for sample in samples])
@@ -81,7 +125,9 @@ class DataBundle:
         """What the robots see as the model's batch; `targets` are plans to follow, one per robot.
 
         `actions` are chunks in the robots' units, e.g. those that run now; the batch has them in the model's.
+        Raises ValueError where the observation is not what `check` takes.
         """
+        observation = self.check(observation)
         samples = [
             _observed(observation, row, targets[row] if targets is not None else None)
             for row in range(len(observation.instruction))
@@ -232,7 +278,7 @@ def _action_tokens(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 
 def _observed(observation: Observation, row: int, target: str | None) -> Sample:
     return Sample(
-        images={camera: frames[row] for camera, frames in observation.images.items()},
+        images={camera: frames[row] for camera, frames in observation.images.items() if frames is not None},
         state=observation.state[row],
         instruction=observation.instruction[row],
         text_target=target,

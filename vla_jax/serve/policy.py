@@ -24,12 +24,14 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from vla_jax.checkpoint import load_params, read_meta
 from vla_jax.config import TrainConfig, config_hash, from_json
 from vla_jax.data.bundle import DataBundle
+from vla_jax.data.fields import kind
+from vla_jax.data.observations import check_texts, take
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.lora import merge
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA, portable
-from vla_jax.serve.executors.base import Running, take
+from vla_jax.serve.executors.base import Running
 from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
 from vla_jax.types import Batch, Observation, PyTree
 
@@ -163,7 +165,7 @@ class Policy:
             raise ValueError("this policy was trained with objective.text=False, so it cannot write plans")
         if temperature < 0:
             raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
-        pieces = []
+        observation, pieces = self.bundle.check(observation), []
         for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
             tokens, _ = decode_text(
                 self.params,
@@ -195,10 +197,12 @@ class Policy:
         With `see_plan` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
         one. `guidance` is the instruction's weight: 0 ignores it, 1 is the plain policy, more exaggerates; other
         values than None compile one further program for all of them. With `running` the chunks continue those that
-        the robots run now. Raises ValueError where the policy was not trained for what is asked.
+        the robots run now. Raises ValueError where the observation is not what `bundle.check` takes or the policy was
+        not trained for what is asked, FloatingPointError where the actions are not finite.
         """
-        self.check_request(observation, plan, see_plan, samples)
-        self.check_steering(guidance, running)
+        observation = self.bundle.check(observation)
+        plan = self.check_request(observation, plan, see_plan, samples)
+        self.check_steering(guidance, running, len(observation.instruction))
         for_plan, for_noise = jax.random.split(key)
         if see_plan and plan is None:
             plan = self.plan(observation, for_plan)
@@ -303,22 +307,15 @@ class Policy:
         return self.read_chunks(written)
 
     def _init(self, key: PRNGKeyArray) -> PyTree:
-        observation = Observation(
-            images={
-                name: np.zeros((1, *size, 3), np.uint8) for name, size in self.bundle.schema.cameras.items()
-            },
-            state=np.zeros((1, len(self.bundle.schema.state_names)), np.float32),
-            instruction=(next(iter(self.bundle.normalize.task_of), ""),),
-        )
         expert = self.config.model.expert
         noise = jnp.zeros((1, expert.horizon, expert.action_dim))
-        batch = self.batch(observation)
+        batch = self.batch(self.bundle.blank())
         return nn.meta.unbox(self.model.init(key, batch, noise, jnp.zeros(1))["params"])
 
     def check_request(
         self, observation: Observation, plan: Sequence[str] | None, see_plan: bool, samples: int
-    ) -> None:
-        """Raises ValueError where the policy was not trained for what `act` is asked."""
+    ) -> tuple[str, ...] | None:
+        """The plan that was given, or ValueError where the policy was not trained for what `act` is asked."""
         robots = len(observation.instruction)
         if self.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
@@ -328,12 +325,11 @@ class Policy:
             raise ValueError(
                 "this policy's actions were trained with objective.plan_visible=0: they see no plan"
             )
-        if plan is not None and len(plan) != robots:
-            raise ValueError(f"{len(plan)} plans for {robots} robots: give one for each")
         if samples < 1:
             raise ValueError(f"samples={samples}: must be at least 1")
+        return None if plan is None else check_texts("plan", plan, robots)
 
-    def check_steering(self, guidance: float | None, running: Running | None) -> None:
+    def check_steering(self, guidance: float | None, running: Running | None, robots: int) -> None:
         """Raises ValueError where the policy was not trained for such guidance or continuation."""
         if guidance is not None:
             if not np.isfinite(guidance):
@@ -352,6 +348,11 @@ class Policy:
         if self.config.kind != "flow" or self.config.process.path != "cond_ot":
             raise ValueError(
                 "continuing a running chunk (rtc) needs a policy trained with process.kind=flow, process.path=cond_ot"
+            )
+        shape = (robots, self.horizon, len(self.bundle.schema.action_names))
+        if np.shape(running.actions) != shape or not np.isfinite(running.actions).all():
+            raise ValueError(
+                f"running.actions is {kind(running.actions)}; finite numbers of shape {list(shape)} are expected"
             )
         trained = self.config.objective.rtc_prefix
         if running.how == "prefix" and running.delay > trained:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vla_jax.data.observations import take
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.executors import take
 from vla_jax.sim import metrics
 from vla_jax.sim.evaluate import (
     EvaluablePolicy,

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.observations import take
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.executors import take
 from vla_jax.sim import metrics
 from vla_jax.sim.evaluate import (
     EvaluablePolicy,

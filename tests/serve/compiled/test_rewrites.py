@@ -59,7 +59,7 @@ def plain(time: str, state_token: bool, clock: str) -> tuple[Policy, np.ndarray]
 def observation():
     """Two robots (padded to 8) that lack a camera: there is something to leave out."""
     seen = toy.observe(2)
-    return dataclasses.replace(seen, images={"top": seen.images["top"]})
+    return dataclasses.replace(seen, images=seen.images | {"wrist": None})
 
 
 @pytest.mark.parametrize(("model", "on"), CASES, ids=lambda x: "+".join(map(str, x)) if len(x) < 9 else "all")

@@ -35,19 +35,11 @@ class Encoder:
         self, observation: Observation, plan: Sequence[str] | None, *, null_prompt: bool
     ) -> list[Encoded]:
         """One row per robot, with `null_prompt` without its instruction. Raises ValueError."""
-        known = self._bundle.cameras
-        cameras = [camera for camera in known if camera in observation.images]
-        if not cameras:
-            raise ValueError(
-                f"the observation has cameras {sorted(observation.images)}, none of the model's {list(known)}"
-            )
-        given, wanted = observation.state.shape[-1], len(self._bundle.schema.state_names)
-        if given != wanted:
-            raise ValueError(f"state has {given} dims, {wanted} expected (of the data trained on)")
-        rows = []
+        observation, rows = self._bundle.check(observation), []
+        given = {camera: images for camera, images in observation.images.items() if images is not None}
         for row, instruction in enumerate(observation.instruction):
-            images = {camera: observation.images[camera][row] for camera in cameras}
-            state = np.asarray(observation.state[row], np.float32)
+            images = {camera: frames[row] for camera, frames in given.items()}
+            state = observation.state[row]
             target = None if plan is None else plan[row]
             sample = Sample(images=images, state=state, instruction=instruction, text_target=target)
             group = self._groups.index(self._bundle.normalize.key(sample))

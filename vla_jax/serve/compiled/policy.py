@@ -143,8 +143,9 @@ class CompiledPolicy:
         running: Running | None = None,
     ) -> Float[np.ndarray, "b *S k a"]:
         """`Policy.act`, with the same noise for the same key where the buckets are the policy's `call_sizes`."""
-        self.policy.check_request(observation, plan, see_plan, samples)
-        self.policy.check_steering(guidance, running)
+        observation = self.policy.bundle.check(observation)
+        plan = self.policy.check_request(observation, plan, see_plan, samples)
+        self.policy.check_steering(guidance, running, len(observation.instruction))
         if see_plan and plan is None:
             plan = self.plan(observation, jax.random.split(key)[0])
         rows = self.encode(observation, plan, null_prompt=guidance == 0)

@@ -16,7 +16,6 @@ from vla_jax.serve.executors.base import (
     ExecutorKind,
     RecedingHorizon,
     Running,
-    take,
 )
 from vla_jax.serve.executors.ensemble import TemporalEnsemble
 from vla_jax.serve.executors.make import make_executor
@@ -32,5 +31,4 @@ __all__ = [
     "Running",
     "TemporalEnsemble",
     "make_executor",
-    "take",
 ]

@@ -6,8 +6,9 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from vla_jax.data.observations import take
 from vla_jax.flow.config import SolverConfig
 from vla_jax.types import Observation
 
@@ -245,12 +246,3 @@ class RecedingHorizon(ChunkExecutor):
             actions = np.concatenate([self._wait(self._last, waits), actions], axis=1)
         self._last = actions[:, -1]
         return self._count(actions, waits)
-
-
-def take(observation: Observation, rows: Sequence[int] | Int[np.ndarray, " r"]) -> Observation:
-    """The observations of some robots."""
-    return Observation(
-        images={name: image[np.asarray(rows)] for name, image in observation.images.items()},
-        state=observation.state[np.asarray(rows)],
-        instruction=tuple(observation.instruction[row] for row in rows),
-    )

@@ -25,7 +25,7 @@ from vla_jax.serve.server.backends import SERVED, Backend, CompiledBackend, Prog
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
 from vla_jax.serve.server.request import parse as parse_request
-from vla_jax.serve.server.spec import Spec
+from vla_jax.serve.server.spec import STATE, Spec
 from vla_jax.types import Observation
 
 
@@ -106,7 +106,10 @@ class Engine:
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
         observation = Observation(
-            images={camera: image[None] for camera, image in request.images.items()},
+            images={
+                camera: request.images[camera][None] if camera in request.images else None
+                for camera in self.spec.cameras
+            },
             state=request.state[None],
             instruction=(request.prompt,),
         )
@@ -160,7 +163,9 @@ class Engine:
         """Compiles everything that a request can ask for and runs it once; returns how many calls that were."""
         for program in self.programs():
             self._backend.compile(program, self.buckets)
-        observation = self.spec.zeros(self._any_prompt())
+        prompt = self._any_prompt()
+        # Zeros may lie far outside the training data, where a state is refused.
+        observation = self.spec.zeros(prompt) | {STATE: self._plain.bundle.blank(prompt).state[0]}
         (request,), _ = parse_request(observation, self.spec, {})
         # Without its instruction a prompt fits every program, however long this policy's prompts usually are.
         row, calls = self.prepare(dataclasses.replace(request, guidance=0.0), seed=0), 0
@@ -217,8 +222,8 @@ def _stack(rows: Sequence[Row]) -> Observation:
     observations = [row.observation for row in rows]
     return Observation(
         images={
-            camera: np.concatenate([o.images[camera] for o in observations])
-            for camera in observations[0].images
+            camera: None if image is None else np.concatenate([o.images[camera] for o in observations])
+            for camera, image in observations[0].images.items()
         },
         state=np.concatenate([o.state for o in observations]),
         instruction=tuple(o.instruction[0] for o in observations),

@@ -8,13 +8,14 @@ Nothing is ignored: an unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vla_jax.data.fields import check_image, check_state, check_text, kind
+from vla_jax.data.observations import check_names
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.spec import BATCH, OPTIONS, PROMPT, STATE, Spec, camera_key
 
@@ -52,7 +53,7 @@ def parse(message: Any, spec: Spec, rename: Mapping[str, str]) -> tuple[list[Req
     `rename` maps keys of the robot to the metadata's.
     """
     if not isinstance(message, dict):
-        raise Refused("invalid", f"a request is a map, not {_kind(message)}")
+        raise Refused("invalid", f"a request is a map, not {kind(message)}")
     if BATCH not in message:
         return [_request(message, spec, rename)], False
     rows = message[BATCH]
@@ -61,7 +62,7 @@ def parse(message: Any, spec: Spec, rename: Mapping[str, str]) -> tuple[list[Req
     requests = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise Refused("invalid", f"batch[{number}] is a map, not {_kind(row)}")
+            raise Refused("invalid", f"batch[{number}] is a map, not {kind(row)}")
         try:
             requests.append(_request(row, spec, rename))
         except Refused as refusal:
@@ -84,13 +85,13 @@ def _request(message: dict, spec: Spec, rename: Mapping[str, str]) -> Request:
         if key not in fields:
             raise Refused("invalid", f"{key} is missing; the observation has {', '.join(expected)}")
     images = {
-        camera: _image(camera_key(camera), fields[camera_key(camera)], size)
+        camera: _field(check_image, camera_key(camera), fields[camera_key(camera)], size=size)
         for camera, size in spec.cameras.items()
         if fields[camera_key(camera)] is not None
     }
     if not images:
         raise Refused("invalid", "every camera is None; at least one image is needed")
-    state = _state(fields[STATE], len(spec.state_names))
+    state = _field(check_state, STATE, fields[STATE], len(spec.state_names))
     return Request(
         images=images, state=state, prompt=_text(PROMPT, fields[PROMPT]), **_options(options, spec)
     )
@@ -107,31 +108,21 @@ def _flat(value: dict, prefix: str) -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{key}", inner
 
 
-def _image(key: str, value: Any, size: tuple[int, int]) -> np.ndarray:
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape != (*size, 3):
-        raise Refused("invalid", f"{key} is {_kind(value)}; uint8{[*size, 3]} is expected")
-    return value
-
-
-def _state(value: Any, dims: int) -> np.ndarray:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.shape != (dims,):
-        raise Refused("invalid", f"{STATE} is {_kind(value)}; float32[{dims}] is expected")
-    with np.errstate(over="ignore"):
-        state = value.astype(np.float32)
-    if not np.isfinite(state).all():
-        raise Refused("invalid", f"{STATE} holds values that are not finite")
-    return state
+def _field(check: Callable[..., Any], *what: Any, **how: Any) -> Any:
+    """A field by the policy's own rules (`data.fields`), refused in the server's words."""
+    try:
+        return check(*what, **how)
+    except ValueError as error:
+        raise Refused("invalid", str(error)) from None
 
 
 def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
-        raise Refused("invalid", f"{key} is {_kind(value)}; a text of 1 to {MAX_TEXT} characters is expected")
-    return value
+    return _field(check_text, key, value, longest=MAX_TEXT, empty=False)
 
 
 def _options(value: Any, spec: Spec) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Refused("invalid", f"{OPTIONS} is {_kind(value)}; a map is expected")
+        raise Refused("invalid", f"{OPTIONS} is {kind(value)}; a map is expected")
     _only(value, spec.options, "option")
     options = {}
     for key, given in value.items():
@@ -166,17 +157,4 @@ def _option(key: str, value: Any, spec: Spec) -> Any:
 
 
 def _only(given: Iterable[str | bytes], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key)[:80], known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise Refused("invalid", f"unknown {what} {str(key)[:80]!r}; {hint}")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, str):
-        return f"a text of {len(value)} characters"
-    return {type(None): "None", dict: "a map"}.get(type(value), type(value).__name__)
+    _field(check_names, given, list(known), what)
