@@ -8,11 +8,13 @@ python -m launch.serve --checkpoint runs/tabletop --solver midpoint --num-steps 
 
 Clients: openpi-client as it is, or vla_jax.serve.client. The log is JSON lines on stderr; the line "serving" says that
 everything is compiled and the port is open. http://HOST:PORT/healthz and /metrics answer on the same port. SIGTERM
-answers what was accepted, then ends. See docs/serving.md.
+answers what was accepted, for at most --drain-s, then ends: exit code 0, or 1 where something was not answered. A
+second SIGTERM does not wait. See docs/serving.md.
 """
 
 import asyncio
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -67,11 +69,17 @@ class ServeArgs(ServeConfig):
     record_gb: float = 10.0
     """Most that is recorded."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.record_gb < math.inf:
+            raise ValueError(f"record_gb={self.record_gb}: must be finite and above 0")
+
 
 def main() -> None:
     """Parses the command line, loads, warms up, serves."""
     args = cli(ServeArgs, description=__doc__)
-    args.secret(), args.tls()  # refuse now what cannot work
+    args.secret(), args.tls()  # refuse now what cannot work, not after minutes of compiling
+    bound = args.bind()
 
     from launch._mesh import mesh_of
     from launch._report import check_writable, solver_of  # after parsing: --help need not wait for JAX
@@ -106,20 +114,22 @@ def main() -> None:
         mesh=mesh_of(args.mesh),
     )
     logs.info("loaded", checkpoint=str(args.checkpoint), step=policy.step, config=policy.config_hash)
-    calls = engine.warm_up()
-    logs.info("warm", calls=calls, compiled=int(metrics.value("vla_compilations_total")))
-    if args.beyond_loopback and args.secret() is None:
-        logs.warning("no token", why=f"anybody who reaches {args.host} may ask; use --token-file")
     recorder = None
     if args.record is not None:
         limit = int(args.record_gb * 1e9)
         recorder = Recorder(args.record, engine.spec.metadata(), max_bytes=limit, metrics=metrics, logs=logs)
-    app = App(engine, args, metrics=metrics, logs=logs, recorder=recorder, first_seed=args.seed)
+    app = App(
+        engine, args, metrics=metrics, logs=logs, recorder=recorder, first_seed=args.seed, bound=bound
+    )
+    calls = engine.warm_up()
+    logs.info("warm", calls=calls, compiled=int(metrics.value("vla_compilations_total")))
+    if args.beyond_loopback and args.secret() is None:
+        logs.warning("no token", why=f"anybody who reaches {args.host} may ask; use --token-file")
     drained = asyncio.run(app.run())
     if recorder is not None:
         recorder.close()
     if not drained:
-        os._exit(1)  # a call that hangs must not keep the process
+        os._exit(1)  # Python would wait for the thread of a call that hangs
 
 
 if __name__ == "__main__":

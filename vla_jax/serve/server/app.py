@@ -1,60 +1,40 @@
 """The server: openpi's websocket protocol, its health check, metrics, and an orderly end.
 
 A connection begins with a frame of metadata. Then, one at a time: a binary frame with an observation, answered by a
-binary frame with actions, or by a text frame that says why not (`errors`). Bytes are decoded and checked in the event
-loop (microseconds), preprocessed in a pool of threads, computed in one more: whatever a policy does, connections are
+binary frame with actions, or by a text frame that says why not (`errors`). Whatever a policy does, connections are
 kept, pings and `/healthz` answered.
 """
 
 import asyncio
 import contextlib
-import hmac
-import http
-import itertools
 import logging
 import signal
-import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
-import numpy as np
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
-from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
-from websockets.protocol import State
 
 from vla_jax.serve.server import codec
-from vla_jax.serve.server.batcher import Batcher, Done
+from vla_jax.serve.server.access import Access, peer
+from vla_jax.serve.server.answers import Answers, Serves, check_renames
+from vla_jax.serve.server.batcher import Batcher
 from vla_jax.serve.server.config import ServeConfig
-from vla_jax.serve.server.errors import Refused
+from vla_jax.serve.server.errors import Failed, Refused
+from vla_jax.serve.server.listener import Door, Listener, bind
 from vla_jax.serve.server.logs import Logs
-from vla_jax.serve.server.metrics import CONTENT_TYPE, Metrics
+from vla_jax.serve.server.metrics import Metrics
 from vla_jax.serve.server.recording import Recorder
-from vla_jax.serve.server.request import MAX_SEED, Request, parse
-from vla_jax.serve.server.spec import Spec
 
 FAILED = "Internal server error. Traceback included in previous frame."
 """Reason of the close after an exception, as openpi's server says it."""
 GOING = "the server is being stopped"
 GOODBYE_S = 1.0
-"""Seconds for the goodbye to those whose reply does not come."""
-
-
-class Serves(Protocol):
-    """What is served: `engine.Engine`, or in tests anything like it."""
-
-    buckets: tuple[int, ...]
-    spec: Spec
-
-    def prepare(self, request: Request, seed: int) -> Any:
-        """A row; raises Refused."""
-
-    def run(self, rows: list[Any]) -> list[Any]:
-        """Answers, or exceptions in their place."""
+"""Seconds for the closing handshakes at the end: nobody may need more, a robot that is gone itself never answers."""
+HANDSHAKE_S = 10.0
+"""Longest TLS handshake, and longest wait for the request that follows."""
+SEND_S = 20.0
+"""Longest time for a client to take its reply."""
 
 
 class App:
@@ -69,28 +49,36 @@ class App:
         logs: Logs | None = None,
         recorder: Recorder | None = None,
         first_seed: int = 0,
+        bound: tuple[Door, Sequence[Listener]] | None = None,
     ):
+        """`bound`: what `config.bind()` gave; default: the port is taken when `run` begins. Raises ValueError."""
+        check_renames(config.renames, engine.spec)
         self._engine, self._config, self._recorder = engine, config, recorder
         self.metrics, self._logs = metrics or Metrics(), logs or Logs()
-        self._token, self._tls = config.secret(), config.tls()
-        self._rename = config.renames
+        self._tls, self._first_seed, self._bound = config.tls(), first_seed, bound
         self._metadata = codec.encode(engine.spec.metadata())
-        self._seeds = itertools.count(first_seed)
-        self._numbers = itertools.count(1)
         self._connections: set[ServerConnection] = set()
         self._idle: set[ServerConnection] = set()
+        self._connected, self._answering = 0, 0
+        self._access = Access(config, self.metrics, self._logs, lambda: len(self._connections))
+        self.door: Door
         self._stopping: asyncio.Event
+        self._at_once: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
-        self._batcher: Batcher
+        self._answers: Answers
 
     async def run(self, ready: Callable[[int], None] = lambda port: None) -> bool:
-        """Listens until `stop`, SIGTERM or SIGINT; `ready` is told the port.
+        """Listens until `stop`, SIGTERM or SIGINT; `ready` is told the port. Raises OSError.
 
-        Returns whether everything that was accepted has been answered. Where not, a thread may still be computing.
+        Returns whether everything that was accepted has been answered and no thread computes. Otherwise a thread may
+        never end, and only `os._exit` ends the process.
         """
-        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        self._batcher = Batcher(
+        self._loop = asyncio.get_running_loop()
+        self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
+        self.door, listeners = self._bound or bind(
+            self._config.host, self._config.port, self._config.max_connections
+        )
+        batcher = Batcher(
             self._engine.run,
             max_batch=max(self._engine.buckets),
             max_wait_s=self._config.max_wait_ms / 1e3,
@@ -98,32 +86,44 @@ class App:
             metrics=self.metrics,
             clients=lambda: len(self._connections),
         )
+        self._answers = Answers(
+            self._engine, batcher, self._config, self.metrics, first_seed=self._first_seed
+        )
         with self._signals():
-            async with self._batcher:
-                server = await serve(
-                    self._connection,
-                    self._config.host,
-                    self._config.port,
-                    ssl=self._tls,
-                    process_request=self._http,
-                    origins=[None],  # web pages have an origin, robots have not
-                    compression=None,
-                    max_size=self._engine.spec.max_bytes,
-                    max_queue=1,
-                    logger=_silent(),
-                )
-                port = server.sockets[0].getsockname()[1]
+            async with batcher:
+                servers = [await self._listen(listener) for listener in listeners]
+                port = listeners[0].getsockname()[1]
                 self._logs.info("serving", host=self._config.host, port=port, tls=self._tls is not None)
                 ready(port)
                 await self._stopping.wait()
-                drained = await self._drain(server)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._logs.info("stopped", drained=drained)
+                drained = await self._drain(servers)
+                self._answers.close()
         return drained
 
     def stop(self) -> None:
-        """Ends `run` in an orderly way: nothing new is taken, what was taken is answered. Any thread may call it."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        """Ends `run` in an orderly way: nothing new is taken, what was taken is answered. Any thread may call it.
+
+        Called a second time, it ends `run` at once.
+        """
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        (self._at_once if self._stopping.is_set() else self._stopping).set()
+
+    async def _listen(self, listener: Listener) -> WebsocketServer:
+        return await serve(
+            self._connection,
+            sock=listener,
+            ssl=self._tls,
+            process_request=self._access.answer,
+            create_connection=_explaining(self._engine.spec.max_bytes),
+            open_timeout=HANDSHAKE_S,
+            origins=[None],  # web pages have an origin, robots have not
+            compression=None,
+            max_size=self._engine.spec.max_bytes,
+            max_queue=1,
+            logger=_silent(),
+        )
 
     @contextlib.contextmanager
     def _signals(self):
@@ -132,7 +132,7 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             # The first two mean another thread, the last an event loop without signals (Windows): `stop` still works.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-                loop.add_signal_handler(number, self.stop)
+                loop.add_signal_handler(number, self._stop)
                 ours.append(number)
         try:
             yield
@@ -140,60 +140,47 @@ class App:
             for number in ours:
                 loop.remove_signal_handler(number)
 
-    async def _drain(self, server: WebsocketServer) -> bool:
+    async def _drain(self, servers: Sequence[WebsocketServer]) -> bool:
+        """Waits for what was accepted, at most `drain_s`; then ends every connection, whatever its peer does."""
+        began = self._loop.time()
         self._logs.info("draining", connections=len(self._connections), limit_s=self._config.drain_s)
-        server.close(close_connections=False)
-        await asyncio.gather(*[ws.close(1001, GOING) for ws in tuple(self._idle)])
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_s):
-                while self._connections:
-                    await asyncio.sleep(0.02)
-        drained = not self._connections
-        if drained:
-            await server.wait_closed()
-        else:  # their replies do not come any more; the goodbye must not wait for robots that are gone themselves
-            leaving = [asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._connections)]
-            await asyncio.wait(leaving, timeout=GOODBYE_S)
+        for server in servers:
+            server.close(close_connections=False)
+        goodbyes = {asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._idle)}
+        while (self._answering or self._answers.computing) and not self._at_once.is_set():
+            if self._loop.time() - began >= self._config.drain_s:
+                break
+            await asyncio.sleep(0.02)
+        unanswered, computing = self._answering, self._answers.computing
+        drained = not unanswered and not computing
+        if not self._at_once.is_set():
+            goodbyes |= {asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._connections)}
+            if goodbyes:
+                await asyncio.wait(goodbyes, timeout=GOODBYE_S)
+        for ws in tuple(self._connections):
+            ws.transport.abort()
+        self.door.close()
+        await asyncio.wait([asyncio.create_task(server.wait_closed()) for server in servers], timeout=GOODBYE_S)
+        say = self._logs.info if drained else self._logs.warning
+        say(
+            "stopped",
+            drained=drained,
+            unanswered=unanswered,
+            computing=computing,
+            seconds=round(self._loop.time() - began, 3),
+        )
         return drained
 
-    def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
-        """Answers plain HTTP, and decides who may connect; None lets the websocket begin."""
-        path = request.path.partition("?")[0]
-        if path == "/healthz":
-            return connection.respond(http.HTTPStatus.OK, "OK\n")
-        if path not in ("/", "/metrics"):
-            return connection.respond(http.HTTPStatus.NOT_FOUND, "there are /, /healthz and /metrics\n")
-        if not self._authorised(request):
-            self._logs.warning("unauthorised", peer=_peer(connection), path=path)
-            return connection.respond(
-                http.HTTPStatus.UNAUTHORIZED, "the header Authorization: Api-Key TOKEN is missing or wrong\n"
-            )
-        if path == "/metrics":
-            headers = Headers({"Content-Type": CONTENT_TYPE, "Connection": "close"})
-            body = self.metrics.text()
-            headers["Content-Length"] = str(len(body))
-            return Response(200, "OK", headers, body)
-        if len(self._connections) >= self._config.max_connections:
-            return connection.respond(
-                http.HTTPStatus.SERVICE_UNAVAILABLE,
-                f"overloaded: {len(self._connections)} clients are connected\n",
-            )
-        return None
-
-    def _authorised(self, request: HttpRequest) -> bool:
-        if self._token is None:
-            return True
-        sent = request.headers.get_all("Authorization")
-        wanted = f"Api-Key {self._token}".encode()
-        return len(sent) == 1 and hmac.compare_digest(sent[0].encode("utf-8", "replace"), wanted)
-
     async def _connection(self, ws: ServerConnection) -> None:
-        number = next(self._numbers)
+        self.door.known(ws.transport.get_extra_info("socket").fileno())
+        self._connected += 1
+        number = self._connected
         self._connections.add(ws)
         self.metrics.connections.set(len(self._connections))
-        self._logs.info("connected", connection=number, peer=_peer(ws))
+        self._logs.info("connected", connection=number, peer=peer(ws))
+        gone = asyncio.ensure_future(ws.wait_closed())
         try:
-            await self._converse(ws, number)
+            await self._converse(ws, number, gone)
         except ConnectionClosed as closed:
             if (
                 isinstance(closed, ConnectionClosedError)
@@ -205,93 +192,90 @@ class App:
                     "oversized message", connection=number, limit_bytes=self._engine.spec.max_bytes
                 )
         finally:
+            gone.cancel()
             self._idle.discard(ws)
             self._connections.discard(ws)
             self.metrics.connections.set(len(self._connections))
             self._logs.info("disconnected", connection=number)
 
-    async def _converse(self, ws: ServerConnection, number: int) -> None:
+    async def _converse(self, ws: ServerConnection, number: int, gone: asyncio.Future) -> None:
         """Messages in, replies out, until one side has had enough."""
-        loop = asyncio.get_running_loop()
-        await ws.send(self._metadata)
+        await _send(ws, self._metadata)
         previous_ms = None
         while not self._stopping.is_set():
-            self._idle.add(ws)
-            message = await ws.recv()
-            self._idle.discard(ws)
-            began = loop.time()
-            try:
-                reply = await self._reply(message, began, previous_ms, lambda: ws.state is State.OPEN)
-                outcome = "ok"
-                if self._recorder is not None:
-                    self._recorder.add(message, reply)
-            except Refused as refusal:
-                reply, outcome = str(refusal), refusal.code
-                self._logs.warning("refused", connection=number, code=refusal.code, why=refusal.message)
-            except Exception as error:
-                self.metrics.requests.labels("error").inc()
-                self._logs.error("failed", error, connection=number)
-                await ws.send("".join(traceback.format_exception(error)))
-                await ws.close(1011, FAILED)
+            previous_ms = await self._exchange(ws, number, previous_ms, gone)
+            if previous_ms is None:
                 return
-            self.metrics.requests.labels(outcome).inc()
-            await ws.send(reply)
-            took = loop.time() - began
-            self.metrics.request_s.observe(took)
-            previous_ms = 1e3 * took
         await ws.close(1001, GOING)
 
-    async def _reply(
-        self, message: str | bytes, began: float, previous_ms: float | None, alive: Callable[[], bool]
-    ) -> bytes:
-        """The frame that answers a message; raises Refused, or what the policy raised."""
-        if self._stopping.is_set():
-            raise Refused("draining", f"{GOING}; connect to another one")
-        if isinstance(message, str):
-            raise Refused("invalid", "a text frame; requests are binary frames of msgpack")
-        spec = self._engine.spec
+    async def _exchange(
+        self, ws: ServerConnection, number: int, previous_ms: float | None, gone: asyncio.Future
+    ) -> float | None:
+        """One message and its reply; returns how long it took, None where the connection ends.
+
+        A function of its own, so that no variable holds the last message while the next one is waited for.
+        """
+        self._idle.add(ws)
+        message = await ws.recv()
+        self._idle.discard(ws)
+        began = self._loop.time()
+        self._answering += 1
         try:
-            decoded = codec.decode(message, items=64 + spec.max_rows * (64 + 24 * len(spec.cameras)))
-        except ValueError as error:
-            raise Refused("invalid", str(error)) from None
-        requests, many = parse(decoded, spec, self._rename)
-        limit_ms = min([self._config.deadline_ms, *(r.deadline_ms for r in requests if r.deadline_ms)])
-        with self._batcher.admit(len(requests)):
-            loop = asyncio.get_running_loop()
-            rows = [
-                await loop.run_in_executor(self._pool, self._engine.prepare, request, self._next_seed())
-                for request in requests
-            ]
-            done = await asyncio.gather(
-                *[self._batcher.submit(row, deadline=began + limit_ms / 1e3, alive=alive) for row in rows],
-                return_exceptions=True,
-            )
-        for outcome in done:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        self.metrics.rows.inc(len(rows))
-        replies = [_reply(row.seed, outcome) for row, outcome in zip(rows, done)]
-        reply = {"batch": replies} if many else replies[0]
-        infer_ms = 1e3 * max(outcome.infer_s for outcome in done)
-        timing = {"infer_ms": infer_ms, "queue_ms": 1e3 * max(outcome.queue_s for outcome in done)}
-        if previous_ms is not None:
-            timing["prev_total_ms"] = previous_ms
-        return codec.encode({**reply, "policy_timing": {"infer_ms": infer_ms}, "server_timing": timing})
-
-    def _next_seed(self) -> int:
-        return next(self._seeds) % MAX_SEED
+            if self._stopping.is_set():
+                reply = Refused("draining", f"{GOING}; connect to another one")
+            else:
+                reply = await self._answers.answer(message, began, previous_ms, gone)
+            if gone.done():
+                self.metrics.requests.labels("gone").inc()
+                return None
+            if isinstance(reply, Failed):
+                self.metrics.requests.labels("error").inc()
+                self._logs.error("failed", reply.trace, connection=number)
+                await _send(ws, reply.said)
+                await ws.close(1011, FAILED)
+                return None
+            if isinstance(reply, Refused):
+                outcome, frame = reply.code, str(reply)
+                self._logs.warning("refused", connection=number, code=reply.code, why=reply.message)
+            else:
+                outcome, frame = "ok", reply
+                if self._recorder is not None:
+                    self._recorder.add(message, reply)
+            self.metrics.requests.labels(outcome).inc()
+            await _send(ws, frame)
+        finally:
+            self._answering -= 1
+        took = self._loop.time() - began
+        self.metrics.request_s.observe(took)
+        return 1e3 * took
 
 
-def _reply(seed: int, done: Done) -> dict[str, Any]:
-    """Arrays are for actions alone: openpi's ActionChunkBroker cuts every array of a reply into steps."""
-    answer = done.answer
-    reply = {"actions": np.asarray(answer.actions), "seed": seed, "bucket": answer.bucket}
-    return reply if answer.plan is None else {**reply, "plan": answer.plan}
+async def _send(ws: ServerConnection, frame: bytes | str) -> None:
+    """Sends; a client that does not read loses its connection. Raises ConnectionClosed."""
+    try:
+        async with asyncio.timeout(SEND_S):
+            await ws.send(frame)
+    except TimeoutError:
+        ws.transport.abort()
+        await ws.wait_closed()
 
 
-def _peer(connection: ServerConnection) -> str:
-    address = connection.remote_address
-    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
+def _explaining(max_bytes: int) -> type[ServerConnection]:
+    """Connections that say with a close for size (1009) what is too large and where the limit stands."""
+
+    class Connection(ServerConnection):
+        def __init__(self, protocol, *arguments, **options):
+            super().__init__(protocol, *arguments, **options)
+            fail = protocol.fail
+
+            def explain(code: int, reason: str = "") -> None:
+                if code == 1009:  # at most 123 bytes
+                    reason = f"the message is over {max_bytes} bytes: check image size and rows (metadata: max_bytes)"
+                fail(code, reason)
+
+            protocol.fail = explain
+
+    return Connection
 
 
 def _silent() -> logging.Logger:

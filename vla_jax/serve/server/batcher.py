@@ -5,6 +5,10 @@ for the same one go with it, in the order in which they came, up to the largest 
 up to `max_wait_s` for more, but only while somebody is connected who has nothing waiting: one robot alone never waits.
 
 A call that raises is repeated row by row, so that one row can spoil nobody else's answer.
+
+**Memory.** A row (its images) lives as long as somebody waits for it, or as the call that computes it. Everything that
+passes between tasks and threads is a value, never an exception: an exception keeps the frames that it went through,
+and with them every row in their variables, until the garbage collector happens to run.
 """
 
 import asyncio
@@ -14,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
-from vla_jax.serve.server.errors import Refused
+from vla_jax.serve.server.errors import Failed, Refused
 from vla_jax.serve.server.metrics import Metrics
 
 _OVER = "the time that the request allowed is over"
@@ -40,15 +44,15 @@ class Done(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    row: HasProgram
-    future: asyncio.Future
+    row: HasProgram | None
+    """None once nobody waits for it any more."""
+    future: "asyncio.Future[Done | Failed]"
     since: float
     deadline: float
-    alive: Callable[[], bool]
 
 
 class Batcher:
-    """Use it in one event loop: `async with batcher: … await batcher.submit(row, …)`."""
+    """Use it in one event loop: `async with batcher: … await batcher.submit(rows, …)`."""
 
     def __init__(
         self,
@@ -62,7 +66,8 @@ class Batcher:
     ):
         self._run, self._metrics, self._clients = run, metrics, clients
         self._max_batch, self._max_wait_s, self._max_queue = max_batch, max_wait_s, max_queue
-        self._waiting: list[_Waiting] = []
+        self._waiting: dict[_Waiting, None] = {}
+        self._computed: list[_Waiting] = []
         self._admitted = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
@@ -78,45 +83,64 @@ class Batcher:
             await self._task
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def computing(self) -> int:
+        """Rows of the call that runs now."""
+        return len(self._computed)
+
+    @property
+    def pending(self) -> int:
+        """Rows that are admitted, and those of the running call that nobody waits for any more."""
+        return self._admitted + sum(waiting.row is None for waiting in self._computed)
+
     @contextlib.contextmanager
     def admit(self, rows: int) -> Iterator[None]:
         """Keeps room for some rows until they are answered. Raises Refused where the queue is full."""
-        if self._admitted + rows > self._max_queue:
+        if self.pending + rows > self._max_queue:
             raise Refused(
                 "overloaded",
-                f"{self._admitted} requests are being served, {self._max_queue} is the limit; try later",
+                f"{self.pending} requests are being served, {self._max_queue} is the limit; try later",
             )
-        self._admitted += rows
-        self._metrics.pending.set(self._admitted)
+        self._admit(rows)
         try:
             yield
         finally:
-            self._admitted -= rows
-            self._metrics.pending.set(self._admitted)
+            self._admit(-rows)
+
+    def _admit(self, rows: int) -> None:
+        self._admitted += rows
+        self._metrics.pending.set(self.pending)
 
     async def submit(
-        self, row: HasProgram, *, deadline: float, alive: Callable[[], bool] = lambda: True
-    ) -> Done:
-        """The answer of one row; raises what its call raised, or Refused when the loop's clock is past `deadline`.
+        self, rows: Sequence[HasProgram], *, deadline: float, gone: asyncio.Future | None = None
+    ) -> list[Done | Failed | Refused]:
+        """What becomes of each row; Refused where the loop's clock passes `deadline`, or `gone` is done, before.
 
-        A row that is not `alive` when its turn comes (its client has gone) is left out.
+        `gone` ends when the client's connection does. On return no row is held here but those of the running call.
         """
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(row, loop.create_future(), loop.time(), deadline, alive)
-        self._waiting.append(waiting)
+        now = loop.time()
+        waiting = [_Waiting(row, loop.create_future(), now, deadline) for row in rows]
+        self._waiting.update(dict.fromkeys(waiting))
         self._arrived.set()
+        answered = asyncio.gather(*[each.future for each in waiting])
         try:
-            async with asyncio.timeout_at(deadline):
-                return await waiting.future
-        except TimeoutError:
-            raise Refused("deadline", _OVER) from None
+            ends = [answered] if gone is None else [answered, gone]
+            await asyncio.wait(ends, timeout=deadline - now, return_when=asyncio.FIRST_COMPLETED)
+            return [
+                each.future.result() if each.future.done() else Refused("deadline", _OVER) for each in waiting
+            ]
+        finally:
+            answered.cancel()
+            for each in waiting:
+                self._waiting.pop(each, None)
+                each.row = None
 
     async def _serve(self) -> None:
         while True:
             await self._fill()
-            batch = self._take(asyncio.get_running_loop().time())
-            if batch:
-                await self._call(batch)
+            # No variable here: it would hold the rows until the next call.
+            await self._call(self._take(asyncio.get_running_loop().time()))
 
     async def _fill(self) -> None:
         """Returns when something waits, and enough of it or for long enough."""
@@ -124,7 +148,7 @@ class Batcher:
         while True:
             self._arrived.clear()
             if self._waiting:
-                left = self._waiting[0].since + self._max_wait_s - loop.time()
+                left = next(iter(self._waiting)).since + self._max_wait_s - loop.time()
                 if left <= 0 or len(self._waiting) >= min(self._max_batch, self._clients()):
                     return
                 with contextlib.suppress(TimeoutError):
@@ -133,48 +157,48 @@ class Batcher:
                 await self._arrived.wait()
 
     def _take(self, now: float) -> list[_Waiting]:
-        """The next call's rows; those whose time is over or whose client has gone are dropped."""
-        chosen, left = [], []
+        """The next call's rows; one whose time is over is left out, whoever waits for it is about to notice."""
+        chosen: list[_Waiting] = []
         for waiting in self._waiting:
-            if waiting.future.done():
-                continue
-            if now >= waiting.deadline or not waiting.alive():
-                waiting.future.set_exception(Refused("deadline", _OVER))
-            elif len(chosen) < self._max_batch and (
-                not chosen or waiting.row.program == chosen[0].row.program
-            ):
+            if now < waiting.deadline and (not chosen or waiting.row.program == chosen[0].row.program):
                 chosen.append(waiting)
-            else:
-                left.append(waiting)
-        self._waiting = left
+            if len(chosen) == self._max_batch:
+                break
+        for waiting in chosen:
+            del self._waiting[waiting]
         return chosen
 
     async def _call(self, batch: list[_Waiting]) -> None:
+        if not batch:  # all that waited is past its deadline: let those who wait for it go first
+            await asyncio.sleep(0)
+            return
         loop = asyncio.get_running_loop()
-        started = loop.time()
-        rows = [waiting.row for waiting in batch]
-        answers = await loop.run_in_executor(self._thread, self._answers, rows)
+        started, self._computed = loop.time(), batch
+        try:
+            rows = [waiting.row for waiting in batch]
+            answers = await loop.run_in_executor(self._thread, self._answers, rows)
+        finally:
+            self._computed = []
+        self._metrics.pending.set(self.pending)
         infer_s = loop.time() - started
         self._metrics.batch_rows.observe(len(batch))
         self._metrics.infer_s.observe(infer_s)
         for waiting, answer in zip(batch, answers):
             self._metrics.queue_s.observe(started - waiting.since)
-            if waiting.future.done():  # its deadline passed while it was computed
+            if waiting.future.done():  # nobody waits any more
                 continue
-            if isinstance(answer, Exception):
-                waiting.future.set_exception(answer)
-            else:
-                waiting.future.set_result(Done(answer, started - waiting.since, infer_s))
+            done = answer if isinstance(answer, Failed) else Done(answer, started - waiting.since, infer_s)
+            waiting.future.set_result(done)
 
-    def _answers(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """In the inference thread: one answer or exception per row."""
+    def _answers(self, rows: Sequence[Any]) -> list[Any]:
+        """In the inference thread: one answer or Failed per row."""
         try:
             answers = self._run(rows)
             if len(answers) != len(rows):
                 raise RuntimeError(f"{len(answers)} answers for {len(rows)} rows")
-            return answers
+            return [Failed.of(answer) if isinstance(answer, Exception) else answer for answer in answers]
         except Exception as error:
             if len(rows) == 1:
-                return [error]
-            self._metrics.split.inc()
-            return [self._answers([row])[0] for row in rows]
+                return [Failed.of(error)]
+        self._metrics.split.inc()
+        return [self._answers([row])[0] for row in rows]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import ipaddress
+import math
 import re
 import ssl
 from pathlib import Path
+
+from vla_jax.serve.server.listener import Door, Listener, bind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,11 @@ class ServeConfig:
     deadline_ms: float = 10_000.0
     """Longest time from a request to its answer; a request may ask for less."""
     max_connections: int = 128
-    """Clients at a time; beyond, connections are refused (HTTP 503)."""
+    """Clients at a time; beyond, connections are refused (HTTP 503). As many more may be in the middle of connecting;
+    beyond, the oldest of these is closed."""
     drain_s: float = 30.0
-    """After SIGTERM: how long requests that were accepted may take to be answered."""
+    """After SIGTERM: how long requests that were accepted may take to be answered; the process then ends, with exit
+    code 1 where some were not. A second SIGTERM does not wait."""
     rename: tuple[str, ...] = ()
     """ROBOT_KEY=OUR_KEY, for robots whose keys have other names: observation/image=observation/top"""
 
@@ -45,6 +50,9 @@ class ServeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
         if self.deadline_ms <= 0:
             raise ValueError(f"deadline_ms={self.deadline_ms}: must be above 0")
+        for name in ("max_wait_ms", "deadline_ms", "drain_s"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: must be a finite number")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port={self.port}: ports are 0 to 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -54,6 +62,8 @@ class ServeConfig:
         for entry in self.rename:
             if not re.fullmatch(r"[^=]+=[^=]+", entry):
                 raise ValueError(f"rename {entry!r}: use ROBOT_KEY=OUR_KEY")
+        if len(self.renames) < len(self.rename):
+            raise ValueError(f"rename {' '.join(self.rename)}: a robot's key is given twice")
 
     @property
     def renames(self) -> dict[str, str]:
@@ -70,16 +80,53 @@ class ServeConfig:
 
     def secret(self) -> str | None:
         """The token that clients must send. Raises ValueError, OSError."""
-        token = self.token_file.read_text().strip() if self.token_file is not None else self.token
+        token = self.token
+        if self.token_file is not None:
+            try:
+                token = self.token_file.read_text("ascii").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"token_file {self.token_file} is not ASCII text") from None
         if token is not None and not re.fullmatch(r"[!-~]{8,}", token):
-            raise ValueError("the token must be 8 or more printable ASCII characters without spaces")
+            where = "the token" if self.token_file is None else f"the token in {self.token_file}"
+            raise ValueError(f"{where} must be 8 or more printable ASCII characters without spaces")
         return token
 
     def tls(self) -> ssl.SSLContext | None:
-        """The TLS settings. Raises OSError (ssl.SSLError) where the files are not right."""
+        """The TLS settings. Raises OSError, ValueError, which name the file that is not right."""
         if self.tls_cert is None:
             return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self.tls_cert, self.tls_key)
-        return context
+        return tls_context(self.tls_cert, self.tls_key)
+
+    def bind(self) -> tuple[Door, list[Listener]]:
+        """Takes the port, without listening on it yet. Raises OSError."""
+        return bind(self.host, self.port, self.max_connections)
+
+
+def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """Settings of a TLS server from two PEM files. Raises OSError, ValueError, which name the file."""
+    for name, path in {"tls_cert": cert, "tls_key": key}.items():
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise OSError(f"{name} {path} cannot be read: {error.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cert)
+    except ssl.SSLError as error:
+        raise ValueError(f"tls_cert {cert} holds no certificate in PEM form ({_reason(error)})") from None
+
+    def no_password() -> str:  # OpenSSL would otherwise ask on the terminal
+        raise ValueError(f"tls_key {key} is encrypted; give the key without a password")
+
+    try:
+        context.load_cert_chain(cert, key, password=no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"tls_key {key} does not belong to tls_cert {cert}") from None
+        raise ValueError(f"tls_key {key} holds no private key in PEM form ({_reason(error)})") from None
+    return context
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()

@@ -40,9 +40,12 @@ class Logs:
         """A client or the surroundings are at fault."""
         self._write(logging.WARNING, event, None, fields)
 
-    def error(self, event: str, error: BaseException, **fields: Any) -> None:
-        """We are at fault: with the traceback."""
-        self._write(logging.ERROR, event, error, fields)
+    def error(self, event: str, error: BaseException | str, **fields: Any) -> None:
+        """We are at fault: with the traceback, which may be text already."""
+        if isinstance(error, str):
+            self._write(logging.ERROR, event, None, {**fields, "traceback": error})
+        else:
+            self._write(logging.ERROR, event, error, fields)
 
     def _write(self, level: int, event: str, error: BaseException | None, fields: dict[str, Any]) -> None:
         second, (window, count) = int(time.monotonic()), self._windows.get(event, (0, 0))

@@ -17,7 +17,8 @@ class Metrics:
         self.requests = Counter(
             "vla_requests", "Messages by what became of them", ["outcome"], registry=registry
         )
-        """outcome: ok, error (an exception of the policy), or a refusal's code."""
+        """outcome: ok, error (an exception of the policy), oversized, gone (the client has left), or a refusal's
+        code."""
         self.rows = Counter("vla_rows", "Observations answered", registry=registry)
         self.request_s = Histogram(
             "vla_request_seconds", "From message to reply", registry=registry, buckets=_SECONDS

@@ -5,6 +5,7 @@ A directory holds `server.json` (the metadata) and `requests-00000.msgpack`, …
 bucket of every row, so that the record determines its actions bit for bit.
 """
 
+import contextlib
 import json
 import queue
 import threading
@@ -77,16 +78,28 @@ class Recorder:
         with self._lock:
             self._waiting -= _size(record)
 
-    def close(self) -> None:
-        """Writes what waits."""
-        self._queue.put(None)
-        self._thread.join()
-        self._file.close()
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Writes what waits, for so long; what a disk that hangs has not taken by then is lost, and said."""
+        until = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            self._logs.warning("records lost", bytes=self._waiting, why="the disk did not take them in time")
+        else:
+            self._file.close()
 
     def _write(self) -> None:
-        while (record := self._queue.get()) is not None:
-            self._keep(record)
-            self._forget(record)
+        while self._write_next():
+            pass
+
+    def _write_next(self) -> bool:
+        """False at the end. A function of its own, so that no variable holds the last record until the next one."""
+        if (record := self._queue.get()) is None:
+            return False
+        self._keep(record)
+        self._forget(record)
+        return True
 
     def _keep(self, record: Recorded) -> None:
         data = msgpack.packb(record._asdict())
