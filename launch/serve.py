@@ -118,9 +118,7 @@ def main() -> None:
     if args.record is not None:
         limit = int(args.record_gb * 1e9)
         recorder = Recorder(args.record, engine.spec.metadata(), max_bytes=limit, metrics=metrics, logs=logs)
-    app = App(
-        engine, args, metrics=metrics, logs=logs, recorder=recorder, first_seed=args.seed, bound=bound
-    )
+    app = App(engine, args, metrics=metrics, logs=logs, recorder=recorder, first_seed=args.seed, bound=bound)
     calls = engine.warm_up()
     logs.info("warm", calls=calls, compiled=int(metrics.value("vla_compilations_total")))
     if args.beyond_loopback and args.secret() is None:

@@ -96,9 +96,11 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(engine: Any, *, recorder: Any = None, metrics: Any = None, **config: Any) -> Iterator[Running]:
+def serving(
+    engine: Any, *, recorder: Any = None, metrics: Any = None, bound: Any = None, **config: Any
+) -> Iterator[Running]:
     """Listens on a free port while the block runs."""
-    app = App(engine, ServeConfig(port=0, **config), recorder=recorder, metrics=metrics)
+    app = App(engine, ServeConfig(port=0, **config), recorder=recorder, metrics=metrics, bound=bound)
     ready, port, result = threading.Event(), [], []
 
     def run() -> None:

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Inval
 from tests.serve.server.harness import SPEC, Echo, eventually, observe, serving
 from vla_jax.serve.client import ServerError
 from vla_jax.serve.server import codec
-from vla_jax.serve.server.errors import Refused
+from vla_jax.serve.server.errors import Failed, Refused
 from vla_jax.serve.server.metrics import Metrics
 
 
@@ -131,6 +131,28 @@ def test_an_exception_reaches_its_client_only_and_closes_as_openpi_does():
         assert ask("go") == 8
         assert server.app.metrics.value("vla_requests_total", outcome="error") == 2
         assert server.app.metrics.value("vla_batch_split_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("No such file: '/srv/runs/secret/step 7/x.npz' (os)", "No such file: '[path] [path]' (os)"),
+        (r"cannot read C:\Users\robot\key.pem", "cannot read C:[path]"),
+        (
+            'at runs/x/params, line 3\n  File "/opt/lib/a.py", line 4',
+            'at [path], line 3 File "[path]", line 4',
+        ),
+        ("observation/state has 7/8 parts; x / y", "observation/state has [path] parts; x / y"),
+    ],
+)
+def test_no_path_of_the_server_leaves_it(message, said):
+    class Fails(Echo):
+        def run(self, rows):
+            raise OSError(message)
+
+    with serving(Fails()) as server, server.client() as client, pytest.raises(ServerError) as failed:
+        client.infer(observe())
+    assert str(failed.value) == f"Traceback (where it happened is in the server's log):\nOSError: {said}\n"
 
 
 def test_overload_is_said_and_the_connection_goes_on():
@@ -314,6 +336,12 @@ def test_logs_are_json_and_do_not_flood(capsys):
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert 6 <= len(lines) <= 20 and lines[0]["event"] == "refused" and lines[0]["level"] == "warning"
     assert lines[-1]["connection"] == 3 and "ArithmeticError: x" in lines[-1]["traceback"]
+    try:
+        raise ArithmeticError("y")
+    except ArithmeticError as error:
+        ours.error("failed", Failed.of(error).trace, connection=4)
+    last = json.loads(stream.getvalue().splitlines()[-1])
+    assert last["connection"] == 4 and __file__ in last["traceback"], "the log has all of it"
 
 
 def test_servers_count_for_themselves():

@@ -160,7 +160,9 @@ class App:
         for ws in tuple(self._connections):
             ws.transport.abort()
         self.door.close()
-        await asyncio.wait([asyncio.create_task(server.wait_closed()) for server in servers], timeout=GOODBYE_S)
+        await asyncio.wait(
+            [asyncio.create_task(server.wait_closed()) for server in servers], timeout=GOODBYE_S
+        )
         say = self._logs.info if drained else self._logs.warning
         say(
             "stopped",

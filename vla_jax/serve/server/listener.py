@@ -115,7 +115,9 @@ def _addresses(host: str, port: int) -> Sequence[tuple]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise OSError(f"host {host!r} cannot be looked up: {error}; use an address such as 127.0.0.1") from None
+        raise OSError(
+            f"host {host!r} cannot be looked up: {error}; use an address such as 127.0.0.1"
+        ) from None
     return found if port else found[:1]  # the system's choice of a port holds for one address
 
 
