@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
 
-from vla_jax.aot.hlo import Instruction
+from vla_jax.aot.hlo import Instruction, UnreadableText
 
 KINDS = (
     "all-gather",
@@ -17,6 +18,17 @@ KINDS = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
+
+SHARE: dict[str, Callable[[float, int], float]] = {
+    "all-gather": lambda b, n: b * (n - 1),
+    "all-reduce": lambda b, n: 2 * b * (n - 1) / n,
+    "reduce-scatter": lambda b, n: b * (n - 1) / n,
+    "all-to-all": lambda b, n: b * (n - 1) / n,
+    "ragged-all-to-all": lambda b, n: b * (n - 1) / n,
+    "collective-broadcast": lambda b, n: b,
+    "collective-permute": lambda b, n: b,
+}
+"""What each of n devices receives when each puts in b bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +52,9 @@ def collective(instruction: Instruction, mesh: Mesh, operands: float) -> Collect
     shape = tuple(mesh.shape.values())
     if kind == "collective-permute":
         group = _longest_pair(instruction, shape)
-        received = operands
     else:
         group = groups(_groups_of(instruction.attributes), int(np.prod(shape)))[0]
-        n = len(group)
-        whole = {
-            "all-gather": operands * n,
-            "all-reduce": 2 * operands,
-            "reduce-scatter": operands,
-            "all-to-all": operands,
-        }.get(kind, operands)
-        received = whole * (n - 1) / n
+    received = SHARE[kind](operands, len(group))
     places = np.array(np.unravel_index(group, shape))
     names = tuple(mesh.shape)
     axes = tuple(name for name, row in zip(names, places) if len(set(row.tolist())) > 1)
@@ -66,9 +70,9 @@ _GROUPS = re.compile(
 
 def _groups_of(attributes: str) -> str:
     found = _GROUPS.search(attributes)
-    if found is None and "replica_groups=" in attributes:
-        raise ValueError(f"replica groups of an unknown form: {attributes[:120]}")
-    return found[1] if found else ""
+    if found is None:
+        raise UnreadableText(f"replica groups of an unknown form: {attributes[:120]}")
+    return found[1]
 
 
 def groups(text: str, devices: int) -> np.ndarray:
@@ -91,7 +95,7 @@ def groups(text: str, devices: int) -> np.ndarray:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         ids = np.arange(devices) if named[2] is None else _iota(named[2], named[3])
         return _mesh_groups(ids, sizes, named[4])
-    raise ValueError(f"replica groups of an unknown form: {text[:120]}")
+    raise UnreadableText(f"replica groups of an unknown form: {text[:120]}")
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
@@ -123,7 +127,9 @@ def _mesh_groups(ids: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarra
 def _longest_pair(instruction: Instruction, shape: tuple[int, ...]) -> tuple[int, int]:
     """The sender and receiver of a permutation that differ in most mesh axes."""
     pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
-    pairs = [(int(a), int(b)) for a, b in pairs if a != b] or [(0, 0)]
+    if not pairs:
+        raise UnreadableText(f"{instruction.name} does not say who sends to whom")
+    pairs = [(int(a), int(b)) for a, b in pairs if a != b] or [(0, 0)]  # all keep what they have
 
     def differ(pair) -> int:
         return int(np.sum(np.diff(np.array(np.unravel_index(pair, shape)), axis=1) != 0))

@@ -6,14 +6,44 @@ instruction's cycles. The order of the instructions of a computation is the orde
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import re
 
-BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "s4": 0.5, "u4": 0.5, "s2": 0.25, "u2": 0.25}
+KNOWN_COMPILERS = ("0.0.42.1",)
+"""Versions of libtpu whose text this was checked against."""
+
+BYTES = {
+    "pred": 1,
+    "bf16": 2,
+    "c64": 8,
+    "c128": 16,
+    "token": 0,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s2": 0.25,
+    "u2": 0.25,
+    "s1": 0.125,
+    "u1": 0.125,
+}
 """Bytes per element where the name's own number of bits (f32, s8, f8e4m3fn) does not say it."""
 
 HBM, VMEM, HOST = 0, 1, 5
 """Memory spaces, S(n) in an array's layout."""
+
+
+class UnreadableText(ValueError):
+    """The compiled text has something that a prediction needs in a form that is not known here."""
+
+    def __init__(self, what: str):
+        try:
+            here = importlib.metadata.version("libtpu")
+        except importlib.metadata.PackageNotFoundError:
+            here = "none"
+        super().__init__(
+            f"the compiled program cannot be read: {what}; a prediction would be wrong, so there is none. The text is "
+            f"known of libtpu {', '.join(KNOWN_COMPILERS)}, installed is {here}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +137,27 @@ class Program:
                 if instruction:
                     current.append(instruction)
         if not self.entry:
-            raise ValueError("the compiled text has no ENTRY computation")
+            raise UnreadableText("it has no ENTRY computation")
+        if "is_scheduled=true" not in text.partition("\n")[0]:
+            raise UnreadableText("it does not say that its instructions are in the order in which they run")
         self._by_name = {c: {i.name: i for i in found} for c, found in self.computations.items()}
+
+    def called(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions of all computations that an instruction calls."""
+        missing = [name for name in instruction.called if name not in self.computations]
+        if missing:
+            raise UnreadableText(f"{instruction.name} calls '{missing[0]}', which it does not hold")
+        return [inner for name in instruction.called for inner in self.computations[name]]
+
+    def inputs(self, where: str, instruction: Instruction) -> list[Instruction]:
+        """The instructions of computation `where` whose results an instruction takes."""
+        names = self.by_name(where)
+        missing = [name for name in instruction.operands if name not in names]
+        if missing:
+            raise UnreadableText(
+                f"{instruction.name} takes '{missing[0]}', which its computation does not hold"
+            )
+        return [names[name] for name in instruction.operands]
 
     def by_name(self, computation: str) -> dict[str, Instruction]:
         """Instructions of a computation."""
@@ -227,5 +276,7 @@ def _matching(text: str, start: int) -> int:
 def _width(dtype: str) -> float:
     if dtype in BYTES:
         return BYTES[dtype]
-    bits = re.match(r"[a-z]+(\d+)", dtype)
-    return int(bits[1]) / 8 if bits else 4
+    named = re.fullmatch(r"[suf](\d+)(?:e\d+m\d+\w*)?", dtype)
+    if named is None or int(named[1]) not in (4, 6, 8, 16, 32, 64):
+        raise UnreadableText(f"nothing is known of the size of the type '{dtype}'")
+    return int(named[1]) / 8

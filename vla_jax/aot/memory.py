@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from vla_jax.aot.hlo import UnreadableText
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -40,6 +42,8 @@ class DoesNotFit(ValueError):
 def memory(compiled: Any, limit: float) -> Memory:
     """Reads a `jax.stages.Compiled`."""
     stats = compiled.memory_analysis()
+    if stats is None:
+        raise UnreadableText("the compiler does not say how much memory it needs")
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,

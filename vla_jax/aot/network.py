@@ -41,6 +41,11 @@ class Network:
             seconds += over / (chip.dcn / self.chips_per_host)
         return seconds
 
+    def peers(self) -> tuple[int, ...]:
+        """Positions in the flattened mesh of chips at the same place of each slice."""
+        place = self.places[0, 1:]
+        return tuple(int(i) for i in np.flatnonzero((self.places[:, 1:] == place).all(axis=1)))
+
     def crosses(self, collective: Collective) -> bool:
         """Whether it needs the data-centre network."""
         return len(np.unique(self.places[list(collective.group)][:, 0])) > 1

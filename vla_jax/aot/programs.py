@@ -82,6 +82,11 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
         raise ValueError(
             "program sample compiles solvers; with model.expert.kind=tokens a chunk is written token by token instead"
         )
+    if config.solver.nfe is None:
+        raise ValueError(
+            f"solver.method={config.solver.method} decides how often it evaluates while it runs, so nothing can be "
+            "predicted; compile with a method of fixed steps, e.g. --solver.method euler"
+        )
     params = builder.shapes.params
     table = placement(params, builder.shardings.params, builder.mesh)
     check_unsharded(table, config.mesh.max_unsharded)
@@ -98,7 +103,7 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
             samples=1,
             see_target=False,
         )
-    return Lowered(lowered, builder.mesh, table, count_flops(config).chunk(config.solver.nfe or 1))
+    return Lowered(lowered, builder.mesh, table, count_flops(config).chunk(config.solver.nfe))
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:

@@ -22,6 +22,7 @@ ASSUMPTIONS = (
     "instructions take the cycles that the TPU compiler estimates for them, in the order in which it scheduled them",
     "a collective takes its bytes over the links of the torus sides that it spans, both ways where they close to a "
     "ring, one after the other, beside the computation between its start and its end; the rest is waiting",
+    "of branches the longest is taken; what the compiler has no estimate for (listed) takes its memory traffic",
     "attention kernels take their memory traffic or their products at peak, whichever is longer; the host, input and "
     "stragglers take no time",
 )
@@ -77,6 +78,7 @@ class Report:
             "matrix products": line.matrix,
             "attention kernels": line.kernel,
             "other operations": line.other,
+            "of them not estimated": line.unestimated,
             "memory traffic": line.hbm / chip.hbm_bandwidth,
             **network,
             "waiting for the network": line.waiting,

@@ -11,10 +11,11 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 from jax.sharding import Mesh
 
-from vla_jax.aot.collectives import Collective, collective
-from vla_jax.aot.hlo import HBM, HOST, Instruction, Program
+from vla_jax.aot.collectives import KINDS, SHARE, Collective, collective
+from vla_jax.aot.hlo import HBM, HOST, Instruction, Program, UnreadableText
 from vla_jax.aot.network import Network
 
 FREE = {
@@ -33,8 +34,22 @@ FREE = {
     "opt-barrier",
     "optimization-barrier",
     "iota",
+    "send",  # what travels between slices is a collective, see `Player._stages`
+    "recv",
 }
 """No work of the compute units: names of things, and copies that run beside them."""
+
+FREE_CALLS = {"AllocateBuffer", "SliceId", "ZeroCrop"}
+"""Targets of custom calls that name things and compute nothing."""
+
+BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+"""What the compiler's runtime between slices calls its transfers."""
 
 MATRIX = ("convolution", "dot")
 
@@ -72,6 +87,10 @@ class Timeline:
     """Bytes read from and written to the chip's memory."""
     host: float = 0.0
     """Bytes exchanged with the host's memory."""
+    unestimated: float = 0.0
+    """Of `other`: seconds of instructions without an estimate, by their memory traffic at full rate."""
+    estimated: float = 0
+    """Instructions with an estimate."""
     kernels: float = 0
     traffic: dict[tuple[str, tuple[str, ...]], Traffic] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(Traffic)
@@ -86,7 +105,17 @@ class Timeline:
 
     def add(self, part: "Timeline", times: float) -> None:
         """Adds a computation that runs `times` times."""
-        for name in ("matrix", "kernel", "other", "waiting", "hbm", "host", "kernels"):
+        for name in (
+            "matrix",
+            "kernel",
+            "other",
+            "waiting",
+            "hbm",
+            "host",
+            "kernels",
+            "unestimated",
+            "estimated",
+        ):
             setattr(self, name, getattr(self, name) + times * getattr(part, name))
         for key, traffic in part.traffic.items():
             mine = self.traffic[key]
@@ -105,8 +134,14 @@ class Player:
         self._played: dict[str, Timeline] = {}
 
     def play(self) -> Timeline:
-        """The whole program."""
-        return self._play(self.program.entry)
+        """The whole program. Raises UnreadableText where something in it has a form that is not known."""
+        try:
+            line = self._play(self.program.entry)
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UnreadableText(f"a form that is not known ({type(error).__name__}: {error})") from error
+        if line.other and not line.estimated:
+            raise UnreadableText("no instruction has an estimate of its cycles (estimated_cycles)")
+        return line
 
     def _play(self, name: str) -> Timeline:
         if name not in self._played:
@@ -148,6 +183,11 @@ class Player:
         stages: dict[int, list] = collections.defaultdict(list)
         keys: dict[str, object] = {}
         for i, instruction in enumerate(self.program.computations[name]):
+            if instruction.opcode in ("send", "recv"):
+                key, found = self._between_slices(instruction)
+                stages[i].append((key, found))
+                keys[instruction.name] = key
+                continue
             if instruction.opcode.endswith(("-done", "-update")):
                 key = keys.get(instruction.operands[0]) if instruction.operands else None
                 if key is not None:
@@ -156,7 +196,8 @@ class Player:
                 continue
             inside = [(name, instruction)]
             if instruction.opcode in ("fusion", "async-start", "call"):
-                inside = [(c, x) for c in instruction.called for x in self.program.computations.get(c, ())]
+                self.program.called(instruction)
+                inside = [(c, x) for c in instruction.called for x in self.program.computations[c]]
             for where, candidate in inside:
                 found = collective(candidate, self.mesh, self._inputs(where, candidate))
                 if found is not None:
@@ -167,9 +208,28 @@ class Player:
                     keys[instruction.name] = key
         return stages
 
+    def _between_slices(self, instruction: Instruction) -> tuple[str, Collective | None]:
+        """The part of a collective that crosses slices, which the compiler writes as a send and a receipt by the host.
+
+        Its name, and it itself at the send.
+        """
+        said = dict(re.findall(r'_xla_(\w+)="([^"]*)"', instruction.attributes))
+        kind, key = said.get("megascale_transfer_type"), said.get("host_transfer_rendezvous")
+        if kind not in BETWEEN_SLICES or key is None:
+            raise UnreadableText(f"{instruction.name} does not say what it sends between slices")
+        if instruction.opcode == "recv":
+            return key, None
+        peers = self.network.peers()
+        share = SHARE[BETWEEN_SLICES[kind]]
+        places = np.array(np.unravel_index(peers, tuple(self.mesh.shape.values())))
+        axes = tuple(name for name, row in zip(self.mesh.shape, places) if len(set(row.tolist())) > 1)
+        bytes_ = share(instruction.arrays[0].bytes, len(peers))
+        return key, Collective(BETWEEN_SLICES[kind], axes, peers, bytes_)
+
     def _inputs(self, where: str, instruction: Instruction) -> float:
-        names = self.program.by_name(where)
-        return sum(names[o].bytes for o in instruction.operands if o in names)
+        if instruction.opcode.removesuffix("-start") not in KINDS:
+            return 0.0
+        return sum(x.bytes for x in self.program.inputs(where, instruction))
 
     def _work(self, where: str, instruction: Instruction, line: Timeline) -> None:
         """Adds what the chip itself does in an instruction."""
@@ -194,10 +254,13 @@ class Player:
             return
         if opcode in FREE or collective(instruction, self.mesh, 0) or opcode.endswith("-done"):
             return
+        target = (instruction.attribute("custom_call_target") or "").strip('"')
+        if opcode == "custom-call" and target in FREE_CALLS:
+            return
         moved = self._moved(where, instruction, HBM)
         line.hbm += moved
         if opcode == "custom-call":
-            if "tpu_custom_call" in instruction.attributes:
+            if target == "tpu_custom_call":
                 flops = self._kernel_flops(where, instruction)
                 if flops is None:
                     line.unknown.add(
@@ -205,13 +268,20 @@ class Player:
                     )
                 line.kernels += 1
                 line.kernel += max(moved / self.chip.hbm_bandwidth, (flops or 0.0) / self.chip.flops)
-            return
-        cycles = instruction.cycles
+                return
+            line.unknown.add(f"the work of custom calls of {target} (their memory traffic is counted)")
+        cycles, matrix = instruction.cycles, self._has_matrix(instruction)
+        if cycles is None and matrix:
+            raise UnreadableText(
+                f"the matrix product {instruction.name} has no estimate of its cycles (estimated_cycles)"
+            )
         seconds = moved / self.chip.hbm_bandwidth if cycles is None else cycles / self.chip.clock
-        if self._has_matrix(instruction):
+        line.estimated += cycles is not None
+        if matrix:
             line.matrix += seconds
         else:
             line.other += seconds
+            line.unestimated += seconds if cycles is None else 0.0
 
     def _kernel_flops(self, where: str, instruction: Instruction) -> float | None:
         """Of a splash kernel, whose first operands are queries [… t e] and keys [… s e]; None for any other."""
@@ -224,8 +294,7 @@ class Player:
 
     def _copied(self, where: str, instruction: Instruction, space: int) -> float:
         """Bytes of a copy in one memory space; its result names source and destination."""
-        names = self.program.by_name(where)
-        sources = [a for o in instruction.operands if o in names for a in names[o].arrays]
+        sources = [a for x in self.program.inputs(where, instruction) for a in x.arrays]
         return max(
             sum(a.bytes for a in arrays if a.space == space) for arrays in (sources, instruction.arrays)
         )
@@ -233,18 +302,18 @@ class Player:
     def _has_matrix(self, instruction: Instruction) -> bool:
         if instruction.opcode in MATRIX:
             return True
-        inside = (x for c in instruction.called for x in self.program.computations.get(c, ()))
+        if instruction.opcode != "fusion":  # what others call are sums and comparisons of two numbers
+            return False
+        inside = self.program.called(instruction)
         return any(x.opcode in MATRIX or (x.opcode == "fusion" and self._has_matrix(x)) for x in inside)
 
     def _moved(self, where: str, instruction: Instruction, space: int) -> float:
         """Bytes of operands and result that lie in a memory space, of sliced arrays only the slice."""
-        names = self.program.by_name(where)
         called = instruction.called[0] if instruction.opcode == "fusion" and instruction.called else None
-        inside = self.program.computations.get(called, ()) if called else ()
+        inside = self.program.computations[called] if called else ()
         moved = 0.0
-        for position, operand in enumerate(instruction.operands):
-            arrays = names[operand].arrays if operand in names else ()
-            here = sum(a.bytes for a in arrays if a.space == space)
+        for position, operand in enumerate(self.program.inputs(where, instruction)):
+            here = sum(a.bytes for a in operand.arrays if a.space == space)
             moved += self._read(called, position, here) if inside else here
         written = sum(a.bytes for a in instruction.arrays if a.space == space)
         updates = [x for x in inside if x.opcode == "dynamic-update-slice"]
@@ -255,7 +324,7 @@ class Player:
 
     def _read(self, fusion: str, position: int, whole: float) -> float:
         """Bytes of a fusion's parameter that are read: of what is sliced or updated in place, only the slices."""
-        inside = self.program.computations.get(fusion, ())
+        inside = self.program.computations[fusion]
         parameters = (x.name for x in inside if x.opcode == "parameter" and x.operands == (str(position),))
         name = next(parameters, None)
         return whole if name is None else min(whole, self._used(inside, name, whole))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from vla_jax.aot.chips import GIB
+from vla_jax.aot.hlo import UnreadableText
 from vla_jax.aot.memory import DoesNotFit
 from vla_jax.aot.programs import prefix_tokens
 from vla_jax.aot.report import Report, measure
@@ -186,6 +187,8 @@ def search(
             say(f"  {candidate.name}: {error.over / GIB:.2f} GiB too much")
             too_large.append(candidate)
             continue
+        except UnreadableText:
+            raise  # so would be every other one
         except ValueError as error:  # this mesh and this model do not go together; another may
             refused[mesh] = str(error)
             say(f"  {candidate.name}: passed over: {error}")

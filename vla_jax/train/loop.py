@@ -222,6 +222,8 @@ class _Trainer:
         """Why training makes no sense any more."""
         devices = job.builder.mesh.devices.flatten().tolist()
         self.chips, self.peak = len(devices), total_peak(devices)
+        if self.peak is None:
+            progress.say(f"no MFU: the peak of a {devices[0].device_kind} is not in train/flops.py")
         self.in_flight = 0 if devices[0].platform == "cpu" else IN_FLIGHT
         self.clock = StepClock()
 
