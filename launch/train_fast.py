@@ -38,6 +38,7 @@ def main() -> None:
         raise ValueError("--data.fast.path names a tokenizer that exists; leave it out to train one")
     horizon = config.model.expert.horizon
     bundle = prepare(config.data, horizon=horizon, action_tokens="instead")
+    print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
     actions = bundle.tokenize_actions
     actions.fast.save(args.out)
     source = EpisodeSource(config.data.path)

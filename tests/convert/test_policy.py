@@ -83,6 +83,7 @@ def test_pi0_acts(weights, tmp_path):
     batch = policy.bundle.observation_batch(seen)
     mean, std = (np.asarray(STATISTICS["state"][k]) for k in ("mean", "std"))
     np.testing.assert_allclose(batch.state[:, :6], (STATE - mean) / (std + 1e-6), rtol=1e-5)
+    assert policy.bundle.transforms[1].fit == "openpi" and not policy.bundle.normalize.floor
     assert batch.tokens.shape == (1, 48)
     assert prompt(policy, seen) == "pick up the block\n"
     chunk = acts_the_same_compiled(policy, seen)

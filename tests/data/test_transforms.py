@@ -11,6 +11,7 @@ from PIL import Image
 
 from vla_jax.data import transforms as tf
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.resize import offsets, scaled_size
 from vla_jax.data.sample import Sample
 from vla_jax.data.statistics import Accumulator, Statistics
 from vla_jax.data.tokenizer import train_tokenizer
@@ -137,6 +138,54 @@ class TestResize:
         wanted = np.asarray(Image.fromarray(image).resize((8, 4), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(found[2:6], wanted)
         assert not found[:2].any() and not found[6:].any()
+
+    def test_the_order_of_pillows_axes_does_not_matter(self, monkeypatch):
+        """A Pillow that takes the height of tall images first gives what one gives that always takes the width."""
+        plain, images = Image.Image.resize, []
+        for size in ((90, 17), (64, 48), (48, 64), (33, 200)):
+            images.append(RNG.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+        def height_first(image, size, resample):
+            return plain(plain(image, (image.width, size[1]), resample), size, resample)
+
+        def width_first(image, size, resample):
+            return plain(plain(image, (size[0], image.height), resample), size, resample)
+
+        found = []
+        for resize in (height_first, width_first, plain):
+            monkeypatch.setattr(Image.Image, "resize", resize)
+            found.append([tf.ResizeImages(24, 20).resize(image) for image in images])
+        for image, *others in zip(*found):
+            np.testing.assert_array_equal(image, others[0])
+            np.testing.assert_array_equal(image, others[1])
+        assert any(
+            not np.array_equal(
+                height_first(Image.fromarray(image), (20, 24), Image.Resampling.BILINEAR),
+                width_first(Image.fromarray(image), (20, 24), Image.Resampling.BILINEAR),
+            )
+            for image in images
+        )
+
+    def test_all_sizes_are_openpis(self):
+        """openpi's floating point, written out; and that it is another rule than ours for one size in ten."""
+        differing = 0
+        for h in range(1, 701):
+            for w in range(1, 701):
+                ratio = max(w / 224, h / 224)
+                wanted = max(1, int(h / ratio)), max(1, int(w / ratio))
+                assert scaled_size(h, w, 224, 224, "openpi") == wanted
+                differing += scaled_size(h, w, 224, 224, "exact") != wanted
+                top, left = offsets(*wanted, 224, 224)
+                assert (top, left) == (int((224 - wanted[0]) / 2), int((224 - wanted[1]) / 2))
+        assert 0.09 < differing / 700**2 < 0.11
+
+    def test_the_fit_is_saved_and_is_ours_in_older_files(self):
+        for fit in ("exact", "openpi"):
+            resize = tf.ResizeImages(224, 224, fit=fit)
+            assert tf.from_json(tf.to_json([resize])) == (resize,)
+        assert tf.from_json([{"type": "ResizeImages", "height": 8, "width": 8}])[0].fit == "exact"
+        with pytest.raises(ValueError, match="use one of exact, openpi"):
+            tf.ResizeImages(8, 8, fit="other")
 
     def test_the_right_size_is_left_alone(self):
         image = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)

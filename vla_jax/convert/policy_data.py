@@ -113,8 +113,9 @@ def policy_data(
     )
     transforms = (
         tf.SelectCameras(cameras),
-        tf.ResizeImages(size, size),
-        Normalize(method=method, group="dataset", statistics={"": statistics}),
+        tf.ResizeImages(size, size, fit="openpi"),
+        # Their formula has an epsilon of its own in place of our least scale.
+        Normalize(method=method, group="dataset", statistics={"": statistics}, floor=False),
         tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
             state_dim=model.expert.state_dim,

@@ -6,7 +6,8 @@ the run did, and else such that it does:
 
 - the run normalised by the other method;
 - a dimension never changed: here the state becomes 0 and the action the constant, whatever the model says;
-- its quantiles coincide: here minimum and maximum are used.
+- its quantiles coincide: here minimum and maximum are used;
+- it hardly changes: here it is divided by a least scale, not by its own spread.
 """
 
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ def _field(normalize: Normalize, group: str, field: str, method: str) -> dict[st
         if method == "zscore"
         else {"q01": offset - scale, "q99": offset + scale}
     )
-    same = (normalize.method == method) & (values["q01"] < values["q99"])
+    own = values["std"] if method == "zscore" else (values["q99"] - values["q01"]) / 2
+    same = (normalize.method == method) & (values["q01"] < values["q99"]) & (scale == own)
     values |= {kind: np.where(same, values[kind], wanted) for kind, wanted in read.items()}
     return {kind: value.tolist() for kind, value in values.items()}

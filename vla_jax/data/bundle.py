@@ -16,7 +16,7 @@ from vla_jax.data.fast.dataset import prepare_fast
 from vla_jax.data.fast.ids import action_ids
 from vla_jax.data.fast.transform import DecodedChunks, TokenizeActions
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
-from vla_jax.data.normalize import Normalize
+from vla_jax.data.normalize import Normalize, narrow_dims
 from vla_jax.data.observations import Expected, check_observation
 from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.sample import Sample, Transform
@@ -70,8 +70,9 @@ class DataBundle:
 
     @property
     def constant_dims(self) -> tuple[str, ...]:
-        """A line for each dimension that never changes in what the normalisation was computed from."""
-        return constant_dims(self.normalize.statistics, self.schema)
+        """A line for each dimension that never or hardly changes in what the normalisation was computed from."""
+        constant = constant_dims(self.normalize.statistics, self.schema)
+        return constant + narrow_dims(self.normalize, self.schema)
 
     @property
     def expected(self) -> Expected:
@@ -188,12 +189,14 @@ def prepare(
     action_dim: int = 0,
     horizon: int = 0,
     action_tokens: Literal["none", "beside", "instead"] = "none",
+    floor: bool = True,
 ) -> DataBundle:
     """Tokenizer, statistics and transforms for a data set; the slow parts are kept beside it.
 
     `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and
     masked; 0 or empty takes the data set's own. `action_tokens`: whether chunks of `horizon` steps become FAST
-    tokens beside the actions or instead of them.
+    tokens beside the actions or instead of them. `floor` False: for a run that was begun when scales had no least
+    value (`Normalize.floor`).
     """
     source = EpisodeSource(config.path, cache_mb=config.cache_mb)
     schema, index = source.schema, index_dataset(source)
@@ -220,6 +223,7 @@ def prepare(
         group=config.normalization_group,
         statistics=statistics.per_task if by_task else {"": statistics.dataset},
         task_of=_task_of(index) if by_task else {},
+        floor=floor,
     )
     as_tokens = ()
     if action_tokens != "none":

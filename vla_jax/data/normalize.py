@@ -6,8 +6,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from vla_jax.data.quote import quoted
 from vla_jax.data.sample import Sample, check_dims
-from vla_jax.data.statistics import FieldStatistics, Statistics
+from vla_jax.data.schema import DatasetSchema
+from vla_jax.data.statistics import REACH, FieldStatistics, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Normalize:
     """State and actions to the model's scale.
 
     zscore: (x - mean) / std. quantile: 1 % and 99 % quantiles to -1 and 1, no clipping; where these two
-    coincide, minimum and maximum are used. A constant dimension becomes 0 and comes back as its value.
+    coincide, minimum and maximum are used. A constant dimension becomes 0 and comes back as its value. A scale is
+    at least `FieldStatistics.least_scale`, towards the model and back alike.
     """
 
     method: Literal["zscore", "quantile"]
@@ -24,6 +27,9 @@ class Normalize:
     statistics: dict[str, Statistics]
     task_of: dict[str, str] = dataclasses.field(default_factory=dict)
     """Instruction → task, for samples that do not name theirs."""
+    floor: bool = True
+    """Whether scales have that least value. Not so for statistics that were imported, whose formula is another
+    library's, and for policies that were trained before there was one: both act as they were trained."""
     _affine: dict = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -32,7 +38,7 @@ class Normalize:
         if not self.statistics or (self.group == "dataset") != (set(self.statistics) == {""}):
             raise ValueError(f"Normalize by {self.group} with statistics of {sorted(self.statistics)}")
         affine = {
-            (key, field): _affine(getattr(statistics, field), self.method)
+            (key, field): _affine(getattr(statistics, field), self.method, self.floor)
             for key, statistics in self.statistics.items()
             for field in ("state", "action")
         }
@@ -70,25 +76,54 @@ class Normalize:
         task = sample.task if sample.task is not None else self.task_of.get(sample.instruction)
         if task is None:
             raise ValueError(
-                f"no task is known for the instruction {sample.instruction!r}, so its statistics cannot be chosen; "
-                "use an instruction of the data set, or train with data.normalization_group=dataset"
+                f"no task is known for the instruction {quoted(sample.instruction)}, so its statistics cannot be "
+                "chosen; use an instruction of the data set, or train with data.normalization_group=dataset"
             )
         if task not in self.statistics:
             raise ValueError(f"no statistics of task {task!r}; there are those of {sorted(self.statistics)}")
         return task
 
 
-def _affine(statistics: FieldStatistics, method: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def narrow_dims(normalize: Normalize, schema: DatasetSchema) -> tuple[str, ...]:
+    """A line for each dimension that is not divided by its own spread, to be shown to the user before training."""
+    lines = []
+    for group, found in normalize.statistics.items() if normalize.floor else ():
+        for field, names in (("state", schema.state_names), ("action", schema.action_names)):
+            statistics = getattr(found, field)
+            spreads = _spread(statistics, normalize.method)[1]
+            for dim in np.flatnonzero((spreads < statistics.least_scale) & ~np.asarray(statistics.constant)):
+                low, high, scale = statistics.min[dim], statistics.max[dim], statistics.least_scale[dim]
+                lines.append(
+                    f"{f'task {group}: ' if group else ''}{field} {names[dim]!r} hardly changes: it spreads by "
+                    f"{spreads[dim]:.2g} between {low:g} and {high:g}; it is divided by {scale:.2g} instead"
+                    + (
+                        ", and if its extremes are faulty readings, leave these episodes out"
+                        if (high - low) / REACH == scale
+                        else ""
+                    )
+                )
+    return tuple(lines)
+
+
+def _affine(
+    statistics: FieldStatistics, method: str, floor: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """offset, scale, 1/scale in float64; scale and 1/scale are 0 for a constant dimension."""
+    offset, scale = _spread(statistics, method)
+    if floor:
+        scale = np.maximum(scale, statistics.least_scale)
+    scale = np.where(statistics.constant, 0.0, scale)
+    offset = np.where(statistics.constant, statistics.min, offset)
+    return offset, scale, np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def _spread(statistics: FieldStatistics, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where a dimension lies and how far it spreads, by the method's formula."""
     s = {
         field: np.asarray(getattr(statistics, field)) for field in ("mean", "std", "min", "max", "q01", "q99")
     }
     if method == "zscore":
-        offset, scale = s["mean"], s["std"]
-    else:
-        degenerate = s["q01"] == s["q99"]
-        low, high = np.where(degenerate, s["min"], s["q01"]), np.where(degenerate, s["max"], s["q99"])
-        offset, scale = (low + high) / 2, (high - low) / 2
-    scale = np.where(statistics.constant, 0.0, scale)
-    offset = np.where(statistics.constant, s["min"], offset)
-    return offset, scale, np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+        return s["mean"], s["std"]
+    degenerate = s["q01"] == s["q99"]
+    low, high = np.where(degenerate, s["min"], s["q01"]), np.where(degenerate, s["max"], s["q99"])
+    return (low + high) / 2, (high - low) / 2

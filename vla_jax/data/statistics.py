@@ -5,7 +5,8 @@ Moments are merged chunk by chunk in float64 (Chan, Golub and LeVeque 1979, eq. 
 many rows, always the same one.
 
 A dimension that never changes (min == max) is *constant*: it normalises to 0. (Its deviation is exactly 0 too:
-float64 sums of equal float32 values do not round.)
+float64 sums of equal float32 values do not round.) What hardly changes is divided by `FieldStatistics.least_scale`
+rather than by its own spread, which is rounding or noise of the sensor: any other value would become huge.
 """
 
 import dataclasses
@@ -21,6 +22,13 @@ from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.source import EncodedEpisode, EpisodeSource
 
 MAX_ROWS = 200_000
+RESOLUTION = 2.0**-16
+"""Least scale of a dimension over its largest magnitude: 128 steps of float32. A reading of 1 m that varies by 0.1 mm
+lies well above it, one that varies in its last bits does not."""
+REACH = 32.0
+"""Most that a dimension's whole range may be in units of its scale. A normal distribution's is about 10."""
+LEAST = float(np.finfo(np.float32).eps)
+"""Least scale of what stays around 0: the rounding that sums of numbers around 1 leave there."""
 _VERSION = 1
 
 
@@ -49,6 +57,13 @@ class FieldStatistics:
     def constant(self) -> tuple[bool, ...]:
         """Which dimensions never change."""
         return tuple(low == high for low, high in zip(self.min, self.max))
+
+    @property
+    def least_scale(self) -> Float[np.ndarray, " dims"]:
+        """What each dimension is divided by at least, in its own units; float64."""
+        low, high = np.asarray(self.min), np.asarray(self.max)
+        magnitude = np.maximum(np.abs(low), np.abs(high))
+        return np.maximum(np.maximum(RESOLUTION * magnitude, (high - low) / REACH), LEAST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

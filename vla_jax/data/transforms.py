@@ -7,18 +7,19 @@ two cannot drift apart. A statistic that is missing or of another size is an err
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from vla_jax.data.fast.codec import FastTokenizer
 from vla_jax.data.fast.ids import ActionIds
 from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.prompt_forms import Prompt
+from vla_jax.data.resize import Fit, resize_with_pad
 from vla_jax.data.sample import Sample, Transform, check_dims
 from vla_jax.data.statistics import Statistics
 from vla_jax.data.tokenizer import Tokenizer
@@ -59,6 +60,12 @@ class ResizeImages:
 
     height: int
     width: int
+    fit: Fit = "exact"
+    """How the scaled size is rounded: openpi's way in policies that were converted from it."""
+
+    def __post_init__(self):
+        if self.fit not in typing.get_args(Fit):
+            raise ValueError(f"ResizeImages(fit={self.fit!r}): use one of {', '.join(typing.get_args(Fit))}")
 
     def inputs(self, sample: Sample) -> Sample:
         """Images of the right size are left as they are."""
@@ -71,16 +78,7 @@ class ResizeImages:
 
     def resize(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "height width 3"]:
         """One image."""
-        h, w = image.shape[:2]
-        if (h, w) == (self.height, self.width):
-            return image
-        scale = min(self.height / h, self.width / w)
-        new_h, new_w = max(1, int(h * scale + 1e-6)), max(1, int(w * scale + 1e-6))
-        scaled = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BILINEAR)
-        result = np.zeros((self.height, self.width, 3), np.uint8)
-        top, left = (self.height - new_h) // 2, (self.width - new_w) // 2
-        result[top : top + new_h, left : left + new_w] = np.asarray(scaled)
-        return result
+        return resize_with_pad(image, self.height, self.width, self.fit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +173,15 @@ def to_json(transforms: Sequence[Transform]) -> list[dict[str, Any]]:
     result = []
     for transform in transforms:
         values = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform) if f.init}
+        # Left out where they are what files from before these fields mean, so that equal transforms stay equal.
+        if isinstance(transform, ResizeImages) and transform.fit == "exact":
+            del values["fit"]
         if isinstance(transform, Normalize):
             values["statistics"] = {
                 key: dataclasses.asdict(statistics) for key, statistics in transform.statistics.items()
             }
+            if not transform.floor:
+                del values["floor"]
         elif isinstance(transform, Tokenize):
             values["tokenizer"] = transform.tokenizer.to_files()
             values["prompt"] = dataclasses.asdict(transform.prompt)
@@ -200,6 +203,7 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
             if name == "Normalize":
                 statistics = arguments["statistics"]
                 arguments["statistics"] = {key: Statistics.from_json(v) for key, v in statistics.items()}
+                arguments.setdefault("floor", False)
             elif name == "Tokenize":
                 arguments["tokenizer"] = Tokenizer.from_files(arguments["tokenizer"])
                 arguments["prompt"] = Prompt(**arguments.get("prompt", {}))

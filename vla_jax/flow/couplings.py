@@ -54,7 +54,8 @@ def sinkhorn_plan(
 
     `epsilon` is relative to the spread of the costs, so that it means the same in any units and dimension.
     """
-    spread = cost.std()
+    # Costs that differ by their rounding alone are equal: a spread below 128 steps of float32 says nothing.
+    spread = jnp.maximum(cost.std(), 2.0**-16 * jnp.abs(cost).max())
     scores = -cost / (epsilon * jnp.where(spread > 0, spread, 1))
 
     def balance(potentials, _):

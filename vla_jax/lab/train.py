@@ -17,6 +17,7 @@ from vla_jax.checkpoint import Checkpoints
 from vla_jax.config import TrainConfig, to_json
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.index import index_dataset
+from vla_jax.data.normalize import narrow_dims
 from vla_jax.flow.processes import make_process
 from vla_jax.lab.plan import Group
 from vla_jax.lab.together import Cells, Together, padding
@@ -69,6 +70,7 @@ def make_group_job(group: Group) -> GroupJob:
         )
     _refuse_fine_tuning(group.config)
     bundle = prepare_data(group.config)
+    print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
     config = resolve(group.config, bundle)
     loader, held_out = (loader_of(config, bundle, split) for split in ("train", "val"))
     example = loader.example_batch()
@@ -106,6 +108,8 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
         "cells": [cell.name for cell in job.group.cells],
         "cells_with_padding": len(together.knobs.seed),  # a multiple of the number of devices
         "data_fingerprint": job.data_fingerprint,
+        # A sweep that was begun when scales had no least value is the same one where no scale is that small.
+        "narrow_dims": list(narrow_dims(job.bundle.normalize, job.bundle.schema)) or None,
     }
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder, keep=1)

@@ -146,9 +146,11 @@ class Policy:
 
     @property
     def action_scale(self) -> Float[np.ndarray, " a"]:
-        """Standard deviation of each action dimension in the training data (the mean of the tasks' own)."""
-        statistics = self.bundle.normalize.statistics.values()
-        return np.mean([np.asarray(s.action.std) for s in statistics], axis=0)
+        """Standard deviation of each action dimension in the training data (the mean of the tasks' own), 0 for one
+        that never changes. For one that hardly does, its least scale: no measure is to consist of its noise."""
+        statistics = [s.action for s in self.bundle.normalize.statistics.values()]
+        scales = [np.where(s.constant, 0.0, np.maximum(s.std, s.least_scale)) for s in statistics]
+        return np.mean(scales, axis=0)
 
     def in_scale(self, chunks: Float[np.ndarray, "b k a"]) -> Float[np.ndarray, "b k m"]:
         """Actions in units of `action_scale`, without the dimensions that never change in the training data."""

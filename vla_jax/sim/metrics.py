@@ -68,12 +68,16 @@ def chunk_diversity(chunks: Float[np.ndarray, "b S k a"], scale: Float[np.ndarra
     """Mean distance between two chunks sampled for the same observation, in units of `scale` per dimension.
 
     A pair's distance is the root mean square over steps and dimensions, so that with `scale` = the standard
-    deviation of the actions 0 means a deterministic policy and √2 independent noise. Needs S >= 2 samples.
+    deviation of the actions 0 means a deterministic policy and √2 independent noise. Dimensions of scale 0 never change
+    in the data: they have no such unit and are left out. Needs S >= 2 samples.
     """
     samples = chunks.shape[1]
     if samples < 2:
         raise ValueError(f"chunk diversity needs at least 2 samples per observation, got {samples}")
-    scaled = np.asarray(chunks, np.float64) / np.maximum(scale, 1e-12)
+    moves = np.asarray(scale) > 0
+    if not moves.any():
+        return 0.0
+    scaled = np.asarray(chunks, np.float64)[..., moves] / np.asarray(scale)[moves]
     first, second = np.triu_indices(samples, k=1)
     distance = np.sqrt(np.mean((scaled[:, first] - scaled[:, second]) ** 2, axis=(-2, -1)))
     return float(distance.mean())

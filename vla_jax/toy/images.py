@@ -111,5 +111,9 @@ def features(x: Float[Array, "b h w c"]) -> Float[Array, "b f"]:
 def feature_distance(x: Float[Array, "n h w c"], y: Float[Array, "m h w c"]) -> Float[Array, ""]:
     """Energy distance of `features`, in units of their spread in `y`: 0 in the mean for one law. Not an FID."""
     f, g = features(x), features(y)
-    centre, spread = g.mean(0), g.std(0)
+    centre = g.mean(0)
+    spread = jnp.maximum(
+        g.std(0), 2.0**-16 * jnp.abs(g).max(0)
+    )  # of a feature that never changes: its rounding
+    spread = jnp.where(spread > 0, spread, 1)
     return energy_distance((f - centre) / spread, (g - centre) / spread) / f.shape[1] ** 0.5

@@ -78,7 +78,7 @@ def train(
         check_hosts(config)
         mesh = make_mesh(config.mesh)
         check_batch(loop.batch_size, loop.accumulate, mesh)
-        bundle = prepare_together(config)
+        bundle = prepare_together(config, floor=has_floor(run_dir))
         config = resolve(config, bundle)
         patches = config.model.vision.tokens
         check_prefix(len(config.model.cameras) * patches + config.data.max_text_tokens, patches, mesh)
@@ -120,15 +120,24 @@ def check_hosts(config: TrainConfig) -> None:
     )
 
 
-def prepare_together(config: TrainConfig) -> DataBundle:
+def has_floor(run_dir: str | os.PathLike) -> bool:
+    """Whether scales have a least value (`Normalize.floor`): in a new run, and in one that was begun so."""
+    try:
+        data = read_meta(run_dir).get("data")
+    except FileNotFoundError:
+        return True
+    return data is None or DataBundle.from_json(data).normalize.floor
+
+
+def prepare_together(config: TrainConfig, *, floor: bool = True) -> DataBundle:
     """`prepare_data`, first in process 0: what it computes is kept beside the data for the others."""
-    bundle = None if distributed.process_index() else prepare_data(config)
+    bundle = None if distributed.process_index() else prepare_data(config, floor=floor)
     distributed.barrier("data are prepared")
-    return prepare_data(config) if bundle is None else bundle
+    return prepare_data(config, floor=floor) if bundle is None else bundle
 
 
-def prepare_data(config: TrainConfig) -> DataBundle:
-    """Transforms, statistics and tokenizer of the configured data set."""
+def prepare_data(config: TrainConfig, *, floor: bool = True) -> DataBundle:
+    """Transforms, statistics and tokenizer of the configured data set; `floor` as in `data.bundle.prepare`."""
     if not config.data.path:
         raise ValueError("data.path is not set; give --data.path DIR, a data set of launch.collect")
     expert = config.model.expert
@@ -139,6 +148,7 @@ def prepare_data(config: TrainConfig) -> DataBundle:
         action_dim=expert.action_dim,
         horizon=expert.horizon,
         action_tokens=config.chunk_tokens,
+        floor=floor,
     )
 
 

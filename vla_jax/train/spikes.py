@@ -4,8 +4,9 @@ With the mean μ and the standard deviation s of the last `window` values, a ste
 
     loss > μ_loss + sigma · s_loss    or    norm > μ_norm + sigma · s_norm,
 
-once half of the window is filled (OLMo, arXiv:2501.00656 §3.1, with sigma 6 and window 128). Spikes are remembered
-like all other finite values, so that a lasting change of level is soon accepted. Not-finite steps are not.
+where s is at least 2⁻¹⁶ |μ|, once half of the window is filled (OLMo, arXiv:2501.00656 §3.1, with sigma 6 and window
+128). Spikes are remembered like all other finite values, so that a lasting change of level is soon accepted. Not-finite
+steps are not.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,9 @@ def is_spike(
     filled = jnp.maximum(jnp.minimum(count, window), 1)
     mean = jnp.sum(values, axis=1, where=valid) / filled
     variance = jnp.sum((values - mean[:, None]) ** 2, axis=1, where=valid) / filled
-    above = jnp.stack([loss, norm]) > mean + sigma * jnp.sqrt(variance)
+    # A loss that stands still up to its rounding has no spread to be outside of.
+    spread = jnp.maximum(jnp.sqrt(variance), 2.0**-16 * jnp.abs(mean))
+    above = jnp.stack([loss, norm]) > mean + sigma * spread
     return (count >= window // 2) & jnp.any(above)
 
 

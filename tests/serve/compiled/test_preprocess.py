@@ -9,6 +9,7 @@ from vla_jax.data.transforms import ResizeImages
 from vla_jax.serve.compiled import preprocess
 
 
+@pytest.mark.parametrize("fit", ["exact", "openpi"])
 @pytest.mark.parametrize(
     ("size", "out"),
     [
@@ -17,16 +18,17 @@ from vla_jax.serve.compiled import preprocess
         ((17, 90), (32, 16)),
         ((10, 7), (33, 40)),
         ((32, 64), (16, 32)),
+        ((18, 9), (14, 14)),  # in floating point, 13 pixels high
     ],
 )
-def test_resizing_is_trainings_to_the_bit(size, out):
+def test_resizing_is_trainings_to_the_bit(size, out, fit):
     """Pillow on the host, integers on the device; smooth pictures, noise, and the extremes."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (2, *size, 3), dtype=np.uint8)
     steps = np.where(rng.random((1, *size, 3)) < 0.5, 0, 255).astype(np.uint8)
     images = np.concatenate([noise, steps, np.full((1, *size, 3), 255, np.uint8)])
-    found = jax.jit(preprocess.resize_with_pad, static_argnums=(1, 2))(images, *out)
-    resize = ResizeImages(*out)
+    resize = ResizeImages(*out, fit=fit)
+    found = jax.jit(preprocess.resize_with_pad, static_argnums=1)(images, resize)
     np.testing.assert_array_equal(found, np.stack([resize.resize(image) for image in images]))
 
 

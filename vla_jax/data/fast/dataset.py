@@ -68,7 +68,7 @@ def prepare_fast(
     key = {
         "data": fingerprint,
         "train": [int(number) for number in train],
-        "normalization": [normalize.method, normalize.group],
+        "normalization": [normalize.method, normalize.group, *(["floor"] if normalize.floor else [])],
         "horizon": horizon,
         "count": not config.max_tokens,
         "fast": given.to_files() if given else [config.vocab_size, config.scale, config.chunks],

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.resize import offsets, scaled_size
 from vla_jax.data.transforms import PadDims, ResizeImages, SelectCameras, Tokenize
 
 _BITS = 22
@@ -47,21 +48,18 @@ def taps(size: int, out: int) -> Taps:
     return Taps(index, weight)
 
 
-def resize_with_pad(
-    images: UInt8[Array, "b h w 3"], height: int, width: int
-) -> UInt8[Array, "b height width 3"]:
-    """`ResizeImages.resize`: scaled into [height, width] keeping the proportions, on black."""
+def resize_with_pad(images: UInt8[Array, "b h w 3"], to: ResizeImages) -> UInt8[Array, "b height width 3"]:
+    """`ResizeImages.resize`: scaled into the size keeping the proportions, on black."""
     h, w = images.shape[1:3]
-    if (h, w) == (height, width):
+    if (h, w) == (to.height, to.width):
         return images
-    scale = min(height / h, width / w)
-    new_h, new_w = max(1, int(h * scale + 1e-6)), max(1, int(w * scale + 1e-6))
+    new_h, new_w = scaled_size(h, w, to.height, to.width, to.fit)
     if new_w != w:
         images = _resample(images, taps(w, new_w), axis=2)
     if new_h != h:
         images = _resample(images, taps(h, new_h), axis=1)
-    top, left = (height - new_h) // 2, (width - new_w) // 2
-    around = ((0, 0), (top, height - new_h - top), (left, width - new_w - left), (0, 0))
+    top, left = offsets(new_h, new_w, to.height, to.width)
+    around = ((0, 0), (top, to.height - new_h - top), (left, to.width - new_w - left), (0, 0))
     return jnp.pad(images, around)
 
 
@@ -92,8 +90,8 @@ class Scaling(NamedTuple):
     action: Affine
     known: Affine
     """Of actions towards the model."""
-    size: tuple[int, int]
-    """Of the model's images."""
+    resize: ResizeImages
+    """To the model's images."""
 
 
 def scaling_of(bundle: DataBundle) -> Scaling:
@@ -114,7 +112,7 @@ def scaling_of(bundle: DataBundle) -> Scaling:
         state=_affine([offset for offset, _, _ in state], [inverse for _, _, inverse in state]),
         action=_affine([offset for offset, _, _ in action], [scale for _, scale, _ in action]),
         known=_affine([offset for offset, _, _ in action], [inverse for _, _, inverse in action]),
-        size=(resize.height, resize.width),
+        resize=resize,
     )
 
 

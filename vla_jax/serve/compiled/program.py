@@ -96,7 +96,7 @@ class Program:
     def vision(self, weights: PyTree, inputs: Inputs, shape: Shape) -> Float[Array, "b c p d"]:
         """Image tokens: all cameras go through the encoder as one batch."""
         # Cameras beside each other, not one after another: a batch that is split over devices stays where it is.
-        images = jnp.stack([resize_with_pad(image, *self.scaling.size) for image in inputs.images], axis=1)
+        images = jnp.stack([resize_with_pad(image, self.scaling.resize) for image in inputs.images], axis=1)
         encoded = self.network.encode(weights["vision"], images.reshape(-1, *images.shape[2:]))
         return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
 
