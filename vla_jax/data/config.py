@@ -45,7 +45,8 @@ class DataConfig:
     image_size: int = 64
     """Images reach the model as squares of this many pixels (resized with padding where they differ)."""
     normalization: Literal["zscore", "quantile"] = "zscore"
-    """State and actions to mean 0 and deviation 1, or the 1 % and 99 % quantiles to -1 and 1."""
+    """State and actions to mean 0 and deviation 1, or the 1 % and 99 % quantiles to -1 and 1. What hardly changes (by
+    less than 1/65536 of its magnitude, or than 1/32 of its range) is divided by that much instead, and named."""
     normalization_group: Literal["dataset", "task"] = "dataset"
     """Statistics of the whole data set, or of each task: a task of small motions then weighs as much."""
     task_weights: tuple[str, ...] = ()
