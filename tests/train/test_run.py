@@ -110,9 +110,9 @@ def test_a_signal_before_the_first_step_ends_the_run_politely(config, tmp_path, 
     """Not with the process's death, which is what SIGTERM is where nobody handles it."""
     prepare = run.prepare_together
 
-    def interrupted(config):
+    def interrupted(config, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(config)
+        return prepare(config, **options)
 
     monkeypatch.setattr(run, "prepare_together", interrupted)
     before = signal.getsignal(signal.SIGTERM)
