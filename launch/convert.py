@@ -137,6 +137,10 @@ def main() -> None:
         print(
             f"not written: the statistics {', '.join(report.lost)}, for which {args.to} has no place; openpi has"
         )
+    if report.silenced:
+        print(
+            f"written as zeros: {report.silenced} action dims of the model that the run's robot does not have"
+        )
     print(f"{args.out}: {report.parameters:,} parameters in {report.arrays} arrays")
 
 

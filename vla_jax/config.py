@@ -5,6 +5,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from vla_jax.data.augment import AugmentConfig
@@ -16,6 +17,9 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
+
+PUBLIC_EXPERTS = ("openpi", "lerobot", "pi0_hf")
+"""Formats of `convert` whose weights have an action expert."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ class TrainConfig:
         elif self.data.action_tokens and not self.objective.text:
             raise ValueError(
                 "data.action_tokens are learned as text; set objective.text=True, or leave them out"
+            )
+        elif self.objective.padding_loss and self.model.expert.padding == "zero":
+            raise ValueError(
+                "objective.padding_loss=True: with model.expert.padding=zero the network does not see the noise that "
+                "it would have to predict; use objective.padding_loss=False, or model.expert.padding=noise"
             )
         if self.kind != "tokens":
             check_solver(self.process, self.solver)
@@ -169,6 +178,23 @@ def to_json(config: TrainConfig) -> str:
 def from_json(text: str) -> TrainConfig:
     """The inverse of `to_json`. Raises ValueError on a field that this version does not have."""
     return _build(TrainConfig, json.loads(text), "")
+
+
+def from_meta(meta: Mapping[str, Any]) -> TrainConfig:
+    """The configuration in a checkpoint's metadata. Raises ValueError as `from_json` does.
+
+    A public π0 that was converted before `model.expert.padding` was saved has no such field: it is `noise` like every
+    other (`PUBLIC_EXPERTS`), whereas runs of that age were trained with the default.
+    """
+    config = from_json(json.dumps(meta["config"]))
+    saved = meta["config"].get("model", {}).get("expert", {})
+    converted = meta.get("converted", {}).get("from") in PUBLIC_EXPERTS
+    if converted and "padding" not in saved and config.model.expert.kind == "joint":
+        expert = dataclasses.replace(config.model.expert, padding="noise")
+        objective = dataclasses.replace(config.objective, padding_loss=True)
+        model = dataclasses.replace(config.model, expert=expert)
+        config = dataclasses.replace(config, model=model, objective=objective)
+    return config
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -13,6 +13,9 @@ Axis letters are the same in jaxtyping, einsum, documentation and plots:
 | q      | state dimension                     | t      | time, or the queries of attention  |
 | k      | action horizon (chunk length)       | a      | action dimension                   |
 
+Padding of chunks is of two kinds, both False in `action_mask`: padded *steps* lie behind the end of an episode and no
+network reads them; padded *dims* are those that a model has and the robot has not (`model.expert.padding`).
+
 Time: t = 0 is noise, t = 1 is data. Masks are boolean, True = valid.
 """
 

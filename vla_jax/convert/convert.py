@@ -16,7 +16,8 @@ from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
 from vla_jax.convert.entry import Entry, Lazy, exported, imported
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import our_shapes
-from vla_jax.convert.policy_data import policy_data, public_data
+from vla_jax.convert.padding import Silenced, padded_dims
+from vla_jax.convert.policy_data import policy_data, public_data, public_objective
 from vla_jax.convert.run import RunSource, write_run
 from vla_jax.convert.stream import Whole, place
 from vla_jax.data.config import DataConfig
@@ -54,6 +55,8 @@ class Report:
     """Arrays of theirs that were read over: unused ones, copies of tied ones."""
     lost: tuple[str, ...] = ()
     """Whose statistics of state and actions the format has no place for."""
+    silenced: int = 0
+    """Action dims of the model that the run's robot does not have, written as zeros; see `padding`."""
 
 
 def convert(
@@ -130,7 +133,7 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
     }
     policy = opened.expert or opened.model.expert.kind == "tokens"  # and not a PaliGemma
     data = public_data(opened.model) if policy else DataConfig()
-    config = TrainConfig(model=opened.model, data=data)
+    config = TrainConfig(model=opened.model, data=data, objective=public_objective(opened.model))
     if options.policy is not None:
         if not opened.expert:
             raise ValueError(f"{opened.where} has no expert, so a tokenizer does not make it a policy")
@@ -147,7 +150,8 @@ def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -
     arrays = exported([Entry(theirs=name, ours=name) for name in run.specs], run, dtype)
     optim = dataclasses.replace(run.config.optim, freeze=(), frozen_dtype="float32")
     config = dataclasses.replace(run.config, lora=LoraConfig(), optim=optim)
-    record = {key: run.meta[key] for key in ("data", "data_fingerprint", "assets") if key in run.meta}
+    kept = ("data", "data_fingerprint", "assets", "converted")
+    record = {key: run.meta[key] for key in kept if key in run.meta}
     _check_space(out, arrays)
     write_run(out, arrays, config, record | {"config_hash": config_hash(config)}, verify=run.verify)
     return _report(arrays, run.model, set())
@@ -166,14 +170,15 @@ def _export(
         raise ValueError(
             f"{target} has no place for {len(left_out)} of {path}'s arrays ({sorted(left_out)[0]}, …)"
         )
-    arrays = exported(entries, run, dtype)
+    silenced = padded_dims(run)
+    arrays = exported(entries, Silenced(run, silenced), dtype)
     assets = run.assets
     _check_space(out, arrays)
     with Whole(out) as partial:
         write(partial, arrays, run.model, options, assets)
         run.verify()
     lost = () if target == WITH_STATISTICS else tuple(assets.get("norm_stats", ()))
-    return dataclasses.replace(_report(arrays, run.model, set()), lost=lost)
+    return dataclasses.replace(_report(arrays, run.model, set()), lost=lost, silenced=len(silenced))
 
 
 def _table(

@@ -106,5 +106,6 @@ def config_from(
         horizon=horizon,
         action_dim=actions,
         state_dim=shape("expert/state_proj/kernel", 2)[0] if state else actions,
+        padding="noise",
     )
     return dataclasses.replace(config, expert=expert), True

@@ -64,6 +64,11 @@ def public_data(model: VLAConfig) -> DataConfig:
     )
 
 
+def public_objective(model: VLAConfig) -> ObjectiveConfig:
+    """What the public model that is built like this one learned of padded action dims."""
+    return ObjectiveConfig(padding_loss=model.expert.padding == "noise")
+
+
 def policy_data(
     model: VLAConfig, assets: Mapping[str, Any], options: PolicyOptions
 ) -> tuple[TrainConfig, DataBundle]:
@@ -123,7 +128,8 @@ def policy_data(
             robot_action_dim=statistics.action.dims,
         ),
     )
-    config = TrainConfig(model=model, data=data, objective=ObjectiveConfig(text=False, plan_visible=0.0))
+    objective = dataclasses.replace(public_objective(model), text=False, plan_visible=0.0)
+    config = TrainConfig(model=model, data=data, objective=objective)
     return config, DataBundle(schema=schema, transforms=transforms)
 
 

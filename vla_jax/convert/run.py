@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from vla_jax.checkpoint import read_meta
 from vla_jax.checkpoint.manager import versions
 from vla_jax.checkpoint.read import FOLDER, whole_steps
-from vla_jax.config import TrainConfig, from_json, to_json
+from vla_jax.config import TrainConfig, from_meta, to_json
 from vla_jax.convert.account import account
 from vla_jax.convert.entry import Index, Lazy
 from vla_jax.convert.model import our_shapes
@@ -64,7 +64,7 @@ class RunSource:
             for name, spec in source.specs.items()
             if not lora.is_factor(name)
         }
-        self.config: TrainConfig = from_json(json.dumps(self.meta["config"]))
+        self.config: TrainConfig = from_meta(self.meta)
         self.model: VLAConfig = self.config.model
         self._scale = self.config.lora.scale
         self._factors: tuple[str, dict[str, np.ndarray]] = ("", {})  # of the matrix that is being read

@@ -91,6 +91,7 @@ def _expert(sizes: Sizes, prefix: str, heads: dict[str, str], adaptive: bool, ho
         horizon=horizon,
         action_dim=actions,
         state_dim=state,
+        padding="noise",
     )
 
 

@@ -98,10 +98,16 @@ class ExpertConfig:
     """Action dimension; 0: as the data set has."""
     state_dim: int = 0
     """State dimension; 0: as the data set has."""
+    padding: Literal["zero", "noise"] = "zero"
+    """What the network reads in action dimensions that the model has and the robot has not: zeros, or the noisy chunk
+    as in the others, as the public π0's do (there the data are zeros). A network can only be sampled as it was trained,
+    so that weights that come in, and all that is trained from them, are `noise`."""
 
     def __post_init__(self):
         if self.kind not in ("joint", "tokens"):
             raise ValueError(f"expert.kind={self.kind!r}: use joint or tokens")
+        if self.padding not in ("zero", "noise"):
+            raise ValueError(f"expert.padding={self.padding!r}: use zero or noise")
         if self.horizon < 1:
             raise ValueError(f"expert.horizon={self.horizon}: a chunk needs at least one action")
         if self.width % 2:

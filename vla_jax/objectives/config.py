@@ -55,6 +55,11 @@ class ObjectiveConfig:
     rtc_prefix: int = 0
     """D: each draw's first d ~ U{0..D} actions are clean and not learned, so that a chunk can continue the one that
     runs while it is computed (training-time real-time chunking); 0: none."""
+    padding_loss: bool = False
+    """Whether action dims that the model has and the robot has not are learned too, as zeros (openpi: yes, LeRobot:
+    no). The network reads there, when it samples, what it predicted there: without this, what it was not trained on.
+    For model.expert.padding=noise only (action tokens have no padding); --init-from takes it over with the model.
+    Steps behind an episode's end are another thing: data.after_end."""
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     def __post_init__(self):

@@ -65,7 +65,7 @@ class Losses(NamedTuple):
 
 
 def draw(key: PRNGKeyArray, batch: Batch, process, config: ObjectiveConfig) -> Draws:
-    """Draws times, noise and plan visibility for a batch. Masked action elements count as zero.
+    """Draws times, noise and plan visibility for a batch. Masked action elements are zeros before the noise comes.
 
     Where the actions are tokens there is no noise to draw.
     """
@@ -101,9 +101,16 @@ def in_prefix(prefix: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b k"]:
     return jnp.arange(horizon) < prefix[..., None]
 
 
-def learned(batch: Batch, draws: Draws) -> Bool[Array, "b #draws k a"]:
-    """Which elements have an action loss: the valid ones behind the clean prefix."""
-    mask = batch.action_mask[:, None]
+def scored(batch: Batch, config: ObjectiveConfig) -> Bool[Array, "b k a"]:
+    """Which elements of a chunk have an action loss: the valid ones, with `padding_loss` all dims of valid steps."""
+    if not config.padding_loss:
+        return batch.action_mask
+    return jnp.broadcast_to(batch.action_mask.any(axis=-1, keepdims=True), batch.action_mask.shape)
+
+
+def learned(batch: Batch, config: ObjectiveConfig, draws: Draws) -> Bool[Array, "b #draws k a"]:
+    """The same for each draw: none in its clean prefix."""
+    mask = scored(batch, config)[:, None]
     if draws.prefix is None:
         return mask
     return mask & ~in_prefix(draws.prefix, mask.shape[2])[..., None]
@@ -118,9 +125,9 @@ def count(batch: Batch, config: ObjectiveConfig, draws: Draws | None = None) -> 
     if batch.actions is None:
         action = jnp.sum(batch.action_token_loss).astype(jnp.float32)
     elif config.rtc_prefix:
-        action = jnp.sum(learned(batch, draws)).astype(jnp.float32)
+        action = jnp.sum(learned(batch, config, draws)).astype(jnp.float32)
     else:
-        action = jnp.sum(batch.action_mask).astype(jnp.float32) * config.noise_draws
+        action = jnp.sum(scored(batch, config)).astype(jnp.float32) * config.noise_draws
     return Counts(jnp.maximum(text, 1), jnp.maximum(action, 1))
 
 
@@ -145,7 +152,8 @@ def reduction(batch: Batch, config: ObjectiveConfig) -> Pair:
     return Pair(
         per_sample(text_targets(batch), config.text_reduction),
         per_sample(
-            batch.action_token_loss if batch.actions is None else batch.action_mask, config.action_reduction
+            batch.action_token_loss if batch.actions is None else scored(batch, config),
+            config.action_reduction,
         ),
     )
 
@@ -186,7 +194,7 @@ def transfusion_loss(
     elif config.action_weight > 0:
         error = action_error(model, process, config, params, cache, batch, draws, insulation)
         action = jnp.sum(error) / counts.action
-        histogram, by_time, elements = _by_time(draws.t, error, learned(batch, draws))
+        histogram, by_time, elements = _by_time(draws.t, error, learned(batch, config, draws))
 
     total = text + config.action_weight * action
     if weights is not None:
@@ -214,7 +222,7 @@ def timed_losses(
     error = action_error(model, process, config, params, cache, batch, draws, insulation)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
-    valid = jnp.broadcast_to(learned(batch, draws), error.shape).astype(jnp.float32)
+    valid = jnp.broadcast_to(learned(batch, config, draws), error.shape).astype(jnp.float32)
     elements = jnp.einsum("brka,brn->n", valid, member)
     return TimedLosses(text / counts.text, sums / jnp.maximum(elements, 1), elements / counts.action)
 
@@ -321,7 +329,7 @@ def action_error(
         method="denoise",
     )
     error = process.loss(prediction, rows(draws.target)).reshape(draws.x_t.shape)
-    return jnp.where(learned(batch, draws), error, 0)
+    return jnp.where(learned(batch, config, draws), error, 0)
 
 
 def _by_time(

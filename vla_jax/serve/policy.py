@@ -9,7 +9,6 @@ A policy is frozen and has no state: what changes during an episode lives in `se
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from vla_jax.checkpoint import load_params, read_meta
-from vla_jax.config import TrainConfig, config_hash, from_json
+from vla_jax.config import TrainConfig, config_hash, from_meta
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.fields import kind
 from vla_jax.data.observations import check_texts, take
@@ -76,7 +75,7 @@ class Policy:
             raise ValueError(
                 f"{path} has no {' and no '.join(sorted(missing))}: it is not a policy's checkpoint"
             )
-        config = from_json(json.dumps(meta["config"]))
+        config = from_meta(meta)
         bundle = DataBundle.from_json(meta["data"])
         loaded = load_params(path, weights, device=jax.devices("cpu")[0] if host else None)
         params = loaded.params

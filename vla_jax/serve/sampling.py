@@ -75,7 +75,7 @@ def sample_actions(
     """`samples` chunks per observation: one prefill, then the solver over [b·S] noisy chunks and one cache.
 
     With `see_target` the expert sees the batch's text target (the plan). `batch.action_mask` says which action
-    dimensions exist; the others hold zeros to the network and are to be cut off by the caller.
+    dimensions exist; in the others the network reads what `model.expert.padding` says, and the caller cuts them off.
 
     `guidance`: the weight w of the instruction (`sample_guided`). 1 and 0 run the very computation of the
     unguided program, with the instruction and without it, at its cost; None has no such branch at all.

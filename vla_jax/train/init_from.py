@@ -6,7 +6,6 @@ why (another action or state dimension, another vocabulary, a state token, no ex
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jaxtyping import Array
 
 from vla_jax.checkpoint import load_params, read_meta
 from vla_jax.checkpoint.tree import flatten
-from vla_jax.config import TrainConfig, from_json
+from vla_jax.config import TrainConfig, from_meta
 from vla_jax.layers import lora
 from vla_jax.models.config import VLAConfig
 from vla_jax.train.config import LoopConfig
@@ -49,14 +48,15 @@ class Start:
 def model_of(path: str | Path) -> VLAConfig:
     """The checkpoint's model for other data: its sizes, action and state dimensions and horizon; cameras are left to
     the data set. Raises FileNotFoundError or ValueError."""
-    source = from_json(json.dumps(read_meta(path)["config"])).model
+    source = from_meta(read_meta(path)).model
     return dataclasses.replace(source, cameras=())
 
 
 def adapted(config: TrainConfig, path: str | Path) -> TrainConfig:
-    """The configuration with the checkpoint's model. Where only a prompt can tell that model the state, and the
-    configuration's does not, prompt and normalisation are the checkpoint's too. Raises as `model_of` does."""
-    source, model = from_json(json.dumps(read_meta(path)["config"])), model_of(path)
+    """The configuration with the checkpoint's model, and what that learned of padded action dims. Where only a prompt
+    can tell that model the state, and the configuration's does not, prompt and normalisation are the checkpoint's too.
+    Raises as `model_of` does."""
+    source, model = from_meta(read_meta(path)), model_of(path)
     data = dataclasses.replace(config.data, image_size=model.vision.image_size)
     if not (model.expert.reads_state or data.prompt_form.uses_state or data.ignore_state):
         data = dataclasses.replace(
@@ -69,7 +69,8 @@ def adapted(config: TrainConfig, path: str | Path) -> TrainConfig:
             max_text_tokens=max(data.max_text_tokens, source.data.max_text_tokens),
         )
     loop = dataclasses.replace(config.train, init_from=str(path))
-    return dataclasses.replace(config, model=model, data=data, train=loop)
+    objective = dataclasses.replace(config.objective, padding_loss=source.objective.padding_loss)
+    return dataclasses.replace(config, model=model, data=data, objective=objective, train=loop)
 
 
 def read_start(config: TrainConfig, shapes: PyTree) -> Start:
@@ -79,7 +80,7 @@ def read_start(config: TrainConfig, shapes: PyTree) -> Start:
     """
     path = config.train.init_from
     meta = read_meta(path)
-    source = from_json(json.dumps(meta["config"]))
+    source = from_meta(meta)
     wanted = {name: leaf for name, leaf in flatten(shapes).items() if not lora.is_factor(name)}
     loaded = load_params(path, shardings={name: leaf.sharding for name, leaf in wanted.items()})
     if source.lora.rank:

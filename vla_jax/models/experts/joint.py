@@ -59,16 +59,17 @@ class JointExpert(nn.Module):
     ) -> Float[Array, "bk k a"]:
         """The prediction for the chunk at time t, float32.
 
-        The rows of `x_t` may be K times those of the cache: K draws per sample, next to each other. Where
-        `action_mask` is False the chunk is invisible: its values are not read, and steps without any valid
-        dimension are attended by nobody.
+        The rows of `x_t` may be K times those of the cache: K draws per sample, next to each other. `action_mask` is
+        False in two kinds of elements. Padded steps (no valid dimension: behind the episode's end) are invisible: not
+        read, and attended by nobody. Padded dims of other steps (the robot has fewer than the model) are zeros to the
+        network or what `x_t` holds there, as `expert.padding` says.
         """
         expert = self.config.expert
         rows, horizon, _ = x_t.shape
         step_mask = jnp.ones((rows, horizon), bool)
         if action_mask is not None:
-            x_t = jnp.where(action_mask, x_t, 0)
             step_mask = action_mask.any(axis=-1)
+            x_t = jnp.where(action_mask if expert.padding == "zero" else step_mask[..., None], x_t, 0)
         time = jnp.broadcast_to(t[:, None] if t.ndim == 1 else t, (rows, horizon))
         embedded_time = embed_clock(time, expert).astype(jnp.dtype(self.config.dtype))
 

@@ -31,8 +31,9 @@ def rewrite(
 ) -> PyTree:
     """Weights of vision, text and expert.
 
-    `state_dims` and `action_dims` are the robot's: rows of padded ones are left out (state) or zero (actions), which
-    is what the padding and the mask do. `split_qkv`: q, k, v apart even with `fuse` (heads on several devices).
+    `state_dims` and `action_dims` are the robot's. Padded state is zeros: its rows are left out. Rows of padded action
+    dims are zeros where those dims are (`expert.padding`). `split_qkv`: q, k, v apart even with `fuse` (heads on
+    several devices).
     """
     rewrites = config.rewrites
     dtype = jnp.dtype(config.dtype or model.dtype)
@@ -171,7 +172,8 @@ def _expert(
     """The action expert. Its small projections stay float32: they touch a few dozen tokens only."""
     width = model.expert.width
     into = {name: _f32(leaf) for name, leaf in expert["action_in_proj"].items()}
-    into["kernel"] = into["kernel"].at[action_dims:].set(0)  # what the action mask does
+    if model.expert.padding == "zero":
+        into["kernel"] = into["kernel"].at[action_dims:].set(0)
     out = {name: _f32(leaf) for name, leaf in expert["action_out_proj"].items()}
     final = expert["final_norm"].get("scale")
     if rewrites.norms and final is not None:
