@@ -294,5 +294,6 @@ def test_sizes_of_the_configuration(tmp_path):
         horizon=15,
         action_dim=5,
         state_dim=5,
+        padding="noise",
     )
     assert model.vision.image_size == 8 and model.vision.heads == 16 and model.text.vocab == TINY.vocab

@@ -28,7 +28,8 @@ def joint_forward(cfg, params, data, x_t, t):
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
     b, k = x_t.shape[:2]
-    x_t = jnp.where(data.action_mask, x_t, 0)
+    steps = np.asarray(data.action_mask).any(-1, keepdims=True)
+    x_t = jnp.where(data.action_mask if cfg.expert.padding == "zero" else steps, x_t, 0)
     times = jnp.concatenate([jnp.ones((b, 1)), jnp.broadcast_to(t[:, None], (b, k))], 1)
     actions, condition = dense("action_in_proj", x_t), None
     if cfg.expert.time == "adarms":

@@ -56,6 +56,24 @@ def velocities(model, params, data, x_t, t):
     return np.where(data.action_mask, v, 0)
 
 
+def test_padded_dims_hold_what_the_expert_says(setup):
+    """Zeros or noise in the dims that a robot lacks; steps behind the episode's end are never read."""
+    cfg, data, _, params = setup
+    data = data.replace(action_mask=data.action_mask.at[..., 2].set(False))
+    assert not data.action_mask.any(axis=-1).all()
+    x_t, t = jax.random.normal(jax.random.key(3), data.actions.shape), jnp.array([0.1, 0.5, 0.9])
+    steps = data.action_mask.any(axis=-1, keepdims=True)
+    for padding, heard in (("zero", False), ("noise", True)):
+        cfg = small.replace_expert(cfg, padding=padding)
+        v = velocities(VLA(cfg), params, data, x_t, t)
+        want, _ = joint_forward(cfg, params, data, x_t, t)
+        np.testing.assert_allclose(v, np.where(data.action_mask, want, 0), **TOLERANCE)
+        dims, behind = x_t.at[..., 2].add(1.0), jnp.where(steps, x_t, 1e3)
+        np.testing.assert_array_equal(velocities(VLA(cfg), params, data, behind, t), v)
+        moved = np.abs(velocities(VLA(cfg), params, data, dims, t) - v).max()
+        assert (moved > 1e-3) == heard and (heard or moved == 0)
+
+
 @both_times
 def test_what_is_masked_changes_nothing(setup):
     """Pixels of absent cameras, padding tokens, padded steps and dims."""

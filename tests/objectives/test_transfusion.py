@@ -16,7 +16,7 @@ from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import Counts, count, draw, transfusion_loss
+from vla_jax.objectives.transfusion import Counts, count, draw, reduction, transfusion_loss
 from vla_jax.train.run import init_params
 
 PROCESS = make_process(ProcessConfig())
@@ -87,6 +87,36 @@ def test_equals_numpy(setup):
     assert got.time_histogram.sum() == 4
     np.testing.assert_allclose(got.action_by_time.sum(), squared[mask].sum(), rtol=1e-5)
     assert got.elements_by_time.sum() == mask.sum()
+
+
+def test_padded_dims_are_learned_where_asked(setup):
+    """With `padding_loss` all dims of valid steps have a loss, towards zero; steps behind the end have none."""
+    data, model, params = setup
+    model = VLA(small.replace_expert(model.config, padding="noise"))
+    data = data.replace(action_mask=data.action_mask.at[..., 2].set(False))
+    steps = np.asarray(data.action_mask).any(axis=-1)
+    assert not steps.all()
+    for objective, mask in (
+        (ObjectiveConfig(plan_visible=0.0), np.asarray(data.action_mask)),
+        (ObjectiveConfig(plan_visible=0.0, padding_loss=True), np.repeat(steps[..., None], 3, axis=-1)),
+    ):
+        draws = draw(jax.random.key(0), data, PROCESS, objective)
+        got = losses(model, params, data, objective, draws=draws)
+        x_t, t, target = draws.x_t[:, 0], draws.t[:, 0], np.asarray(draws.target[:, 0])
+        noise = np.asarray(x_t)[..., 2] / (1 - np.asarray(t))[:, None]  # x_t = (1 - t) noise + t · 0
+        np.testing.assert_allclose(target[..., 2], -noise, rtol=1e-4, atol=1e-5)
+        assert np.abs(noise).max() > 1
+        prediction, _ = jax.jit(model.apply)({"params": params}, data, x_t, t)
+        squared = (np.asarray(prediction) - target) ** 2
+        np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
+        np.testing.assert_allclose(got.action_by_time.sum(), squared[mask].sum(), rtol=1e-5)
+        assert got.elements_by_time.sum() == mask.sum() == count(data, objective).action
+        summed = dataclasses.replace(objective, action_reduction="sum")
+        np.testing.assert_allclose(reduction(data, summed).action, mask.sum() / 4, rtol=1e-6)
+        prefixed = dataclasses.replace(objective, rtc_prefix=3)
+        draws = draw(jax.random.key(0), data, PROCESS, prefixed)
+        behind = np.arange(steps.shape[1]) >= np.asarray(draws.prefix)
+        assert 0 < count(data, prefixed, draws).action == (mask & behind[..., None]).sum() < mask.sum()
 
 
 def test_targets_are_the_clean_velocity(setup):

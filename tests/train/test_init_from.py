@@ -184,6 +184,10 @@ def test_another_expert_and_another_vocabulary(base, tmp_path, capsys):
             "clock='reversed'.*'forward'",
         ),
         (
+            dict(expert=ExpertConfig(width=16, mlp=16, horizon=4, padding="noise")),
+            "model.expert.padding='noise' .there: 'zero'.*takes the model from there",
+        ),
+        (
             dict(text=TextConfig(width=16, depth=2, mlp=16, heads=2, kv_heads=1, head_dim=8)),
             "model.text.depth=2",
         ),

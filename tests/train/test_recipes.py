@@ -109,6 +109,8 @@ def test_the_robot_s_policy_loads(folder):
     model = policy.config.model
     assert model.cameras == CAMERAS and model.expert.horizon == 25 and model.expert.action_dim == 32
     assert policy.bundle.tokenizer.vocab_size <= model.text.vocab
+    assert model.expert.padding == "noise" and policy.config.objective.padding_loss
+    assert Policy.load(folder / "runs/from_paligemma").config.model.expert.padding == "zero"
     assert Policy.load(folder / "runs/pi0_lora").config.lora.rank == 16
 
 
