@@ -44,7 +44,7 @@ def main() -> None:
     source = EpisodeSource(config.data.path)
     train, held_out = split_episodes(index_dataset(source), config.data)
     chosen, which = (held_out, "held-out") if len(held_out) else (train, "training")
-    chunks = draw_chunks(source, chosen, bundle.normalize, horizon, config.data.fast.chunks)
+    chunks = draw_chunks(source, chosen, bundle.normalize, horizon, config.data.fast.chunks, bundle.units)
     measured = report(actions.fast, chunks) | {"longest": actions.longest}
     print(
         f"wrote {args.out}: {measured['vocab_size']} tokens, scale {measured['scale']:g}\n"

@@ -19,10 +19,13 @@ from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.normalize import Normalize, narrow_dims
 from vla_jax.data.observations import Expected, check_observation
 from vla_jax.data.prompt_forms import Prompt
+from vla_jax.data.robot_data import robot_statistics, select_of, units_of, unscaled_of
+from vla_jax.data.robot_units import RobotUnits
+from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.source import EpisodeSource
-from vla_jax.data.statistics import constant_dims, dataset_statistics
+from vla_jax.data.statistics import constant_dims
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
@@ -65,8 +68,33 @@ class DataBundle:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The cameras the model sees."""
-        return tuple(self._only(tf.SelectCameras).cameras)
+        """The model's cameras."""
+        return tuple(self.select.cameras)
+
+    @property
+    def select(self) -> tf.SelectCameras:
+        """The transform that says which camera of the robot is which of the model's."""
+        return self._only(tf.SelectCameras)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The model's camera → the robot's (its name in observations and data), of those that the robot has."""
+        return {name: of for name, of in self.select.sources.items() if of in self.schema.cameras}
+
+    @property
+    def units(self) -> RobotUnits | None:
+        """What is done to state and actions before they are normalised, where the robot is described."""
+        found = [transform for transform in self.transforms if isinstance(transform, RobotUnits)]
+        return found[0] if found else None
+
+    @property
+    def robot(self) -> RobotDescription | None:
+        """The robot's description, where training or conversion was given one."""
+        return None if self.units is None else self.units.robot
+
+    def model_state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
+        """A state in the model's units, not yet normalised."""
+        return state if self.units is None else self.units.state(state)
 
     @property
     def constant_dims(self) -> tuple[str, ...]:
@@ -142,7 +170,8 @@ class DataBundle:
 
     def text_lengths(self, observation: Observation, row: int, target: str) -> tuple[int, int]:
         """Tokens of a robot's prompt with a plan, and of the plan with its end."""
-        sample = self.normalize.inputs(_observed(observation, row, target))
+        sample = _observed(observation, row, target)
+        sample = self.normalize.inputs(sample.replace(state=self.model_state(sample.state)))
         return self._only(tf.Tokenize).lengths(sample)
 
     def decode_actions(self, ids: Int[np.ndarray, "*n g"], mask: Bool[np.ndarray, "*n g"]) -> DecodedChunks:
@@ -201,11 +230,9 @@ def prepare(
     source = EpisodeSource(config.path, cache_mb=config.cache_mb)
     schema, index = source.schema, index_dataset(source)
     train, _ = split_episodes(index, config)
-    statistics = dataset_statistics(source, train, index.fingerprint)
-    cameras = tuple(cameras) or config.cameras or tuple(schema.cameras)
-    unknown = [camera for camera in cameras if camera not in schema.cameras]
-    if unknown:
-        raise ValueError(f"camera {unknown[0]!r} is not in {config.path}, which has {list(schema.cameras)}")
+    units = units_of(config, schema)
+    statistics = robot_statistics(source, train, index.fingerprint, units, horizon, config.after_end)
+    select = _select(tuple(cameras), config, schema, units)
     robot_state_dim, robot_action_dim = len(schema.state_names), len(schema.action_names)
     if 0 < state_dim < robot_state_dim:
         raise ValueError(
@@ -224,10 +251,11 @@ def prepare(
         statistics=statistics.per_task if by_task else {"": statistics.dataset},
         task_of=_task_of(index) if by_task else {},
         floor=floor,
+        unscaled={} if units is None else unscaled_of(units.robot),
     )
     as_tokens = ()
     if action_tokens != "none":
-        prepared = prepare_fast(config.fast, source, train, normalize, horizon, index.fingerprint)
+        prepared = prepare_fast(config.fast, source, train, normalize, horizon, index.fingerprint, units)
         ids, _ = action_ids(tokenizer, prepared.fast)
         row = prepared.longest + len(ids.begin) + len(ids.end)
         as_tokens = (
@@ -241,7 +269,8 @@ def prepare(
             ),
         )
     transforms = (
-        tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras}),
+        *(() if units is None else (units,)),
+        select,
         tf.ResizeImages(config.image_size, config.image_size),
         normalize,
         *as_tokens,
@@ -287,6 +316,19 @@ def _observed(observation: Observation, row: int, target: str | None) -> Sample:
         instruction=observation.instruction[row],
         text_target=target,
     )
+
+
+def _select(
+    model_cameras: tuple[str, ...], config: DataConfig, schema: DatasetSchema, units: RobotUnits | None
+) -> tf.SelectCameras:
+    """Which camera of the data set is which of the model's; without a robot they have the same names."""
+    if units is not None:
+        return select_of(units.robot, model_cameras, schema, config.image_size)
+    cameras = model_cameras or config.cameras or tuple(schema.cameras)
+    unknown = [camera for camera in cameras if camera not in schema.cameras]
+    if unknown:
+        raise ValueError(f"camera {unknown[0]!r} is not in {config.path}, which has {list(schema.cameras)}")
+    return tf.SelectCameras({camera: schema.cameras[camera] for camera in cameras})
 
 
 def _tokenizer(source: EpisodeSource, index: DatasetIndex, config: DataConfig, prompt: Prompt) -> Tokenizer:

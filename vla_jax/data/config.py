@@ -13,6 +13,9 @@ class DataConfig:
 
     path: str = ""
     """Directory of the data set (as launch.collect writes it)."""
+    robot: str = ""
+    """What the data's robot is to the model: droid, aloha, libero, … or a path to a .json file with its units, relative
+    actions, and which camera is which (docs/robots.md). Empty: states, actions and cameras as they are recorded."""
     val_share: float = 0.05
     """Share of the episodes held out for validation; the choice depends on nothing but the data set."""
     val_episodes: int | None = None
@@ -96,6 +99,11 @@ class DataConfig:
             raise ValueError(f"data.normalization={self.normalization!r}: use zscore or quantile")
         if self.normalization_group not in ("dataset", "task"):
             raise ValueError(f"data.normalization_group={self.normalization_group!r}: use dataset or task")
+        if self.robot and self.cameras:
+            raise ValueError(
+                f"data.cameras with data.robot={self.robot}: the robot's description says which cameras the model "
+                "sees; leave data.cameras out"
+            )
         if len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"data.cameras={self.cameras}: a camera is named twice")
         self.weights()

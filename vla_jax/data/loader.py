@@ -54,7 +54,7 @@ class Loader:
         actions, exists = chunk(episode.action, int(step), self.horizon)
         valid = exists | (self.config.after_end == "repeat")
         return Sample(
-            images={camera: episode.frame(camera, step) for camera in self.bundle.cameras},
+            images={camera: episode.frame(camera, step) for camera in self.bundle.sources.values()},
             state=episode.state[step],
             instruction=episode.language_instruction,
             text_target=episode.text_target[step],

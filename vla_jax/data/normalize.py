@@ -30,6 +30,8 @@ class Normalize:
     floor: bool = True
     """Whether scales have that least value. Not so for statistics that were imported, whose formula is another
     library's, and for policies that were trained before there was one: both act as they were trained."""
+    unscaled: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """"state" or "action" → dimensions that stay as they are, whatever their statistics."""
     _affine: dict = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -42,6 +44,10 @@ class Normalize:
             for key, statistics in self.statistics.items()
             for field in ("state", "action")
         }
+        for field, dims in self.unscaled.items():
+            for key in self.statistics:
+                for values, same in zip(affine[key, field], (0.0, 1.0, 1.0)):
+                    values[list(dims)] = same
         object.__setattr__(self, "_affine", affine)
 
     def inputs(self, sample: Sample) -> Sample:

@@ -32,7 +32,9 @@ class Units:
             if part.convert:
                 curves.append(_Curve(slice(first, first + part.dims), CONVERSIONS[part.convert]))
             first += part.dims
-        scale, offset = (np.concatenate([part.each(field) for part in parts]) for field in ("scale", "offset"))
+        scale, offset = (
+            np.concatenate([part.each(field) for part in parts]) for field in ("scale", "offset")
+        )
         return cls(scale, offset, tuple(curves))
 
     @property

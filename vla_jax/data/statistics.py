@@ -10,7 +10,7 @@ rather than by its own spread, which is rounding or noise of the sensor: any oth
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,23 +160,33 @@ class Accumulator:
         self._rows, self._priorities, self._kept = [rows], [priorities], len(rows)
 
 
+Rows = Callable[[EncodedEpisode], Mapping[str, Float[np.ndarray, "n dims"]]]
+"""The rows of "state" and "action" that an episode adds to the statistics, where they are not its steps as recorded."""
+
+
 def compute_statistics(
-    episodes: Iterable[EncodedEpisode], schema: DatasetSchema, max_rows: int = MAX_ROWS
+    episodes: Iterable[EncodedEpisode],
+    schema: DatasetSchema,
+    max_rows: int = MAX_ROWS,
+    rows_of: Rows | None = None,
 ) -> DatasetStatistics:
     """Statistics of the given episodes. Raises ValueError at missing dims and at NaN or infinite values."""
     sizes = {"state": len(schema.state_names), "action": len(schema.action_names)}
     groups: dict[str | None, dict[str, Accumulator]] = {}
     for episode in episodes:
         check_finite(episode, schema)
+        found = {field: getattr(episode, field) for field in sizes}
+        for field, dims in sizes.items():
+            if found[field].shape[1] != dims:
+                raise ValueError(
+                    f"episode {episode.number}: {field} has {found[field].shape[1]} dims, the schema {schema.name} "
+                    f"{dims}"
+                )
+        found = found if rows_of is None else rows_of(episode)
         for group in (None, episode.metadata["task"]):
+            accumulators = groups.setdefault(group, {})
             for field, dims in sizes.items():
-                rows = getattr(episode, field)
-                if rows.shape[1] != dims:
-                    raise ValueError(
-                        f"episode {episode.number}: {field} has {rows.shape[1]} dims, the schema {schema.name} {dims}"
-                    )
-                accumulators = groups.setdefault(group, {})
-                accumulators.setdefault(field, Accumulator(dims, max_rows)).add(rows)
+                accumulators.setdefault(field, Accumulator(dims, max_rows)).add(found[field])
     if not groups:
         raise ValueError(f"no episodes to compute the statistics of {schema.name} from")
     results = {
@@ -188,21 +198,32 @@ def compute_statistics(
 
 
 def dataset_statistics(
-    source: EpisodeSource, episodes: Sequence[int], fingerprint: str | None = None
+    source: EpisodeSource,
+    episodes: Sequence[int],
+    fingerprint: str | None = None,
+    *,
+    rows_of: Rows | None = None,
+    rows_key: Any = None,
 ) -> DatasetStatistics:
-    """Statistics of some episodes of a data set, kept beside it under what they were computed from."""
+    """Statistics of some episodes of a data set, kept beside it under what they were computed from.
+
+    `rows_key` (JSON values) says what `rows_of` does.
+    """
     numbers = [int(number) for number in episodes]
     key = {
         "data": fingerprint or source.fingerprint(),
         "episodes": numbers,
         "max_rows": MAX_ROWS,
         "version": _VERSION,
+        **({} if rows_of is None else {"rows": rows_key}),
     }
     value = cached(
         source.path,
         "statistics",
         key,
-        lambda: dataclasses.asdict(compute_statistics(map(source.read, numbers), source.schema)),
+        lambda: dataclasses.asdict(
+            compute_statistics(map(source.read, numbers), source.schema, rows_of=rows_of)
+        ),
     )
     return DatasetStatistics(
         dataset=Statistics.from_json(value["dataset"]),

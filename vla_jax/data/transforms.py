@@ -20,6 +20,8 @@ from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.prompt_forms import Prompt
 from vla_jax.data.resize import Fit, resize_with_pad
+from vla_jax.data.robot_units import RobotUnits
+from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.sample import Sample, Transform, check_dims
 from vla_jax.data.statistics import Statistics
 from vla_jax.data.tokenizer import Tokenizer
@@ -30,23 +32,38 @@ class SelectCameras:
     """Keeps the cameras the model sees; one that a sample lacks becomes a masked black image."""
 
     cameras: dict[str, tuple[int, int]]
-    """Camera → (height, width) of the black image."""
+    """The model's camera → (height, width) of the black image."""
+    fills: dict[str, str] | None = None
+    """The model's camera → the sample's that it is; a camera that is not named is always absent. None: their names are
+    the same."""
+    black: tuple[str, ...] = ()
+    """Cameras of the model whose black image counts as one that is there, as π0-FAST was trained."""
 
     def __post_init__(self):
         sizes = {camera: (int(size[0]), int(size[1])) for camera, size in self.cameras.items()}
         object.__setattr__(self, "cameras", sizes)
+        object.__setattr__(self, "black", tuple(self.black))
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The model's camera → the sample's, of those that can be there."""
+        same = {camera: camera for camera in self.cameras}
+        return same if self.fills is None else {name: self.fills[name] for name in same if name in self.fills}
+
+    def blank(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+        """The black image of an absent camera."""
+        return np.zeros((*self.cameras[camera], 3), np.uint8)
 
     def inputs(self, sample: Sample) -> Sample:
         """Exactly `cameras`, and `image_mask` for them. A sample with none of them is an error."""
-        mask = {camera: camera in sample.images for camera in self.cameras}
-        if not any(mask.values()):
+        found = {name: sample.images[of] for name, of in self.sources.items() if of in sample.images}
+        if not found:
+            wanted = list(self.sources.values())
             raise ValueError(
-                f"the observation has cameras {sorted(sample.images)}, none of the model's {list(self.cameras)}"
+                f"the observation has cameras {sorted(sample.images)}, none of the model's {wanted}"
             )
-        images = {
-            camera: sample.images[camera] if mask[camera] else np.zeros((*size, 3), np.uint8)
-            for camera, size in self.cameras.items()
-        }
+        images = {name: found[name] if name in found else self.blank(name) for name in self.cameras}
+        mask = {name: name in found or name in self.black for name in self.cameras}
         return sample.replace(images=images, image_mask=mask)
 
     def outputs(self, sample: Sample) -> Sample:
@@ -150,8 +167,11 @@ class Tokenize:
 
 _TYPES: Mapping[str, type] = {
     kind.__name__: kind
-    for kind in (SelectCameras, ResizeImages, Normalize, TokenizeActions, PadDims, Tokenize)
+    for kind in (RobotUnits, SelectCameras, ResizeImages, Normalize, TokenizeActions, PadDims, Tokenize)
 }
+
+LATER = ("fills", "black", "unscaled")
+"""Fields that older checkpoints do not have."""
 
 
 def apply_inputs(transforms: Sequence[Transform], sample: Sample) -> Sample:
@@ -176,6 +196,9 @@ def to_json(transforms: Sequence[Transform]) -> list[dict[str, Any]]:
         # Left out where they are what files from before these fields mean, so that equal transforms stay equal.
         if isinstance(transform, ResizeImages) and transform.fit == "exact":
             del values["fit"]
+        for name in LATER:  # left out where they say nothing, so that equal bundles of any age stay equal
+            if name in values and not values[name]:
+                del values[name]
         if isinstance(transform, Normalize):
             values["statistics"] = {
                 key: dataclasses.asdict(statistics) for key, statistics in transform.statistics.items()
@@ -187,6 +210,8 @@ def to_json(transforms: Sequence[Transform]) -> list[dict[str, Any]]:
             values["prompt"] = dataclasses.asdict(transform.prompt)
         elif isinstance(transform, TokenizeActions):
             values |= {"fast": transform.fast.to_files(), "ids": dataclasses.asdict(transform.ids)}
+        elif isinstance(transform, RobotUnits):
+            values["robot"] = transform.robot.to_json()
         result.append({"type": type(transform).__name__, **values})
     return result
 
@@ -207,6 +232,8 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
             elif name == "Tokenize":
                 arguments["tokenizer"] = Tokenizer.from_files(arguments["tokenizer"])
                 arguments["prompt"] = Prompt(**arguments.get("prompt", {}))
+            elif name == "RobotUnits":
+                arguments["robot"] = RobotDescription.from_json(arguments["robot"], "the stored robot")
             elif name == "TokenizeActions":
                 arguments["fast"] = FastTokenizer.from_files(arguments["fast"])
                 ids = arguments["ids"]

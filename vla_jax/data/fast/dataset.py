@@ -12,6 +12,7 @@ from vla_jax.data.fast.codec import FastTokenizer
 from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.fast.train import train_fast
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.sample import Sample
 from vla_jax.data.source import EpisodeSource
 
@@ -26,7 +27,11 @@ class Prepared(NamedTuple):
 
 
 def normalized_chunks(
-    source: EpisodeSource, episodes: Sequence[int], normalize: Normalize, horizon: int
+    source: EpisodeSource,
+    episodes: Sequence[int],
+    normalize: Normalize,
+    horizon: int,
+    units: RobotUnits | None = None,
 ) -> Iterator[Float[np.ndarray, "steps k a"]]:
     """The chunk from every step on, an array per episode; behind the end the last action is repeated."""
     for number in episodes:
@@ -35,12 +40,12 @@ def normalized_chunks(
         wanted = np.minimum(steps[:, None] + np.arange(horizon), len(episode) - 1)
         sample = Sample(
             images={},
-            state=episode.state[0],
+            state=episode.state,
             instruction=episode.language_instruction,
             task=episode.metadata["task"],
             actions=episode.action[wanted],
         )
-        yield normalize.inputs(sample).actions
+        yield normalize.inputs(sample if units is None else units.inputs(sample)).actions
 
 
 def prepare_fast(
@@ -50,6 +55,7 @@ def prepare_fast(
     normalize: Normalize,
     horizon: int,
     fingerprint: str,
+    units: RobotUnits | None = None,
 ) -> Prepared:
     """The tokenizer that a configuration asks for; what is trained or counted is kept beside the data set."""
     given = FastTokenizer.load(config.path) if config.path else None
@@ -57,11 +63,11 @@ def prepare_fast(
     def compute() -> dict[str, Any]:
         fast = given
         if fast is None:
-            chunks = draw_chunks(source, train, normalize, horizon, config.chunks)
+            chunks = draw_chunks(source, train, normalize, horizon, config.chunks, units)
             fast = train_fast(chunks, vocab_size=config.vocab_size, scale=config.scale)
         longest = 0
         if not config.max_tokens:
-            everything = normalized_chunks(source, range(len(source)), normalize, horizon)
+            everything = normalized_chunks(source, range(len(source)), normalize, horizon, units)
             longest = max(len(tokens) for chunks in everything for tokens in fast.encode(chunks))
         return {"files": fast.to_files(), "longest": longest}
 
@@ -73,18 +79,24 @@ def prepare_fast(
         "count": not config.max_tokens,
         "fast": given.to_files() if given else [config.vocab_size, config.scale, config.chunks],
         "version": _VERSION,
+        **({} if units is None else {"robot": units.robot.to_json()}),
     }
     value = cached(source.path, "fast", json.loads(json.dumps(key)), compute)
     return Prepared(FastTokenizer.from_files(value["files"]), value["longest"])
 
 
 def draw_chunks(
-    source: EpisodeSource, episodes: Sequence[int], normalize: Normalize, horizon: int, count: int
+    source: EpisodeSource,
+    episodes: Sequence[int],
+    normalize: Normalize,
+    horizon: int,
+    count: int,
+    units: RobotUnits | None = None,
 ) -> Float[np.ndarray, "n k a"]:
     """At most `count` chunks, from as many of the episodes as it takes, always the same ones."""
     order = np.random.default_rng(0).permutation(np.asarray(episodes))
     found, total = [], 0
-    for chunks in normalized_chunks(source, order, normalize, horizon):
+    for chunks in normalized_chunks(source, order, normalize, horizon, units):
         found.append(chunks)
         total += len(chunks)
         if total >= count:

@@ -30,9 +30,7 @@ def _state(side: str, start: int) -> tuple[Part, Part]:
             names=tuple(f"{side}_{joint}" for joint in JOINTS),
             scale=SIGNS,
         ),
-        Part(
-            name=f"{side}_gripper", key="state", start=start + 6, dims=1, convert="aloha_finger_to_angle"
-        ),
+        Part(name=f"{side}_gripper", key="state", start=start + 6, dims=1, convert="aloha_finger_to_angle"),
     )
 
 
@@ -46,9 +44,7 @@ def _actions(side: str, relative: bool) -> tuple[Part, Part]:
             relative_to=f"{side}_arm" if relative else "",
         ),
         # The command is linear in the angle already: 0 … 1 of the joint's range, measured from π0's zero.
-        Part(
-            name=f"{side}_gripper", dims=1, scale=(OPEN - CLOSED,), offset=(CLOSED - ALOHA_ANGLES[0],)
-        ),
+        Part(name=f"{side}_gripper", dims=1, scale=(OPEN - CLOSED,), offset=(CLOSED - ALOHA_ANGLES[0],)),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a robot is to a model: where its state, cameras and instruction are, in which units, and which of it is relative.
+"""What a robot is to a model: where its state, cameras and instruction are, in which units, and what is relative.
 
     RobotDescription(
         name="mine",
@@ -64,7 +64,9 @@ class Part:
         if 0 in self.scale:
             raise ValueError(f"part {self.name}: a scale of 0 can't be undone")
         if self.convert and self.convert not in CONVERSIONS:
-            raise ValueError(f"part {self.name}: convert={self.convert!r}: {nearest(self.convert, CONVERSIONS)}")
+            raise ValueError(
+                f"part {self.name}: convert={self.convert!r}: {nearest(self.convert, CONVERSIONS)}"
+            )
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """DROID: a Franka arm with a Robotiq gripper, one camera beside it and one on its wrist.
 
-Source: openpi 15a9616, policies/droid_policy.py, examples/droid/main.py (keys, 8 actions, 15 Hz), training/config.py.
-The gripper is 0 (open) to 1 (closed). π0-FAST-DROID's cameras have other names, and the one that is missing is not
-masked.
+Source: openpi 15a9616, policies/droid_policy.py (8 actions; π0-FAST's cameras have other names, and the one that is
+missing is not masked), examples/droid/main.py (keys, 15 Hz), training/config.py (relative dims 7, -1).
 """
 
 import dataclasses

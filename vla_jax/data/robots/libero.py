@@ -4,7 +4,7 @@ The state is position, axis-angle and both fingers (3 + 3 + 2); actions are moti
 1. Images are turned by 180° by the client, in training and here.
 
 Source: openpi 15a9616, policies/libero_policy.py, examples/libero/main.py, training/config.py (extra_delta_transform of
-pi0_libero); the rate is LIBERO's own (control_freq=20, libero/envs/env_wrapper.py).
+pi0_libero); the rate is LIBERO's (control_freq, libero/envs/env_wrapper.py).
 """
 
 import dataclasses
@@ -34,9 +34,7 @@ LIBERO_RELATIVE = dataclasses.replace(
     LIBERO,
     name="libero_relative",
     actions=(
-        Part(
-            name="motion", dims=6, names=("dx", "dy", "dz", "drx", "dry", "drz"), relative_to="pose"
-        ),
+        Part(name="motion", dims=6, names=("dx", "dy", "dz", "drx", "dry", "drz"), relative_to="pose"),
         Part(name="gripper", dims=1),
     ),
 )

@@ -38,7 +38,9 @@ def find_robot(name: str) -> RobotDescription:
         return ROBOTS[name]
     path = Path(name)
     if path.suffix != ".json":
-        raise ValueError(f"robot {name!r} is unknown; {nearest(name, ROBOTS)}, or give a path to a .json file")
+        raise ValueError(
+            f"robot {name!r} is unknown; {nearest(name, ROBOTS)}, or give a path to a .json file"
+        )
     values = _read(path)
     base = values.pop("base", None)
     if base is None:

@@ -15,13 +15,16 @@ from vla_jax.data.bundle import DataBundle
 from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.resize import offsets, scaled_size
+from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.transforms import PadDims, ResizeImages, SelectCameras, Tokenize
 
 _BITS = 22
 """Pillow's binary places: 32 less 8 of the pixel and 2 to spare."""
 ORDER = (SelectCameras, ResizeImages, Normalize, Tokenize, PadDims)
 """The transforms that have a compiled form, in order. Older checkpoints have the last two the other way round, which
-is the same where the prompt does not tell the state; action tokens are of training alone."""
+is the same where the prompt does not tell the state; action tokens are of training alone, and what turns a robot's
+units into the model's is some numbers per call, done on the host."""
+ELSEWHERE = (TokenizeActions, RobotUnits)
 
 
 class Taps(NamedTuple):
@@ -83,7 +86,7 @@ class Affine(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Of states towards the model and of actions back; the groups are the statistics' keys in order."""
+    """Of states (in the model's units) towards the network and of actions back; the groups are the statistics' keys in order."""
 
     groups: tuple[str, ...]
     state: Affine
@@ -95,15 +98,16 @@ class Scaling(NamedTuple):
 
 
 def scaling_of(bundle: DataBundle) -> Scaling:
-    """The arithmetic of a bundle's transforms. Raises ValueError where they are not those of `ORDER`."""
-    kinds = tuple(type(t) for t in bundle.transforms if not isinstance(t, TokenizeActions))
+    """The arithmetic of a bundle's transforms between the model's units and the network. Raises ValueError where they are not those of `ORDER`."""
+    kinds = tuple(type(t) for t in bundle.transforms if not isinstance(t, ELSEWHERE))
     older = (*ORDER[:3], PadDims, Tokenize)
     if kinds != ORDER and (kinds != older or tokenize_of(bundle).prompt.uses_state):
         raise ValueError(
             f"the policy's transforms are {', '.join(kind.__name__ for kind in kinds)}; only "
             f"{', '.join(kind.__name__ for kind in ORDER)} can be compiled, use the policy as it is"
         )
-    normalize, resize = bundle.normalize, bundle.transforms[1]
+    normalize = bundle.normalize
+    resize = next(t for t in bundle.transforms if isinstance(t, ResizeImages))
     groups = tuple(sorted(normalize.statistics))
     state = [normalize.affine(group, "state") for group in groups]
     action = [normalize.affine(group, "action") for group in groups]
