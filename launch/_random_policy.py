@@ -101,7 +101,7 @@ def hash_of(name: str) -> int:
 def observe(bundle: DataBundle, robots: int, *, seed: int, cameras: int | None = None) -> Observation:
     """Random pictures from the first so many cameras (default: all), random states, one prompt."""
     rng = np.random.default_rng(seed)
-    names = bundle.cameras[:cameras]
+    names = tuple(bundle.sources.values())[:cameras]
     prompt = next(iter(bundle.normalize.task_of), PROMPT)
     statistics = next(iter(bundle.normalize.statistics.values())).state
     state = rng.normal(statistics.mean, statistics.std, (robots, len(bundle.schema.state_names)))

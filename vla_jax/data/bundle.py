@@ -82,6 +82,11 @@ class DataBundle:
         return {name: of for name, of in self.select.sources.items() if of in self.schema.cameras}
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """The model's cameras that get an image from this robot, or a black one that counts."""
+        return tuple(name for name in self.cameras if name in self.sources or name in self.select.black)
+
+    @property
     def units(self) -> RobotUnits | None:
         """What is done to state and actions before they are normalised, where the robot is described."""
         found = [transform for transform in self.transforms if isinstance(transform, RobotUnits)]
@@ -105,16 +110,17 @@ class DataBundle:
     @property
     def expected(self) -> Expected:
         """What observations are checked against."""
-        unseen = tuple(camera for camera in self.schema.cameras if camera not in self.cameras)
-        return Expected(cameras=self.cameras, unseen=unseen, state_names=self.schema.state_names)
+        seen = tuple(self.sources.values())
+        unseen = tuple(camera for camera in self.schema.cameras if camera not in seen)
+        return Expected(cameras=seen, unseen=unseen, state_names=self.schema.state_names)
 
     def check(self, observation: Observation) -> Observation:
-        """The observation as the model takes it: its cameras (None: absent), uint8 images, a float32 state.
+        """The observation as the model takes it: the cameras that it sees (None: absent), uint8 images, a float32 state.
 
         Raises one ValueError, in one line: the field, what came, what is expected, how to mend it.
         """
         observation = check_observation(observation, self.expected)
-        for row, state in enumerate(observation.state):
+        for row, state in enumerate(self.model_state(observation.state)):
             offset, _, inverse = self.normalize.affine(
                 self.normalize.key(_observed(observation, row, None)), "state"
             )
@@ -137,7 +143,11 @@ class DataBundle:
             instruction = next(iter(self.normalize.task_of), "")
         sample = Sample(images={}, state=np.zeros(0, np.float32), instruction=instruction)
         middle, _, _ = self.normalize.affine(self.normalize.key(sample), "state")
-        images = {camera: np.zeros((1, *self.schema.cameras[camera], 3), np.uint8) for camera in self.cameras}
+        images = {
+            camera: np.zeros((1, *self.schema.cameras[camera], 3), np.uint8)
+            for camera in self.sources.values()
+        }
+        middle = middle if self.units is None else self.units.robot_state(middle)
         state = np.asarray(middle, np.float32)[None]
         return Observation(images=images, state=state, instruction=(instruction,))
 

@@ -93,6 +93,10 @@ class RobotUnits:
         check_dims("state", state, len(self._state.scale))
         return state if self._state.same else self._state.to_model(state)
 
+    def robot_state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
+        """The inverse of `state`."""
+        return state if self._state.same else self._state.to_robot(state)
+
     def actions(
         self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "*n q"]
     ) -> Float[np.ndarray, "*n k a"]:

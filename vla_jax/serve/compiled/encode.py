@@ -19,6 +19,7 @@ class Encoded(NamedTuple):
     images: dict[str, np.ndarray]
     """The model's cameras that have an image, in the model's order."""
     state: np.ndarray
+    """In the robot's units."""
     group: int
     """Of the statistics."""
     text: TextTokens
@@ -36,9 +37,8 @@ class Encoder:
     ) -> list[Encoded]:
         """One row per robot, with `null_prompt` without its instruction. Raises ValueError."""
         observation, rows = self._bundle.check(observation), []
-        given = {camera: images for camera, images in observation.images.items() if images is not None}
         for row, instruction in enumerate(observation.instruction):
-            images = {camera: frames[row] for camera, frames in given.items()}
+            images = self._images(observation, row)
             state = observation.state[row]
             target = None if plan is None else plan[row]
             sample = Sample(images=images, state=state, instruction=instruction, text_target=target)
@@ -46,9 +46,20 @@ class Encoder:
             rows.append(Encoded(images, state, group, self._text(sample, null_prompt)))
         return rows
 
+    def _images(self, observation: Observation, row: int) -> dict[str, np.ndarray]:
+        select, images = self._bundle.select, {}
+        for name in self._bundle.shown:
+            frames = observation.images.get(self._bundle.sources.get(name))
+            if frames is not None:
+                images[name] = frames[row]
+            elif name in select.black:
+                images[name] = select.blank(name)
+        return images
+
     def _text(self, sample: Sample, null_prompt: bool) -> TextTokens:
         """Tokens of prompt and plan; the prompt may tell the normalised state."""
         if self._tokenize.prompt.uses_state:
-            sample = self._bundle.normalize.inputs(sample)
+            state = self._bundle.model_state(sample.state)
+            sample = self._bundle.normalize.inputs(sample.replace(state=state))
         text = self._tokenize.inputs(sample).text
         return null(text) if null_prompt else text

@@ -194,10 +194,12 @@ class CompiledPolicy:
         apart. `bucket`, `length` and `cameras` choose a larger program than the rows need; what is then missing is
         padded and masked.
         """
+        units = self.policy.bundle.units
         bucket = bucket or batch_bucket(self.config.buckets, len(rows))
         if len(rows) > bucket or len(keys) not in (1, bucket):
             raise ValueError(f"{len(rows)} rows with {len(keys)} keys do not fit a bucket of {bucket}")
         real, rows = len(rows), [*rows, *[rows[-1]] * (bucket - len(rows))]
+        states = np.stack([row.state for row in rows])
         weights = None
         if guidance is not None:
             weights = np.asarray([*guidance, *[guidance[-1]] * (bucket - len(guidance))], np.float32)
@@ -216,6 +218,8 @@ class CompiledPolicy:
         if overlap is not None:
             last = [real - 1] * (bucket - real)
             known, weight = (np.concatenate([x, x[last]]) for x in (overlap.known, overlap.weight))
+            if units is not None:
+                known = units.actions(known, states).astype(np.float32)
             overlap = dataclasses.replace(overlap, known=known, weight=weight)
         present = tuple(name in rows[0].images for name in images)
         text = b"".join(part.tobytes() for part in rows[0].text)
@@ -226,7 +230,8 @@ class CompiledPolicy:
             out, left = out
             copies = tuple(image.copy() for image in images.values())
             self._kept = _Kept(shape.cameras, copies, present, text, shape.length, left)
-        return np.asarray(out)[:real]
+        chunks = np.asarray(out)[:real]
+        return chunks if units is None else units.robot_actions(chunks, states[:real, None])
 
     def inputs(
         self,
@@ -249,7 +254,7 @@ class CompiledPolicy:
             images=() if again else tuple(images.values()),
             present=np.asarray([name in found for name in images]),
             text=None if again else self.prompts.batch(texts, shape.length, shape.sees),
-            state=np.stack([row.state for row in rows]),
+            state=self.policy.bundle.model_state(np.stack([row.state for row in rows])).astype(np.float32),
             group=np.asarray([row.group for row in rows], np.int32),
             key=keys,
             number=np.asarray(number, np.int32),
@@ -275,11 +280,10 @@ class CompiledPolicy:
         cameras: Sequence[str] | None = None,
         key_per_row: bool = False,
     ) -> Iterator[Shape]:
-        """Every program for some cameras (default: all) with images of the size trained on."""
-        sizes = self.policy.bundle.schema.cameras
-        names = tuple(
-            (name, *sizes[name]) for name in self.policy.bundle.cameras if name in (cameras or sizes)
-        )
+        """Every program for some of the model's cameras (default: all that the robot has), with images of the size
+        trained on."""
+        sizes, given = self.policy.bundle.select.cameras, self.policy.bundle.shown
+        names = tuple((name, *sizes[name]) for name in given if name in (cameras or given))
         choices = itertools.product(self.config.buckets, lengths or self.lengths, samples, sees, guided)
         for bucket, length, count, plan, weighed in choices:
             shape = Shape(bucket, names, length, count, plan, bucket if key_per_row else 1, solver, weighed)
@@ -292,13 +296,13 @@ class CompiledPolicy:
         self, rows: Sequence[Encoded], cameras: Collection[str] | None
     ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
         """Stacked by camera; black where a camera is asked for that the rows do not have."""
-        found, sizes = rows[0].images, self.policy.bundle.schema.cameras
+        found, select = rows[0].images, self.policy.bundle.select
         if cameras is None:
             cameras = found if self.config.rewrites.cameras else self.policy.bundle.cameras
         return {
             name: np.stack([row.images[name] for row in rows])
             if name in found
-            else np.zeros((len(rows), *sizes[name], 3), np.uint8)
+            else np.stack([select.blank(name)] * len(rows))
             for name in self.policy.bundle.cameras
             if name in cameras
         }

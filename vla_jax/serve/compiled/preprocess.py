@@ -86,7 +86,10 @@ class Affine(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Of states (in the model's units) towards the network and of actions back; the groups are the statistics' keys in order."""
+    """Of states towards the network and of actions back, both in the model's units, not the robot's where these differ.
+
+    The groups are the statistics' keys in order.
+    """
 
     groups: tuple[str, ...]
     state: Affine
@@ -98,7 +101,7 @@ class Scaling(NamedTuple):
 
 
 def scaling_of(bundle: DataBundle) -> Scaling:
-    """The arithmetic of a bundle's transforms between the model's units and the network. Raises ValueError where they are not those of `ORDER`."""
+    """The arithmetic of a bundle's normalisation. Raises ValueError where its transforms are not those of `ORDER`."""
     kinds = tuple(type(t) for t in bundle.transforms if not isinstance(t, ELSEWHERE))
     older = (*ORDER[:3], PadDims, Tokenize)
     if kinds != ORDER and (kinds != older or tokenize_of(bundle).prompt.uses_state):

@@ -60,7 +60,7 @@ class CompiledBackend:
         self, compiled: CompiledPolicy, solver: SolverConfig, camera_sets: Collection[Collection[str]] = ()
     ):
         self.compiled, self._solver, self.lengths = compiled, solver, compiled.lengths
-        everything = compiled.policy.bundle.cameras
+        everything = compiled.policy.bundle.shown
         for names in camera_sets:
             if not names or set(names) - set(everything):
                 raise ValueError(f"camera set {','.join(names)!r}: this policy has {', '.join(everything)}")
