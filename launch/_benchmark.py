@@ -112,7 +112,7 @@ def _cases(args: "BenchmarkArgs", policy: Policy) -> list[Case]:
     for method in args.words("solver"):
         if method not in FIXED:
             raise UsageError(f"--solver {method}: use one of {', '.join(FIXED)}")
-    known = len(policy.bundle.cameras)
+    known = len(policy.bundle.sources)
     cameras = args.numbers("cameras") or (known,)
     if max(cameras) > known:
         raise UsageError(f"--cameras {max(cameras)}: this policy has {known}")

@@ -110,7 +110,7 @@ def observe(bundle: DataBundle, robots: int, *, seed: int, cameras: int | None =
             name: rng.integers(0, 256, (robots, *bundle.schema.cameras[name], 3), dtype=np.uint8)
             for name in names
         }
-        | dict.fromkeys(bundle.cameras[len(names) :]),
+        | dict.fromkeys(tuple(bundle.sources.values())[len(names) :]),
         state=state.astype(np.float32),
         instruction=(prompt,) * robots,
     )

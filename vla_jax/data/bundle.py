@@ -115,7 +115,7 @@ class DataBundle:
         return Expected(cameras=seen, unseen=unseen, state_names=self.schema.state_names)
 
     def check(self, observation: Observation) -> Observation:
-        """The observation as the model takes it: the cameras that it sees (None: absent), uint8 images, a float32 state.
+        """The observation as the model takes it: cameras that it sees (None: absent), uint8 images, a float32 state.
 
         Raises one ValueError, in one line: the field, what came, what is expected, how to mend it.
         """

@@ -68,6 +68,7 @@ class Engine:
         compiled: CompileConfig = SERVED,
         camera_sets: Collection[Collection[str]] = (),
         mesh: Mesh | None = None,
+        default_prompt: str = "",
     ):
         for name, sizes in {"buckets": buckets, "samples": samples}.items():
             if not sizes or min(sizes) < 1:
@@ -101,7 +102,9 @@ class Engine:
         self._planners = {
             size: dataclasses.replace(policy, batch_size=size) for size in self.buckets if writes
         }
-        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance, about)
+        self.spec = self._spec(
+            policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, about
+        )
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
@@ -123,7 +126,7 @@ class Engine:
             sees=sees,
             writes=request.write_plan or request.see_plan,
             guided=request.guidance not in (None, 0, 1),
-            cameras=tuple(camera for camera in self.spec.cameras if camera in request.images),
+            cameras=self._cameras(request.images),
             length=self._backend.lengths[-1] if sees else length,
         )
         seed = seed if request.seed is None else request.seed
@@ -151,7 +154,7 @@ class Engine:
 
     def programs(self) -> Iterator[Program]:
         """Everything that a request can ask for with an image of every camera."""
-        cameras = tuple(self.spec.cameras)
+        cameras = self._cameras(self.spec.cameras)
         for samples in self.spec.samples:
             for sees in (False, True)[: 1 + self.spec.sees_plans]:
                 for writes in (False, True)[: 1 + self.spec.writes_plans]:
@@ -182,6 +185,11 @@ class Engine:
             return FloatingPointError("the policy's actions are not finite; nothing is sent to the robot")
         return Answer(actions, text, bucket)
 
+    def _cameras(self, given: Collection[str]) -> tuple[str, ...]:
+        """The model's cameras that have an image where the robot gives these of its own."""
+        bundle = self._plain.bundle
+        return tuple(c for c in bundle.shown if c in bundle.select.black or bundle.sources.get(c) in given)
+
     def _any_prompt(self) -> str:
         return next(iter(self._plain.bundle.normalize.task_of), "go")
 
@@ -203,7 +211,7 @@ class Engine:
             **about,
         }
         return Spec(
-            cameras={camera: schema.cameras[camera] for camera in policy.bundle.cameras},
+            cameras={camera: schema.cameras[camera] for camera in policy.bundle.sources.values()},
             state_names=schema.state_names,
             action_names=schema.action_names,
             horizon=policy.horizon,
@@ -213,6 +221,8 @@ class Engine:
             sees_plans=plans and policy.sees_plans,
             guides=guidance and policy.guides,
             max_rows=max(self.buckets),
+            robot=policy.bundle.robot,
+            default_prompt=default_prompt or (policy.bundle.robot.default_prompt if policy.bundle.robot else ""),
             about=about,
         )
 
