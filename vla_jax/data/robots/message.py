@@ -84,7 +84,9 @@ def _numbers(key: str, value: Any, size: int) -> Float[np.ndarray, " size"]:
     if array is not None and array.ndim == 0:
         array = array[None]
     if array is None or array.dtype.kind not in "fiu" or array.shape != (size,):
-        raise ValueError(f"{key} is {_kind(value)}; {size} number{'s' * (size != 1)} are expected: float32[{size}]")
+        raise ValueError(
+            f"{key} is {_kind(value)}; {size} number{'s' * (size != 1)} are expected: float32[{size}]"
+        )
     return array
 
 

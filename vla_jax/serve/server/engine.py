@@ -24,8 +24,7 @@ from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED, Backend, CompiledBackend, Program, TokensBackend
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
-from vla_jax.serve.server.request import parse as parse_request
-from vla_jax.serve.server.spec import STATE, Spec
+from vla_jax.serve.server.spec import Spec
 from vla_jax.types import Observation
 
 
@@ -102,9 +101,7 @@ class Engine:
         self._planners = {
             size: dataclasses.replace(policy, batch_size=size) for size in self.buckets if writes
         }
-        self.spec = self._spec(
-            policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, about
-        )
+        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, about)
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
@@ -167,11 +164,11 @@ class Engine:
         for program in self.programs():
             self._backend.compile(program, self.buckets)
         prompt = self._any_prompt()
-        # Zeros may lie far outside the training data, where a state is refused.
-        observation = self.spec.zeros(prompt) | {STATE: self._plain.bundle.blank(prompt).state[0]}
-        (request,), _ = parse_request(observation, self.spec, {})
+        blank = self._plain.bundle.blank(prompt)
+        images = {camera: frames[0] for camera, frames in blank.images.items()}
         # Without its instruction a prompt fits every program, however long this policy's prompts usually are.
-        row, calls = self.prepare(dataclasses.replace(request, guidance=0.0), seed=0), 0
+        request = Request(images=images, state=blank.state[0], prompt=prompt, guidance=0.0)
+        row, calls = self.prepare(request, seed=0), 0
         for program in self.programs():
             for bucket in self.buckets:
                 self.run([row._replace(program=program, guidance=2.0 if program.guided else None)], bucket)
@@ -194,9 +191,15 @@ class Engine:
         return next(iter(self._plain.bundle.normalize.task_of), "go")
 
     def _spec(
-        self, policy: Policy, samples: tuple[int, ...], plans: bool, guidance: bool, about: dict[str, Any]
+        self,
+        policy: Policy,
+        samples: tuple[int, ...],
+        plans: bool,
+        guidance: bool,
+        default_prompt: str,
+        about: dict[str, Any],
     ) -> Spec:
-        schema = policy.bundle.schema
+        schema, robot = policy.bundle.schema, policy.bundle.robot
         solver: dict[str, Any] | None = dataclasses.asdict(self._solver)
         if policy.config.kind in ("regression", "tokens"):
             solver = None if policy.config.kind == "regression" else {"temperature": self._solver.temperature}
@@ -221,8 +224,8 @@ class Engine:
             sees_plans=plans and policy.sees_plans,
             guides=guidance and policy.guides,
             max_rows=max(self.buckets),
-            robot=policy.bundle.robot,
-            default_prompt=default_prompt or (policy.bundle.robot.default_prompt if policy.bundle.robot else ""),
+            robot=robot,
+            default_prompt=default_prompt or (robot.default_prompt if robot else ""),
             about=about,
         )
 

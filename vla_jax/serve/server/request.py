@@ -4,7 +4,8 @@
     {"batch": [{…}, {…}]}
 
 Nested maps mean the same as their keys joined by "/". A camera may be None: the robot has none now (a masked image).
-Nothing is ignored: an unknown key is an error that names the nearest known one.
+Nothing is ignored: an unknown key is an error that names the nearest known one. Where the policy's robot is described
+(`data.robots`), its own entries stand in place of these.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from jaxtyping import Float, UInt8
 
 from vla_jax.data.fields import check_image, check_state, check_text, kind
 from vla_jax.data.observations import check_names
+from vla_jax.data.robots.description import RobotDescription
+from vla_jax.data.robots.message import read_message
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.spec import BATCH, OPTIONS, PROMPT, STATE, Spec, camera_key
 
@@ -79,13 +82,18 @@ def _request(message: dict, spec: Spec, rename: Mapping[str, str]) -> Request:
         if key in fields:
             raise Refused("invalid", f"{key} is given twice")
         fields[key] = value
+    if spec.robot is not None:
+        fields = _described(fields, spec.robot, spec)
+    if PROMPT not in fields and spec.default_prompt:
+        fields[PROMPT] = spec.default_prompt
     expected = {camera_key(camera): camera for camera in spec.cameras} | {STATE: STATE, PROMPT: PROMPT}
     _only(fields, expected, "key")
     for key in expected:
         if key not in fields:
-            raise Refused("invalid", f"{key} is missing; the observation has {', '.join(expected)}")
+            hint = "; send it, or serve with --default-prompt TEXT" if key == PROMPT else ""
+            raise Refused("invalid", f"{key} is missing; the observation has {', '.join(expected)}{hint}")
     images = {
-        camera: _field(check_image, camera_key(camera), fields[camera_key(camera)], size=size)
+        camera: _field(check_image, spec.key_of(camera), fields[camera_key(camera)], size=size)
         for camera, size in spec.cameras.items()
         if fields[camera_key(camera)] is not None
     }
@@ -95,6 +103,14 @@ def _request(message: dict, spec: Spec, rename: Mapping[str, str]) -> Request:
     return Request(
         images=images, state=state, prompt=_text(PROMPT, fields[PROMPT]), **_options(options, spec)
     )
+
+
+def _described(fields: dict[str, Any], robot: RobotDescription, spec: Spec) -> dict[str, Any]:
+    """The robot's own entries as ours."""
+    message = _field(read_message, robot, fields)
+    images = {camera_key(camera): message.images[camera] for camera in spec.cameras}
+    prompt = {} if message.instruction is None else {PROMPT: message.instruction}
+    return {**images, STATE: message.state, **prompt}
 
 
 def _flat(value: dict, prefix: str) -> Iterable[tuple[str, Any]]:

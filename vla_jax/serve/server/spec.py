@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from vla_jax.data.robots.description import RobotDescription
+from vla_jax.data.robots.message import entries
+
 STATE, PROMPT, OPTIONS, BATCH = "observation/state", "prompt", "options", "batch"
 """Keys of a request besides its cameras'. An observation has a state and a prompt; options are our extension, and so
 is a batch (a list of requests)."""
@@ -34,8 +37,18 @@ class Spec:
     """Whether the instruction can be given a weight."""
     max_rows: int = 16
     """Observations in one request."""
+    robot: RobotDescription | None = None
+    """Which entries a request has instead of ours, and what they mean."""
+    default_prompt: str = ""
+    """The instruction of a request without one; empty: it is refused."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further entries of the metadata: configuration hash, step, solver, …"""
+
+    def key_of(self, camera: str) -> str:
+        """The entry of a request that holds a camera's image."""
+        if self.robot is None:
+            return camera_key(camera)
+        return next(c.source for c in self.robot.cameras if c.name == camera)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -57,16 +70,8 @@ class Spec:
 
     def metadata(self) -> dict[str, Any]:
         """The first frame that a client gets."""
-        images = {
-            camera_key(camera): {"shape": [*size, 3], "dtype": "uint8"}
-            for camera, size in self.cameras.items()
-        }
         return {
-            "observation": {
-                **images,
-                STATE: {"shape": [len(self.state_names)], "dtype": "float32"},
-                PROMPT: {"shape": [], "dtype": "str"},
-            },
+            "observation": self._entries(),
             "actions": {"shape": [self.horizon, len(self.action_names)], "dtype": "float32"},
             "horizon": self.horizon,
             "control_hz": self.control_hz,
@@ -76,8 +81,22 @@ class Spec:
             "samples": list(self.samples),
             "max_rows": self.max_rows,
             "max_bytes": self.max_bytes,
+            **({"default_prompt": self.default_prompt} if self.default_prompt else {}),
+            **({"reset_pose": list(self.robot.reset_pose)} if self.robot and self.robot.reset_pose else {}),
             **self.about,
         }
+
+    def _entries(self) -> dict[str, Any]:
+        """Shape and type of each entry of a request."""
+        first = {c.name for c in self.robot.cameras if c.layout == "chw"} if self.robot else set()
+        images = {
+            self.key_of(camera): {"shape": [3, *size] if camera in first else [*size, 3], "dtype": "uint8"}
+            for camera, size in self.cameras.items()
+        }
+        sizes = {STATE: len(self.state_names)} if self.robot is None else entries(self.robot)
+        state = {key: {"shape": [size], "dtype": "float32"} for key, size in sizes.items()}
+        prompt = PROMPT if self.robot is None else self.robot.instruction[0]
+        return {**images, **state, prompt: {"shape": [], "dtype": "str"}}
 
     def zeros(self, prompt: str) -> dict[str, Any]:
         """An observation of nothing, for warming up."""
