@@ -4,7 +4,8 @@ python -m launch.convert --from big_vision --path pt_224.npz --out runs/paligemm
 
 python -m launch.convert --from openpi --path pi0_base --out runs/pi0 --dtype bfloat16
 
-python -m launch.convert --from openpi --path pi05_droid --out runs/droid --tokenizer paligemma_tokenizer.model
+python -m launch.convert --from openpi --path pi05_droid --out runs/droid --tokenizer paligemma_tokenizer.model \\
+    --robot droid
 
 python -m launch.convert --from vla_jax --path runs/pi0 --to pi0_hf --out exported
 
@@ -54,8 +55,14 @@ class ConvertArgs:
     policy that launch.serve and launch.evaluate load. Without, it is a start for training."""
     statistics: str = ""
     """With --tokenizer: which of several statistics beside the weights."""
+    robot: str = ""
+    """With --tokenizer: the robot that the policy acts on, droid, droid_joint_position, droid_fast, aloha, aloha_sim,
+    libero, libero_relative, libero_fast, or a path to a .json file (docs/robots.md): its own keys, its units, its
+    dimensions, relative actions. Without, states and actions are as the statistics have them."""
+    default_prompt: str = ""
+    """With --robot: the instruction of requests that bring none."""
     control_hz: float | None = None
-    """With --tokenizer: steps per second of the robot, which no file says; default: 20."""
+    """With --tokenizer: steps per second of the robot, which no file says; default: the robot's, or 20."""
     state_in_prompt: bool = True
     """With --tokenizer, for a π0.5: whether its prompt holds the state. Not for openpi's pi05_libero
     (discrete_state_input=False), which no file says either."""
@@ -92,6 +99,13 @@ class ConvertArgs:
             ),
             ("no-value", not self.value, self.to == "openpi", "--to openpi"),
             ("statistics", self.statistics, policy, "a policy; give its --tokenizer too"),
+            ("robot", self.robot, policy, "a policy; give its --tokenizer too"),
+            (
+                "default-prompt",
+                self.default_prompt,
+                bool(self.robot),
+                "a described robot; give its --robot too",
+            ),
             ("control-hz", self.control_hz, policy, "a policy; give its --tokenizer too"),
             ("no-state-in-prompt", not self.state_in_prompt, policy, "a policy; give its --tokenizer too"),
         ]
@@ -111,7 +125,9 @@ def main() -> None:
         policy = PolicyOptions(
             tokenizer=args.tokenizer,
             statistics=args.statistics,
-            control_hz=20.0 if args.control_hz is None else args.control_hz,
+            control_hz=args.control_hz,
+            robot=args.robot,
+            default_prompt=args.default_prompt,
             state_in_prompt=args.state_in_prompt,
         )
     options = Options(

@@ -141,6 +141,7 @@ def _of_policy(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
         compiled=SERVED if compiled is None else CompileConfig.from_dict(compiled),
         camera_sets=then["camera_sets"] or (),
         mesh=None if mesh is None else make_mesh(MeshConfig(**mesh)),
+        default_prompt=then.get("default_prompt", ""),
     )
     renames = ServeConfig(rename=args.rename).renames
 

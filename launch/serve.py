@@ -62,6 +62,8 @@ class ServeArgs(ServeConfig):
     """Offer no plans: fewer programs to compile at the start, and no plain parameters on the device."""
     no_guidance: bool = False
     """Offer no guidance (policies trained with objective.prompt_dropout do): half of the programs to compile."""
+    default_prompt: str = ""
+    """The instruction of requests that bring none; default: the described robot's, if it has one."""
     seed: int = 0
     """The first of the seeds given to requests that bring none."""
     record: Path | None = None
@@ -112,6 +114,7 @@ def main() -> None:
         compiled=compiled,
         camera_sets=[names.split(",") for names in args.camera_sets],
         mesh=mesh_of(args.mesh),
+        default_prompt=args.default_prompt,
     )
     logs.info("loaded", checkpoint=str(args.checkpoint), step=policy.step, config=policy.config_hash)
     recorder = None

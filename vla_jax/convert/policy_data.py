@@ -1,8 +1,8 @@
 """What makes converted weights a policy: a tokenizer that is given, and the statistics that lay beside the weights.
 
 The files say nothing of images' sizes on the robot, of the control rate, or of what a family does to actions before
-normalising them (openpi's configurations often make them relative to the state): actions come out as they were
-normalised.
+normalising them (openpi's configurations often make them relative to the state). A robot's description says all of it
+(`data.robots`); without one, actions come out as they were normalised.
 """
 
 import dataclasses
@@ -19,6 +19,10 @@ from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
 from vla_jax.data.normalize import Normalize
+from vla_jax.data.robot_data import select_of
+from vla_jax.data.robot_units import RobotUnits
+from vla_jax.data.robots.description import RobotDescription
+from vla_jax.data.robots.table import find_robot
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
 from vla_jax.data.tokenizer_files import read_tokenizer
@@ -41,8 +45,13 @@ class PolicyOptions:
     """tokenizer.json or a sentencepiece .model, or the folder of one."""
     statistics: str = ""
     """Which of several statistics beside the weights; empty: the only ones."""
-    control_hz: float = 20.0
-    """Steps per second of the robot."""
+    control_hz: float | None = None
+    """Steps per second of the robot; None: the described robot's, or 20."""
+    robot: str = ""
+    """The robot that the policy acts on, by name or by a .json file (`data.robots.table`): its entries of messages, its
+    units, its dimensions. Empty: states and actions as the statistics have them."""
+    default_prompt: str = ""
+    """The robot's instruction where a request has none; empty: its description's."""
     state_in_prompt: bool = True
     """Whether a π0.5 reads the state in its prompt. openpi's pi05_libero does not (discrete_state_input=False): it
     reads the instruction alone, and nothing tells it the state."""
@@ -86,6 +95,13 @@ def policy_data(
         data = dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
     else:
         fields = {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}
+    robot = None
+    if options.robot:
+        robot = find_robot(options.robot)
+        if options.default_prompt:
+            robot = dataclasses.replace(robot, default_prompt=options.default_prompt)
+        fields = {f: _of_robot(f, pair, robot, name) for f, pair in fields.items()}
+        data = dataclasses.replace(data, robot=options.robot, cameras=())
     if not options.state_in_prompt:
         if not data.prompt_form.uses_state:
             raise ValueError(
@@ -107,20 +123,17 @@ def policy_data(
             "not this model's tokenizer"
         )
     size = model.vision.image_size
-    cameras = {camera: (size, size) for camera in model.cameras}
-    schema = DatasetSchema(
-        name="converted",
-        robot=name,
-        cameras=cameras,
-        state_names=tuple(f"state_{i}" for i in range(statistics.state.dims)),
-        action_names=tuple(f"action_{i}" for i in range(statistics.action.dims)),
-        control_hz=options.control_hz,
-    )
+    schema = _schema(model, statistics, options, robot, name)
+    units = () if robot is None else (RobotUnits(robot),)
     transforms = (
         tf.SelectCameras(cameras),
         tf.ResizeImages(size, size, fit="openpi"),
         # Their formula has an epsilon of its own in place of our least scale.
         Normalize(method=method, group="dataset", statistics={"": statistics}, floor=False),
+        *units,
+        tf.SelectCameras(schema.cameras) if robot is None else select_of(robot, model.cameras, schema, size),
+        tf.ResizeImages(size, size),
+        Normalize(method=method, group="dataset", statistics={"": statistics}),
         tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
             state_dim=model.expert.state_dim,
@@ -131,6 +144,48 @@ def policy_data(
     objective = dataclasses.replace(public_objective(model), text=False, plan_visible=0.0)
     config = TrainConfig(model=model, data=data, objective=objective)
     return config, DataBundle(schema=schema, transforms=transforms)
+
+
+def _schema(
+    model: VLAConfig,
+    statistics: Statistics,
+    options: PolicyOptions,
+    robot: RobotDescription | None,
+    name: str,
+) -> DatasetSchema:
+    """What is sent and returned: by the robot's names, or else by the model's."""
+    size = model.vision.image_size
+    cameras = model.cameras if robot is None else [camera.name for camera in robot.cameras]
+    labels = {
+        "state": tuple(f"state_{i}" for i in range(statistics.state.dims)),
+        "actions": tuple(f"action_{i}" for i in range(statistics.action.dims)),
+    }
+    if robot is not None:
+        labels = {field: robot.labels(field) for field in labels}
+    return DatasetSchema(
+        name="converted",
+        robot=name if robot is None else robot.name,
+        cameras={camera: (size, size) for camera in cameras},
+        state_names=labels["state"],
+        action_names=labels["actions"],
+        control_hz=options.control_hz or (robot.control_hz if robot else 0) or 20.0,
+    )
+
+
+def _of_robot(
+    field: str, pair: tuple[np.ndarray, np.ndarray], robot: RobotDescription, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and scale of the robot's own dims: openpi often pads before it computes statistics, and cuts these too."""
+    dims = len(robot.labels(field))
+    if len(pair[0]) < dims:
+        raise ValueError(
+            f"the statistics {name} have {len(pair[0])} dims of {field}, robot {robot.name} has {dims}; choose the "
+            "robot that they were computed for with --robot"
+        )
+    offset, scale = (np.array(values[:dims]) for values in pair)
+    raw = list(robot.unscaled(field))
+    offset[raw], scale[raw] = 0.0, 1.0
+    return offset, scale
 
 
 def _choose(assets: Mapping[str, Any], wanted: str) -> tuple[str, Mapping[str, Any]]:

@@ -60,7 +60,14 @@ class Spec:
     @property
     def row_bytes(self) -> int:
         """The largest honest observation: images, a float64 state, texts and the frame around them."""
-        images = sum(3 * height * width for height, width in self.cameras.values())
+        images = [3 * height * width for height, width in self.cameras.values()]
+        if self.robot is not None:
+            floats = any(camera.pixels != "uint8" for camera in self.robot.cameras)
+            # What may be sent and is not read is taken for further images.
+            images = [
+                (4 if floats else 1) * size for size in (*images, *[max(images)] * len(self.robot.unused))
+            ]
+        images = sum(images)
         return images + 8 * len(self.state_names) + 16_384
 
     @property
