@@ -45,7 +45,7 @@ def find_robot(name: str) -> RobotDescription:
     base = values.pop("base", None)
     if base is None:
         return RobotDescription.from_json(values, str(path))
-    if base not in ROBOTS:
+    if not isinstance(base, str) or base not in ROBOTS:
         raise ValueError(f"{path}: base {str(base)[:80]!r} is unknown; {nearest(str(base), ROBOTS)}")
     written = ROBOTS[base].to_json() | {"name": path.stem.replace("-", "_")} | values
     return RobotDescription.from_json(written, str(path))
