@@ -212,19 +212,25 @@ def test_an_example_message_gets_actions_in_the_robots_units(converted, name):
     np.testing.assert_allclose(policy.act(seen, jax.random.key(7), solver=SOLVER)[0], wanted, atol=2e-5)
 
 
-def test_a_chunk_that_runs_is_continued_in_the_models_units(converted):
-    """All of the running chunk is kept: the answer is that chunk, through units and relative actions and back."""
+def test_a_chunk_that_runs_is_continued_in_the_robots_units(converted):
+    """Given in the robot's units while the robot has moved; plain and compiled keep its first actions."""
     policy = converted("aloha", "aloha")
     engine = Engine(policy, solver=SOLVER, buckets=(1,))
     (request,), _ = parse(aloha(np.random.default_rng(0)), engine.spec, {})
     seen = engine.prepare(request, seed=0).observation
     chunk = policy.act(seen, jax.random.key(1), solver=SOLVER)
-    running = Running(actions=chunk, delay=1, executed=1, how="inpaint") if False else None
     moved = dataclasses.replace(seen, state=seen.state * np.float32(0.9))
-    batch = policy.bundle.observation_batch(moved, None, chunk)
-    back = policy.bundle.robot_actions(batch.actions, moved)
-    np.testing.assert_allclose(back, chunk, atol=1e-5)
-    assert running is None
+    known = policy.bundle.observation_batch(moved, None, chunk).actions
+    np.testing.assert_allclose(policy.bundle.robot_actions(known, moved), chunk, atol=1e-5)
+
+    running = Running(actions=chunk, delay=1, end=3)
+    solver = SolverConfig(num_steps=5)
+    plain = policy.act(moved, jax.random.key(2), solver=solver, running=running)
+    compiled = CompiledPolicy(policy, CompileConfig(buckets=(1,)))
+    again = compiled.act(moved, jax.random.key(2), solver=solver, running=running)
+    np.testing.assert_allclose(again, plain, atol=1e-4)
+    free = policy.act(moved, jax.random.key(2), solver=solver)
+    assert np.abs(plain - chunk)[:, 0].max() < 0.3 * np.abs(free - chunk)[:, 0].max()
 
 
 def test_a_prompt_is_needed_somewhere(converted):

@@ -125,15 +125,13 @@ def policy_data(
     size = model.vision.image_size
     schema = _schema(model, statistics, options, robot, name)
     units = () if robot is None else (RobotUnits(robot),)
+    same = {camera: (size, size) for camera in model.cameras}
     transforms = (
-        tf.SelectCameras(cameras),
+        *units,
+        tf.SelectCameras(same) if robot is None else select_of(robot, model.cameras, schema, size),
         tf.ResizeImages(size, size, fit="openpi"),
         # Their formula has an epsilon of its own in place of our least scale.
         Normalize(method=method, group="dataset", statistics={"": statistics}, floor=False),
-        *units,
-        tf.SelectCameras(schema.cameras) if robot is None else select_of(robot, model.cameras, schema, size),
-        tf.ResizeImages(size, size),
-        Normalize(method=method, group="dataset", statistics={"": statistics}),
         tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
             state_dim=model.expert.state_dim,
