@@ -48,7 +48,7 @@ def loss_fn(params, batch):
 def make_step(tx):
     def train_step(state: TrainState, batch):
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
         state = dataclasses.replace(state, step=state.step + 1, params=params, ema=ema, opt_state=opt_state)

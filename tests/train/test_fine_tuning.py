@@ -148,8 +148,8 @@ def test_groups_scale_rates_and_clip_alone():
     def moved(config, params, gradients):
         tx = make_optimizer(config, 10)
         state, updates = tx.init(params), None
-        for g in gradients:
-            updates, state = tx.update(g, state, params)
+        for i, g in enumerate(gradients):
+            updates, state = tx.update(g, state, params, step=i)
         return updates
 
     found = moved(config, params, gradients)

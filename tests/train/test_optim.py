@@ -38,7 +38,7 @@ def test_only_matrices_decay():
     }
     config = OptimConfig(learning_rate=0.1, weight_decay=0.5, warmup_fraction=0, hold_fraction=1)
     tx = make_optimizer(config, 10)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params()), tx.init(params()), params())
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params()), tx.init(params()), params(), step=0)
     np.testing.assert_allclose(updates["backbone"]["w"]["kernel"], -0.1 * 0.5, rtol=1e-6)
     np.testing.assert_allclose(updates["expert"]["norm"]["scale"], 0)
 
@@ -64,9 +64,9 @@ def test_clip_and_adam_against_numpy(clip):
     tx = make_optimizer(config, 10)
     x = {"backbone": {"w": jnp.zeros(3)}, "expert": {"w": jnp.zeros(4)}}
     state = tx.init(x)
-    for g, h in zip(small, big):
+    for i, (g, h) in enumerate(zip(small, big)):
         grads = {"backbone": {"w": jnp.asarray(g)}, "expert": {"w": jnp.asarray(h)}}
-        updates, state = tx.update(grads, state, x)
+        updates, state = tx.update(grads, state, x, step=i)
         x = optax.apply_updates(x, updates)
 
     def clipped(g, norm):

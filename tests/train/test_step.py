@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +16,13 @@ from vla_jax.data.augment import AugmentConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.train.config import LoopConfig
+from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.train.optim import learning_rate, make_optimizer, updates_applied
 from vla_jax.train.state import TrainState
-from vla_jax.train.step import add_up, make_eval_step, make_train_step
+from vla_jax.train.step import add_up, averaging, make_eval_step, make_train_step
 
-TX = optax.sgd(0.1)  # unlike Adam it shows the size of gradients
+# Unlike Adam it shows the size of gradients; its count is the one by which the average warms up.
+TX = optax.chain(optax.sgd(1.0), optax.scale_by_schedule(lambda count: 0.1))
 
 
 def config(accumulate: int = 1, augment: AugmentConfig = AugmentConfig()) -> TrainConfig:
@@ -99,17 +102,25 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters_logits_and_losses_i
     assert np.dot(moved, expected) > 0.99 * np.linalg.norm(moved) * np.linalg.norm(expected)
 
 
-def test_average_follows_the_parameters():
+@pytest.mark.parametrize(
+    ("updates", "decay"), [(0, 0.1), (10, 11 / 20), (79, 80 / 89), (81, 0.9), (10_000, 0.9)]
+)
+def test_average_follows_the_parameters(updates, decay):
+    """It is warmed up by the updates that were applied; the run's step may be further, by skipped ones."""
     data, _, params = setup()
-    state = state_of(params)
+    state = state_of(params, step=10_000)
+    sgd, _ = state.opt_state
+    state = dataclasses.replace(state, opt_state=(sgd, optax.ScaleByScheduleState(jnp.int32(updates))))
     new, _ = step_of(config())(state, data)
-    jax.tree.map(
-        lambda got, old, p: np.testing.assert_allclose(got, 0.9 * old + 0.1 * p, rtol=1e-5, atol=1e-6),
-        new.ema,
-        state.ema,
-        new.params,
-    )
-    assert new.step == 1
+    expected = jax.tree.map(lambda old, p: decay * old + (1 - decay) * p, state.ema, new.params)
+    chex.assert_trees_all_close(new.ema, expected, rtol=1e-5, atol=1e-6)
+    assert new.step == 10_001
+
+
+def test_of_a_short_run_the_average_is_not_its_start():
+    """200 updates of parameters that have arrived, from a start 1 away; a constant 0.999 would leave 0.82 of it."""
+    left = np.prod([float(averaging(0.999, jnp.int32(n))) for n in range(200)])
+    assert left < 1e-9 and float(averaging(0.999, jnp.int32(20_000))) == np.float32(0.999)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
@@ -123,6 +134,39 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
         jax.tree.map(np.testing.assert_array_equal, getattr(new, part), getattr(state, part))
     _, metrics = step_of(config())(state, data)
     assert metrics["skipped"] == 0
+
+
+def test_steps_that_are_skipped_do_not_shift_the_learning_rate():
+    """Ten steps, four of them without a finite loss: each update is at the rate that is logged for its step."""
+    data, model, params = setup()
+    optim = OptimConfig(
+        learning_rate=1e-2, eps=1e-30, weight_decay=0.0, warmup_fraction=1.0, clip_norm=1e30, beta1=0.0
+    )
+    cfg = dataclasses.replace(config(), optim=optim)
+    tx, rate = make_optimizer(optim, 10), learning_rate(optim, 10)
+    step = jax.jit(make_train_step(model, make_process(cfg.process), cfg, tx))
+    state = dataclasses.replace(state_of(params), ema=params, opt_state=tx.init(params))
+    bad = data.replace(state=data.state.at[1, 0].set(jnp.nan))
+    for i in range(10):
+        before, (state, metrics) = state, step(state, bad if i in (1, 2, 5, 8) else data)
+        if metrics["skipped"]:
+            continue
+        name = ("expert", "action_out_proj", "bias")
+        first = jnp.max(jnp.abs(leaf_of(state.params, name) - leaf_of(before.params, name)))
+        wanted = rate(i) * largest_direction(state, name)
+        np.testing.assert_allclose(first, wanted, rtol=1e-3, err_msg=f"step {i}")
+    assert updates_applied(state.opt_state) == 6 and state.step == 10
+
+
+def leaf_of(tree, names):
+    return functools.reduce(lambda node, name: node[name], names, tree)
+
+
+def largest_direction(after: TrainState, name) -> float:
+    """|m| / √v̂, the largest entry: what the rate multiplies. beta1 is 0, so that m is the gradient."""
+    mu, nu = (leaf_of(optax.tree.get(after.opt_state, moment), name) for moment in ("mu", "nu"))
+    count = int(updates_applied(after.opt_state))
+    return float(jnp.max(jnp.abs(mu) / jnp.sqrt(nu / (1 - OptimConfig().beta2 ** count))))
 
 
 def test_a_spike_changes_nothing_but_count_and_memory():

@@ -58,7 +58,7 @@ def make_step(tx, poison_from: int | None = None):
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
         if poison_from is not None:
             loss = jnp.where(state.step >= poison_from, jnp.nan, loss)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
         finite = jnp.isfinite(loss)

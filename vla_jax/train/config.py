@@ -125,11 +125,12 @@ class LoopConfig:
     batch_size: int = 64
     """Examples per step, over all devices and hosts."""
     steps: int = 10_000
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run, those that are skipped included."""
     accumulate: int = 1
     """Microbatches per step: divides the activation memory, changes nothing else."""
     ema_decay: float | None = 0.999
-    """Decay of the averaged parameters, which validation and policies use; None: no average is kept."""
+    """Decay of the averaged parameters, which validation and policies use; None: no average is kept. It is warmed up,
+    min(ema_decay, (1 + n) / (10 + n)) after n updates, so that short runs do not average over their random start."""
     max_skipped: int = 20
     """Stop after so many steps in a row were skipped because loss or gradient was not finite."""
     log_every: int = 10

@@ -38,16 +38,47 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of `steps` steps."""
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a run of `steps` steps. `update` takes the run's step, from which the learning rate follows.
+
+    A step that is left out changes no state in here, so that every count in it is one of updates applied: Adam
+    corrects its bias by it, and the average of the parameters warms up by it (`updates_applied`).
+    """
     parts = [
         _clip(config),
         _direction(config),
         optax.add_decayed_weights(config.weight_decay, decays if config.decay == "matrices" else None),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        _scale_by_rate_of_step(learning_rate(config, steps)),
     ]
     groups = config.parsed_groups()
     return optax.chain(*parts, *([_factors(groups)] if groups else []))
+
+
+def _scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiplies by minus the rate of the run's `step`: the rate that is logged, however many steps were left out.
+
+    Its own count is not the step: it is of updates applied.
+    """
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree | None = None, *, step, **_
+    ):
+        del params
+        rate = schedule(step)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def updates_applied(state: optax.OptState) -> Int[Array, ""]:
+    """How many updates the optimiser of `make_optimizer` has made; steps that were left out do not count."""
+    (count,) = (s.count for s in state if isinstance(s, optax.ScaleByScheduleState))
+    return count
 
 
 def _direction(config: OptimConfig) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.augment import augment
@@ -20,6 +20,7 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Counts, Losses, Model, count, draw
 from vla_jax.train import spikes
 from vla_jax.train.knobs import Knobs
+from vla_jax.train.optim import updates_applied
 from vla_jax.train.parts import network
 from vla_jax.train.state import TrainState
 from vla_jax.train.weigh import Metrics, Problem, is_plain
@@ -42,7 +43,7 @@ def make_train_step(
     a spike (`train.spike_sigma`), which says `spiked` 1. A third argument, `Knobs`, takes the place of some
     constants of the configuration.
     """
-    objective, whole = config.objective, model
+    objective, whole, tx = config.objective, model, optax.with_extra_args_support(tx)
     every, log_every = objective.diagnostics.every, config.train.log_every
     if every % log_every:
         raise ValueError(
@@ -61,16 +62,14 @@ def make_train_step(
         problem = Problem(model, process, config, knobs)
         gradients, losses, remembered, weights = problem.weighed(state, batch, draws)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, step=state.step)
         if knobs is not None:  # the learning rate is the last factor of every update
             updates = jax.tree.map(lambda u: knobs.learning_rate * u, updates)
         params = optax.apply_updates(state.params, updates)
-        decay = config.train.ema_decay
-        ema = (
-            None
-            if decay is None
-            else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        )
+        ema = None
+        if config.train.ema_decay is not None:
+            decay = averaging(config.train.ema_decay, updates_applied(state.opt_state))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
 
         finite = keep = jnp.isfinite(losses.total) & jnp.isfinite(norm)
         recent, spiked = state.spikes, {}
@@ -106,6 +105,15 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def averaging(decay: float, updates: Int[Array, ""]) -> Float[Array, ""]:
+    """What is kept of the average after so many earlier updates: min(decay, (1 + n) / (10 + n)).
+
+    So the average forgets where the run began: of n updates the start's share is about 9!/n⁹, where a constant decay
+    would leave decayⁿ, 82 % of 200 updates at 0.999.
+    """
+    return jnp.minimum(decay, (1 + updates) / (10 + updates))
 
 
 def make_eval_step(
