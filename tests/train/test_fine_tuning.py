@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -282,51 +283,50 @@ def test_merged_equals_unmerged(tuned):
         np.testing.assert_allclose(x @ both, x @ matrix + 2.0 * (x @ a) @ b, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_merged_in_bfloat16_multiplies_the_same_bits():
-    """Every matrix of a bfloat16 model adapted: rounded before the network or in it, what comes out is the same."""
-    cfg = dataclasses.replace(small.config(time="adarms"), dtype="bfloat16")
-    data, model = small.batch(cfg), VLA(cfg)
-    rng = np.random.default_rng(0)
+def with_factors(cfg, *, size=0.3, rank=2):
+    """A model with A and B beside every matrix, all of them random: (trained, frozen, their names)."""
+    data, model, rng = small.batch(cfg), VLA(cfg), np.random.default_rng(0)
 
-    def with_factors(key):
+    def create(key):
         params = nn.unbox(init_params(model, data)(key))
-        return lora.attach(key, params, {name for name in flatten(params) if matrix_axes(name)}, rank=2)
+        return lora.attach(key, params, {name for name in flatten(params) if matrix_axes(name)}, rank=rank)
 
-    shapes = jax.eval_shape(with_factors, jax.random.key(0))
-    params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
-    factors, frozen = split(params, lora.is_factor)
+    shapes = jax.eval_shape(create, jax.random.key(0))
+    params = jax.tree.map(lambda x: size * rng.normal(size=x.shape).astype(np.float32), shapes)
+    return data, model, *split(params, lora.is_factor)
+
+
+def outputs(network, params, data):
+    """Logits and actions."""
+    cache, hidden = network.apply({"params": params}, data, method="prefill")
+    call = (cache, data.state, data.actions, jnp.full(data.state.shape[:1], 0.3), data.action_mask)
+    logits = network.apply({"params": params}, hidden, method="logits")
+    return logits, network.apply({"params": params}, *call, method="denoise")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots_with_no_batch_dims_saveable"])
+def test_the_network_computes_what_merged_weights_compute(remat):
+    """Every matrix adapted, in float32: outputs and the gradients of all A and B, against W + s·A·B as weights."""
+    cfg = dataclasses.replace(small.config(time="adarms"), remat=remat)
+    data, model, factors, frozen = with_factors(cfg)
     adapted = network(model, frozen, 2.0)
 
-    class InFloat32:
+    class Merged:
         def apply(self, variables, *args, **kwargs):
             merged = lora.merge(join(variables["params"], frozen), 2.0)
-            assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
             return model.apply({"params": merged}, *args, **kwargs)
 
-    def outputs(factors, network):
-        cache, hidden = network.apply({"params": factors}, data, method="prefill")
-        logits = network.apply({"params": factors}, hidden, method="logits")
-        call = (cache, data.state, data.actions, jnp.full((3,), 0.3), data.action_mask)
-        found = logits, network.apply({"params": factors}, *call, method="denoise")
+    def loss(factors, network):
+        found = outputs(network, factors, data)
         return sum(jnp.sum(jnp.square(x)) for x in found), found
 
-    def compiled(network):
-        # without this option XLA may leave a rounding out where it likes
-        exact = {"xla_allow_excess_precision": False}
-        step = jax.jit(
-            lambda factors: jax.grad(outputs, has_aux=True)(factors, network), compiler_options=exact
-        )
-        return step.lower(factors).compile()
-
-    ours, plain = compiled(adapted), compiled(InFloat32())
-    (gradient, found), (wanted_gradient, wanted) = ours(factors), plain(factors)
-    assert ours.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
-    for x, y in zip(found, wanted):
-        assert np.ptp(y) > 0.1
-        np.testing.assert_array_equal(x, y)
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (gradient, found), (wanted_gradient, wanted) = step(factors, adapted), step(factors, Merged())
+    chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-3)
     gradient = flatten(gradient)
-    for name, leaf in flatten(wanted_gradient).items():  # a merged matrix's is rounded once, to its 8 bits
-        assert np.linalg.norm(gradient[name] - leaf) < 2**-7 * np.linalg.norm(leaf), name
+    for name, leaf in flatten(wanted_gradient).items():
+        assert np.linalg.norm(gradient[name] - leaf) < 1e-3 * np.linalg.norm(leaf), name
+    assert all(np.ptp(x) > 0.1 for x in found)
 
 
 def test_trunks_that_are_frozen_are_refused_only_where_they_are_used(tuned):

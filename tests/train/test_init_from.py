@@ -14,6 +14,7 @@ from vla_jax.config import TrainConfig
 from vla_jax.convert import convert
 from vla_jax.data.config import DataConfig
 from vla_jax.data.schema import DatasetSchema
+from vla_jax.layers import lora
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.policy import Policy
@@ -100,12 +101,16 @@ def test_a_crashed_lora_run_continues_with_the_same_bytes(tuned, tmp_path, train
 def test_merged_for_serving_and_for_others(tuned, tmp_path):
     """A policy of the run, of its merged weights, and the arrays themselves are the same."""
     folder, _ = tuned
-    convert(folder / "tuned", tmp_path / "merged", source="vla_jax", target="vla_jax", dtype="float32")
+    convert(
+        folder / "tuned", tmp_path / "merged", source="vla_jax", target="vla_jax"
+    )  # kept: float32 where merged
     unmerged, merged = Policy.load(folder / "tuned"), Policy.load(tmp_path / "merged")
     assert merged.config.lora.rank == 0 and merged.bundle.tokenizer == unmerged.bundle.tokenizer
     assert read_meta(tmp_path / "merged")["items"] == ["params"]
+    assert lora.has_factors(unmerged.params) and not lora.has_factors(merged.params)
+    added = flatten(lora.merge(unmerged.params, 1.0))
     for name, leaf in flatten(merged.params).items():
-        np.testing.assert_allclose(leaf, flatten(unmerged.params)[name], rtol=1e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(leaf, added[name], rtol=1e-6, atol=1e-7, err_msg=name)
     raw = flatten(load_params(folder / "tuned").params)
     assert (
         np.abs(flatten(merged.params)["backbone/img/head/kernel"] - raw["backbone/img/head/kernel"]).max() > 0

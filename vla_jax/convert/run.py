@@ -3,6 +3,7 @@
 RUN_DIR/checkpoints/<step>/{params, ema, frozen}   what `vla_jax.checkpoint` saves
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -58,10 +59,11 @@ class RunSource:
         step = self._step_dir()
         self._parts = {name: OrbaxSource(step / name) for name in (item, "frozen") if name in has}
         self._part_of = {name: part for part, source in self._parts.items() for name in source.specs}
+        saved = {name: spec for source in self._parts.values() for name, spec in source.specs.items()}
         self.specs = {
-            name: spec
-            for source in self._parts.values()
-            for name, spec in source.specs.items()
+            # a sum with LoRA's A·B is float32, whatever the matrix was kept as: bfloat16 would round A·B away
+            name: dataclasses.replace(spec, dtype=np.dtype(np.float32)) if _a(name) in saved else spec
+            for name, spec in saved.items()
             if not lora.is_factor(name)
         }
         self.config: TrainConfig = from_meta(self.meta)
@@ -84,7 +86,7 @@ class RunSource:
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The part of an array; for the checksum, each part is to be read once."""
         piece = self._read(name, index)
-        if f"{name}{lora.SUFFIX}/a" not in self._part_of:
+        if _a(name) not in self._part_of:
             return piece
         if self._factors[0] != name:
             self._factors = (name, {f: self._factor(f"{name}{lora.SUFFIX}/{f}") for f in ("a", "b")})
@@ -116,6 +118,11 @@ class RunSource:
             if folder.is_dir() and not path.name.isdigit() and (steps := whole_steps(folder)):
                 return folder / str(max(step for step in steps if step == self.meta["step"]))
         return path
+
+
+def _a(name: str) -> str:
+    """The path of a matrix's A."""
+    return f"{name}{lora.SUFFIX}/a"
 
 
 def _part_of_product(name: str, a: np.ndarray, b: np.ndarray, axes: int, index: Index) -> np.ndarray:

@@ -1,28 +1,31 @@
-"""LoRA as a function of the parameter tree (Hu et al. 2021, arXiv:2106.09685, §4.1): W + (α/r)·A·B.
+"""LoRA as a function of the parameter tree (Hu et al. 2021, arXiv:2106.09685, §4.1): x·W + (α/r)·(x·A)·B.
 
-    params = attach(key, params, names, rank=16)       # …/w  gets a sibling  …/w_lora/{a, b}
-    network.apply({"params": merge(params, scale)}, …)  # scale = α / rank
+    params = attach(key, params, names, rank=16)         # …/w  gets a sibling  …/w_lora/{a, b}
+    network.apply({"params": scaled(params, scale)}, …)  # scale = α / rank
 
-A module is not changed and does not know of it: the network is always applied to merged weights, in training too,
-so that what is trained is what is exported. B starts at zero, so the first step computes what the weights did before.
-All heads are one matrix: of `q_einsum/w` [layers n d e], A is [layers d r] and B [layers r n e].
+No module declares A or B: whatever multiplies with a matrix (`layers/linear.py`) takes along what lies beside it. B
+starts at zero, so the first step computes what the weights did before. All heads are one matrix: of `q_einsum/w`
+[layers n d e], A is [layers d r] and B [layers r n e].
+
+`merge` adds A·B to W, in float32. Whoever then multiplies in bfloat16 rounds the sum, and with a W that was exact in
+bfloat16 the small entries of A·B with it: merged weights are for products in float32 and for other libraries.
 """
 
 import math
 import string
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vla_jax.layers.linear import SUFFIX
 from vla_jax.layers.matrices import MatrixAxes, matrix_axes
-
-SUFFIX = "_lora"
 
 
 def attach(key: PRNGKeyArray, params: Any, names: Collection[str], rank: int) -> Any:
@@ -47,13 +50,24 @@ def attach(key: PRNGKeyArray, params: Any, names: Collection[str], rank: int) ->
     return walk(params, "")
 
 
-def merge(
-    params: Any, scale: float, above: str = "", dtype: Callable[[str], Any] = lambda path: jnp.float32
-) -> Any:
-    """The plain tree: every W with A and B beside it becomes W + scale·A·B; all else is left as it is.
+def scaled(params: Any, scale: float) -> Any:
+    """The tree with every B times `scale`: what the network is applied to."""
 
-    `above` is the path of the tree itself, where it is a part of a larger one. The sum is float32, and then rounded to
-    the type that `dtype` says for a path.
+    def times(path: KeyPath, leaf: Array) -> Array:
+        return scale * leaf if is_factor(name := _name(path)) and name.endswith("/b") else leaf
+
+    return jax.tree_util.tree_map_with_path(times, params)
+
+
+def has_factors(params: Any) -> bool:
+    """Whether any matrix of the tree has A and B beside it."""
+    return any(is_factor(_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+
+
+def merge(params: Any, scale: float, above: str = "") -> Any:
+    """The plain tree: every W with A and B beside it becomes W + scale·A·B, float32; all else is left as it is.
+
+    `above` is the path of the tree itself, where it is a part of a larger one.
     """
     if not isinstance(params, dict):
         return params
@@ -63,10 +77,9 @@ def merge(
             continue
         path, factors = f"{above}{name}", params.get(name + SUFFIX)
         if factors is None:
-            merged[name] = merge(value, scale, f"{path}/", dtype)
+            merged[name] = merge(value, scale, f"{path}/")
         else:
-            whole = value.astype(jnp.float32) + scale * product(path, factors["a"], factors["b"])
-            merged[name] = whole.astype(dtype(path))
+            merged[name] = value.astype(jnp.float32) + scale * product(path, factors["a"], factors["b"])
     return merged
 
 
@@ -86,6 +99,10 @@ def product(path: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[
 def is_factor(path: str) -> bool:
     """Whether a path is that of an A or a B."""
     return any(part.endswith(SUFFIX) for part in path.split("/"))
+
+
+def _name(path: KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _factors(key: PRNGKeyArray, path: str, w: Any, rank: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Feed-forward blocks."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vla_jax.layers.axes import constrain
 from vla_jax.layers.init import fan_in
+from vla_jax.layers.linear import declare, multiply
 
 
 class GeGLU(nn.Module):
@@ -19,14 +19,9 @@ class GeGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps [b t d] to [b t d] in the dtype of `x`."""
-        gating = self.param(
-            "gating_einsum",
-            fan_in((None, "embed", "mlp"), in_axis=1, batch_axis=0),
-            (2, self.width, self.hidden),
-        ).astype(x.dtype)
-        linear = self.param("linear", fan_in(("mlp", "embed"), in_axis=0), (self.hidden, self.width)).astype(
-            x.dtype
-        )
-        hidden = nn.gelu(jnp.einsum("btd,df->btf", x, gating[0])) * jnp.einsum("btd,df->btf", x, gating[1])
-        hidden = constrain(hidden, ("batch", self.length, "act_mlp"))
-        return jnp.einsum("btf,fd->btd", hidden, linear)
+        names, sizes = (None, "embed", "mlp"), (2, self.width, self.hidden)
+        gating = declare(self, "gating_einsum", fan_in(names, in_axis=1, batch_axis=0), sizes)
+        linear = declare(self, "linear", fan_in(("mlp", "embed"), in_axis=0), (self.hidden, self.width))
+        gate, up = (multiply("btd,df->btf", x, gating.part(i)) for i in (0, 1))
+        hidden = constrain(nn.gelu(gate) * up, ("batch", self.length, "act_mlp"))
+        return multiply("btf,fd->btd", hidden, linear)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vla_jax.layers.linear import Dense
+
 
 def rms_normalize(x: Float[Array, "... d"], eps: float = 1e-6) -> Float[Array, "... d"]:
     """x / rms(x), computed and returned in float32."""
@@ -35,7 +37,7 @@ class AdaRMSNorm(nn.Module):
         self, x: Float[Array, "b t d"], condition: Float[Array, "b t_or_1 g"]
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t_or_1 d"]]:
         """Returns the modulated x and the gate of the residual that it opens."""
-        modulation = nn.Dense(
+        modulation = Dense(
             3 * x.shape[-1],
             dtype=x.dtype,
             kernel_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "mlp")),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vla_jax.layers import init
 from vla_jax.layers.attention import Backend, BlockMask, attend
 from vla_jax.layers.axes import constrain
+from vla_jax.layers.linear import declare, multiply
 from vla_jax.layers.mlp import GeGLU
 from vla_jax.layers.norm import AdaRMSNorm, RMSNorm
 from vla_jax.layers.rope import apply_rope
@@ -156,8 +157,8 @@ class Einsum(nn.Module):
         # Heads are outputs of the projection, not repetitions of it; only the leading axes before the
         # contracted one that name neither (the k/v pair) are batches of independent weights.
         batch = tuple(i for i, name in enumerate(self.names) if name is None and i not in contracted)
-        w = self.param("w", init.fan_in(self.names, in_axis=self.in_axis, batch_axis=batch), self.shape)
-        return jnp.einsum(self.equation, x, w.astype(x.dtype))
+        w = declare(self, "w", init.fan_in(self.names, in_axis=self.in_axis, batch_axis=batch), self.shape)
+        return multiply(self.equation, x, w)
 
 
 class Embedder(nn.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from vla_jax.layers import cudnn, init
 from vla_jax.layers.attention import Backend
 from vla_jax.layers.axes import constrain
+from vla_jax.layers.linear import Dense, Patches, declare, multiply
 from vla_jax.models.config import VisionConfig
 from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
 
@@ -34,11 +35,9 @@ class SigLIP(nn.Module):
                 f"images are {images.shape[1:3]}, the encoder takes {cfg.image_size}×{cfg.image_size}"
             )
         x = images.astype(jnp.float32) / 127.5 - 1.0
-        x = nn.Conv(
+        x = Patches(
             cfg.width,
-            (cfg.patch, cfg.patch),
-            strides=(cfg.patch, cfg.patch),
-            padding="VALID",
+            cfg.patch,
             kernel_init=init.dct_2d((None, None, "patch", "embed")),
             bias_init=init.zeros(("embed",)),
             name="embedding",
@@ -51,7 +50,7 @@ class SigLIP(nn.Module):
         )
         x = constrain(x.astype(self.dtype), ("batch", "prefix", "act_embed"))
         x = Transformer(cfg, self.dtype, self.remat, self.unroll, self.attention, name="Transformer")(x)
-        return nn.Dense(
+        return Dense(
             self.out_width,
             dtype=self.dtype,
             kernel_init=init.kernel((None, "embed")),
@@ -133,9 +132,10 @@ class _Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         contracted = tuple(range(self.contracted))
-        kernel = self.param("kernel", init.fan_in(self.names, in_axis=contracted), self.shape)
+        kernel = declare(self, "kernel", init.fan_in(self.names, in_axis=contracted), self.shape)
         bias = self.param("bias", init.zeros(self.names[self.contracted :]), self.shape[self.contracted :])
-        return jnp.tensordot(x, kernel.astype(x.dtype), axes=self.contracted) + bias.astype(x.dtype)
+        into, outof = "def"[: self.contracted], "def"[self.contracted :]
+        return multiply(f"bt{into},def->bt{outof}", x, kernel) + bias.astype(x.dtype)
 
 
 class _Mlp(nn.Module):
@@ -144,7 +144,7 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
-        x = nn.Dense(
+        x = Dense(
             self.config.mlp,
             dtype=self.dtype,
             kernel_init=init.kernel(("embed", "mlp")),
@@ -152,7 +152,7 @@ class _Mlp(nn.Module):
             name="Dense_0",
         )(x)
         x = constrain(nn.gelu(x), ("batch", "prefix", "act_mlp"))
-        return nn.Dense(
+        return Dense(
             self.config.width,
             dtype=self.dtype,
             kernel_init=init.kernel(("mlp", "embed")),

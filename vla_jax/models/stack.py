@@ -21,23 +21,50 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from vla_jax.layers.linear import SUM
+
 INPUT, PROJECTED, CONTEXT = "block_input", "projected", "context"
 """Names that blocks give with `named`: their input, their queries, keys and values, attention's weighted sum."""
 
 named = checkpoint_name
 
+
+def _with_sums(dots: Callable[..., Any], sums: Callable[..., Any]) -> Callable[..., Any]:
+    """A policy of products with weights that takes LoRA's sum of two products for one.
+
+    The two themselves are float32: kept in place of their rounded sum they would take four times its memory.
+    """
+
+    def policy(primitive, *operands, **params):
+        if primitive.name == "name":
+            return sums(primitive, *operands, **params)
+        wider = params.get("preferred_element_type")
+        if wider is not None and any(wider != operand.dtype for operand in operands):
+            return sums(primitive, *operands, **params)
+        return dots(primitive, *operands, **params)
+
+    return policy
+
+
+_OFFLOAD = dict(offload_src="device", offload_dst="pinned_host")
+
 POLICIES: dict[str, Callable[..., Any]] = {
     "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
     "save_context": jax.checkpoint_policies.save_only_these_names(CONTEXT),
     "save_attention": jax.checkpoint_policies.save_only_these_names(CONTEXT, PROJECTED),
-    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload_inputs": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
+    "dots_with_no_batch_dims_saveable": _with_sums(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SUM),
     ),
-    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "offload_inputs": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], **_OFFLOAD
+    ),
+    "offload_dots": _with_sums(
+        jax.checkpoint_policies.offload_dot_with_no_batch_dims(**_OFFLOAD),
+        jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[SUM], **_OFFLOAD
+        ),
+    ),
 }
 """Name → what `jax.checkpoint` may keep, or send to the host's memory and fetch back."""
 

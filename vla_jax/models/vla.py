@@ -12,7 +12,6 @@ decoder writes the chunk as tokens (`models.action_tokens.generate_actions`).
 import dataclasses
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.layers.attention import runs_on
@@ -21,20 +20,12 @@ from vla_jax.models.experts.joint import JointExpert
 from vla_jax.models.paligemma import PaliGemma
 from vla_jax.types import Batch, Cache
 
-ENDS = ("backbone/img/embedding/kernel", "expert/action_out_proj/kernel")
-"""Matrices that multiply in float32 whatever the model's type: of the pixels, and of the actions."""
-
 
 def portable(config: VLAConfig, platform: str) -> VLAConfig:
     """The same model where attention's kernel may not exist: there XLA computes the same sum."""
     if runs_on(config.attention, platform):
         return config
     return dataclasses.replace(config, attention="xla")
-
-
-def product_dtype(config: VLAConfig, path: str) -> jnp.dtype:
-    """The type in which the matrix at a parameter's path multiplies: the model's, but for its two ends."""
-    return jnp.dtype(jnp.float32 if path in ENDS else config.dtype)
 
 
 class VLA(nn.Module):

@@ -27,11 +27,12 @@ from vla_jax.data.fields import kind
 from vla_jax.data.observations import check_texts, take
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
-from vla_jax.layers.lora import merge
+from vla_jax.layers import lora
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA, portable
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
+from vla_jax.sharding.rules import path_name
 from vla_jax.types import Batch, Observation, PyTree
 
 
@@ -42,6 +43,8 @@ class Policy:
     config: TrainConfig
     bundle: DataBundle
     params: PyTree
+    """LoRA's factors are leaves of their own, α/rank in B: merged into a matrix they would be rounded away where the
+    network multiplies in bfloat16."""
     step: int
     """The training step that the parameters are from."""
     weights: Literal["ema", "params"] = "params"
@@ -80,7 +83,7 @@ class Policy:
         loaded = load_params(path, weights, device=jax.devices("cpu")[0] if host else None)
         params = loaded.params
         if config.lora.rank:
-            params = jax.jit(merge, static_argnums=1)(params, config.lora.scale)
+            params = jax.jit(lora.scaled, static_argnums=1)(params, config.lora.scale)
         policy = cls(
             config=config,
             bundle=bundle,
@@ -258,7 +261,8 @@ class Policy:
         """Raises ValueError unless the parameters are those of the configured model."""
         expected = jax.eval_shape(self._init, jax.random.key(0))
         shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
-        found = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)}
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        found = {path: leaf.shape for path, leaf in leaves if not lora.is_factor(path_name(path))}
         for path in sorted({*shapes, *found}, key=jax.tree_util.keystr):
             if shapes.get(path) != found.get(path):
                 raise ValueError(

@@ -5,8 +5,8 @@ XLA's own count sees the body of a scan once, so it is useless for stacked layer
 - a multiply-add is 2 FLOPs; only matrix products and attention are counted;
 - attention is counted whole (every query with every key), as it is computed: a prefix-LM is not causal;
 - training is 3 forward passes: the forward one, the activations' gradient, the weights' gradient. Of frozen matrices
-  there is no weights' gradient, and before the first trained parameter none of activations (`Trained`). LoRA's factors
-  are merged before use, so the whole matrix has a gradient and counts as trained; their own product is not counted;
+  there is no weights' gradient, and before the first trained parameter none of activations (`Trained`). A matrix
+  with LoRA's factors is frozen; their own products (2 · rank · (inputs + outputs) of inputs · outputs) are not counted;
 - what rematerialisation computes again is not counted;
 - padding is counted: it is computed.
 """

@@ -6,7 +6,6 @@ the matrices that it adapts to the second.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ from vla_jax.checkpoint.tree import flatten, join
 from vla_jax.config import TrainConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
-from vla_jax.models.vla import VLA, product_dtype
+from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import Model
 from vla_jax.train.flops import Trained
@@ -69,7 +68,7 @@ def _modules(config: TrainConfig, names: list[str]) -> tuple[str, ...]:
 
 
 def network(model: VLA, frozen: PyTree | None, scale: float) -> Model:
-    """The model over the trained parameters alone: frozen ones are joined, LoRA (`scale` above 0) is merged."""
+    """The model over the trained parameters alone: frozen ones are joined, LoRA's B are multiplied by `scale`."""
     return model if frozen is None and not scale else _Network(model, frozen, scale)
 
 
@@ -81,11 +80,8 @@ class _Network:
 
     def apply(self, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
         """The model's own, with all parameters. What a method does not read of them is not computed either."""
-        params = join(variables["params"], self.frozen)
-        # Rounded here and not where they multiply: within the layers' scan, the stack of merged matrices would be
-        # float32, and so would be that of their gradients.
-        dtype = functools.partial(product_dtype, self.model.config)
-        return self.model.apply({"params": lora.merge(params, self.scale, dtype=dtype)}, *args, **kwargs)
+        params = lora.scaled(join(variables["params"], self.frozen), self.scale)
+        return self.model.apply({"params": params}, *args, **kwargs)
 
 
 def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
@@ -94,15 +90,12 @@ def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
     if not objective.text and objective.insulation == 0:  # nothing that is learned depends on the backbone
         trained = {name for name in trained if name.startswith("expert/")}
 
-    def has_gradient(name: str) -> bool:
-        return name in trained or f"{name}{lora.SUFFIX}/a" in trained
-
     def share(*prefixes: str) -> float | None:
         names = [name for name in shapes if name.startswith(prefixes)]
         if not any(name in trained for name in names):
             return None
-        sizes = {name: math.prod(shapes[name].shape) for name in names if matrix_axes(name) is not None}
-        return sum(n for name, n in sizes.items() if has_gradient(name)) / max(1, sum(sizes.values()))
+        sizes = {name: math.prod(shapes[name].shape) for name in names if _counts(name)}
+        return sum(n for name, n in sizes.items() if name in trained) / max(1, sum(sizes.values()))
 
     table = "backbone/llm/embedder/input_embedding"
     return Trained(
@@ -112,3 +105,8 @@ def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
         expert=share("expert/"),
         through=objective.insulation > 0,
     )
+
+
+def _counts(name: str) -> bool:
+    """Whether FLOPs are counted of a parameter: a matrix of the network itself, not LoRA's beside it."""
+    return matrix_axes(name) is not None and not lora.is_factor(name)

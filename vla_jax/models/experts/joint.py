@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from vla_jax.layers import init
 from vla_jax.layers.attention import prefix_lm
 from vla_jax.layers.axes import constrain
+from vla_jax.layers.linear import Dense
 from vla_jax.models.config import ExpertConfig, VLAConfig
 from vla_jax.models.gemma import Tower, TowerConfig
 from vla_jax.types import Cache
@@ -121,5 +122,5 @@ def embed_time(
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def _dense(width: int, names: tuple[str, str], dtype: jnp.dtype) -> nn.Dense:
-    return nn.Dense(width, dtype=dtype, kernel_init=init.kernel(names), bias_init=init.zeros((names[1],)))
+def _dense(width: int, names: tuple[str, str], dtype: jnp.dtype) -> Dense:
+    return Dense(width, dtype=dtype, kernel_init=init.kernel(names), bias_init=init.zeros((names[1],)))

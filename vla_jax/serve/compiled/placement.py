@@ -38,9 +38,13 @@ def _split_axis(names: list[str]) -> int | None:
     """Which axis of a weight lies on `tensor`, by the end of its path; None: none."""
     if "scale" in names or "last" in names:
         return None
-    for name, axis in {"up": -1, "down": -2, "out": -2}.items():
-        if name in names:
-            return axis
+    for name, axis in {"down": -2, "out": -2}.items():
+        if name in names:  # inputs: W's and A's, while B has none of them
+            return None if names[-1] == "b" else axis
+    if names[-1] == "a":  # the rank is whole everywhere
+        return None
+    if "up" in names:
+        return -1
     if "qkv" in names and ("vision" in names or names[names.index("qkv") + 1] == "0"):
         return -2
     return None

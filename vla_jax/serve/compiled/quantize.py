@@ -48,10 +48,36 @@ def dequantize(w: Int8Matrix) -> Float[Array, "inputs *outputs"]:
     return w.values.astype(jnp.float32) * w.scale
 
 
-def multiply(
-    x: Float[Array, "*b inputs"], w: Float[Array, "inputs *outputs"] | Int8Matrix
-) -> Float[Array, "..."]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A kept weight and LoRA's factors beside it, which are no part of its sum: x·W + (x·A)·B, rounded once."""
+
+    base: Float[Array, "inputs *outputs"] | Int8Matrix
+    a: Float[Array, "inputs r"]
+    b: Float[Array, "r *outputs"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.base.shape
+
+
+Kept = jax.Array | Int8Matrix | Adapted
+
+
+def multiply(x: Float[Array, "*b inputs"], w: Kept) -> Float[Array, "..."]:
     """x · w in the dtype of x, over the last axis of x and the first of w."""
+    if isinstance(w, Adapted):
+        wide = jnp.float32
+        if isinstance(w.base, Int8Matrix):
+            y = jnp.tensordot(x, w.base.values.astype(x.dtype), 1, preferred_element_type=wide) * w.base.scale
+        else:
+            y = jnp.tensordot(x, w.base, 1, preferred_element_type=wide)
+        hidden = jnp.tensordot(x, w.a.astype(x.dtype), 1)
+        return (y + jnp.tensordot(hidden, w.b.astype(x.dtype), 1, preferred_element_type=wide)).astype(
+            x.dtype
+        )
     if isinstance(w, Int8Matrix):
         return (jnp.tensordot(x, w.values.astype(x.dtype), 1) * w.scale).astype(x.dtype)
     return jnp.tensordot(x, w, 1)

@@ -2,7 +2,7 @@
 
 All arithmetic is float32; only the result takes the type that the network computes in. Layout: every projection is
 [inputs, outputs…], so that applying it is one matrix product without a transpose. What a rewrite has folded away is
-None.
+None. LoRA's factors stay beside the matrices that are rounded (`weight.py`); those that stay float32 are merged.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vla_jax.layers.lora import merge
 from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
-from vla_jax.serve.compiled.quantize import quantize
+from vla_jax.serve.compiled.quantize import Kept, quantize
+from vla_jax.serve.compiled.weight import (
+    Weight,
+    concatenate,
+    heads_first,
+    join_inputs,
+    join_outputs,
+    one_of,
+    outputs_from,
+    side_by_side,
+)
 from vla_jax.types import PyTree
 
-Finish = Callable[[Array], PyTree]
-"""A float32 weight [inputs, outputs…] in the form in which it is kept."""
+Finish = Callable[..., Kept]
+"""A float32 `Weight` in the form in which it is kept; `stacked`: it has a layers axis, which is no part of it."""
+
+NORMS = ("pre_attention_norm", "pre_ffw_norm")
 
 
 def rewrite(
@@ -39,8 +52,13 @@ def rewrite(
     dtype = jnp.dtype(config.dtype or model.dtype)
     int8 = config.weights == "int8"
 
-    def finish(w: Array, contracted: int = 1) -> PyTree:
-        return quantize(w, contracted) if int8 else w.astype(dtype)
+    def keep(w: Array) -> Kept:
+        return quantize(w) if int8 else w.astype(dtype)
+
+    def finish(weight: Weight, *, stacked: bool = True) -> Kept:
+        if dtype == jnp.float32 and not int8:  # the sum loses nothing
+            weight = Weight(weight.merged())
+        return weight.finish(keep, dtype, stacked=stacked)
 
     img, llm, expert = params["backbone"]["img"], params["backbone"]["llm"], params["expert"]
     text = _decoder_layers(llm["layers"], model, rewrites, finish, split_qkv=split_qkv)
@@ -70,41 +88,38 @@ def _only_keys(layer: PyTree, model: VLAConfig) -> PyTree:
     """What a decoder layer needs for its keys and values alone."""
     heads = model.text.heads
     qkv = layer["qkv"]
-    kept = (jax.tree.map(lambda w: w[..., heads:, :], qkv[0]),) if len(qkv) == 1 else qkv[1:]
+    kept = (outputs_from(qkv[0], heads),) if len(qkv) == 1 else qkv[1:]
     return {"attn_norm": layer["attn_norm"], "qkv": kept}
 
 
 def _decoder_layers(layers: PyTree, model: VLAConfig, rewrites: Rewrites, finish: Finish, *, split_qkv: bool):
     """Stacked decoder layers in our layout, norms and scales folded."""
     attn, mlp, text = layers["attn"], layers["mlp"], model.text
-    q = jnp.moveaxis(_f32(attn["q_einsum"]["w"]), 1, 2)  # layers d n e
-    kv = jnp.moveaxis(_f32(attn["kv_einsum"]["w"]), 3, 1)  # layers d 2 m e
-    kv = kv.reshape(*kv.shape[:2], -1, kv.shape[-1])
-    up = jnp.moveaxis(_f32(mlp["gating_einsum"]), 1, 2)  # layers d 2 f
-    scales = {name: layers[name].get("scale") for name in ("pre_attention_norm", "pre_ffw_norm")}
+    q = heads_first(Weight.of(attn["q_einsum"], "w"))  # layers d n e
+    kv = join_outputs(side_by_side(Weight.of(attn["kv_einsum"], "w"), 3))  # layers d 2m e
+    up = side_by_side(Weight.of(mlp, "gating_einsum"), 2)  # layers d 2 f
+    scales = {name: layers[name].get("scale") for name in NORMS}
     if rewrites.norms:
         if scales["pre_attention_norm"] is not None:
             by = 1 + _f32(scales["pre_attention_norm"])
-            q, kv = q * by[:, :, None, None], kv * by[:, :, None, None]
+            q, kv = q.scale_inputs(by), kv.scale_inputs(by)
         if scales["pre_ffw_norm"] is not None:
-            up = up * (1 + _f32(scales["pre_ffw_norm"]))[:, :, None, None]
+            up = up.scale_inputs(1 + _f32(scales["pre_ffw_norm"]))
         scales = dict.fromkeys(scales)
     q_scale = text.head_dim**-0.5
     if rewrites.projections:
-        q, q_scale = q * q_scale, None
+        q, q_scale = q.scale_outputs(q_scale), None
     fused = rewrites.fuse and not split_qkv
-    qkv = (jnp.concatenate([q, kv], axis=2),) if fused else (q, kv)
-    ups = (up,) if rewrites.fuse else (up[:, :, 0], up[:, :, 1])
-    each = jax.vmap(finish)  # the layers axis is no part of a layer's weight
-    out = _f32(attn["attn_vec_einsum"]["w"])
+    qkv = (concatenate([q, kv]),) if fused else (q, kv)
+    ups = (up,) if rewrites.fuse else (one_of(up, 0), one_of(up, 1))
     return {
         "attn_norm": scales["pre_attention_norm"],
-        "qkv": tuple(each(w) for w in qkv),
-        "q_scale": None if q_scale is None else jnp.full(q.shape[0], q_scale, jnp.float32),
-        "out": each(out.reshape(out.shape[0], -1, out.shape[-1])),
+        "qkv": tuple(finish(w) for w in qkv),
+        "q_scale": None if q_scale is None else jnp.full(q.w.shape[0], q_scale, jnp.float32),
+        "out": finish(join_inputs(Weight.of(attn["attn_vec_einsum"], "w"))),
         "ffw_norm": scales["pre_ffw_norm"],
-        "up": tuple(each(w) for w in ups),
-        "down": each(_f32(mlp["linear"])),
+        "up": tuple(finish(w) for w in ups),
+        "down": finish(Weight.of(mlp, "linear")),
     }
 
 
@@ -114,40 +129,41 @@ def _vision(
     """The image encoder; `patch_bias` holds the position table too."""
     cfg, layers = model.vision, img["Transformer"]["encoderblock"]
     attn, mlp = layers["MultiHeadDotProductAttention_0"], layers["MlpBlock_0"]
-    kernel, bias = _f32(img["embedding"]["kernel"]), _f32(img["embedding"]["bias"])
+    patches = merge(img["embedding"], 1.0, "backbone/img/embedding/")
+    kernel, bias = _f32(patches["kernel"]), _f32(patches["bias"])
     if rewrites.norms:  # pixels arrive as 0 … 255
         bias, kernel = bias - kernel.sum((0, 1, 2)), kernel / 127.5
-    qkv = [_f32(attn[name]["kernel"]) for name in ("query", "key", "value")]  # layers d n e
+    qkv = [Weight.of(attn[name], "kernel") for name in ("query", "key", "value")]  # layers d n e
     qkv_bias = [_f32(attn[name]["bias"]) for name in ("query", "key", "value")]
-    up, up_bias = _f32(mlp["Dense_0"]["kernel"]), _f32(mlp["Dense_0"]["bias"])
+    up, up_bias = Weight.of(mlp["Dense_0"], "kernel"), _f32(mlp["Dense_0"]["bias"])
     norms: list = [layers["LayerNorm_0"], layers["LayerNorm_1"]]
-    head, head_bias = _f32(img["head"]["kernel"]), _f32(img["head"]["bias"])
+    head, head_bias = Weight.of(img["head"], "kernel"), _f32(img["head"]["bias"])
     last_norm = img["Transformer"]["encoder_norm"]
     if rewrites.norms:
         (scale, shift), (scale1, shift1) = ((_f32(n["scale"]), _f32(n["bias"])) for n in norms)
-        qkv_bias = [b + jnp.einsum("ld,ldne->lne", shift, w) for w, b in zip(qkv, qkv_bias)]
-        qkv = [w * scale[:, :, None, None] for w in qkv]
-        up_bias, up = up_bias + jnp.einsum("ld,ldf->lf", shift1, up), up * scale1[:, :, None]
-        head_bias = head_bias + _f32(last_norm["bias"]) @ head
-        head = head * _f32(last_norm["scale"])[:, None]
+        qkv_bias = [b + jnp.einsum("ld,ldne->lne", shift, w.merged()) for w, b in zip(qkv, qkv_bias)]
+        qkv = [w.scale_inputs(scale) for w in qkv]
+        up_bias, up = up_bias + jnp.einsum("ld,ldf->lf", shift1, up.merged()), up.scale_inputs(scale1)
+        head_bias = head_bias + _f32(last_norm["bias"]) @ head.merged()
+        head = head.scale_inputs(_f32(last_norm["scale"]))
         norms, last_norm = [None, None], None
     q_scale = (cfg.width // cfg.heads) ** -0.5
     if rewrites.projections:
-        qkv[0], qkv_bias[0], q_scale = qkv[0] * q_scale, qkv_bias[0] * q_scale, None
+        qkv[0], qkv_bias[0], q_scale = qkv[0].scale_outputs(q_scale), qkv_bias[0] * q_scale, None
     if rewrites.fuse and not split_qkv:
-        qkv, qkv_bias = [jnp.concatenate(qkv, axis=2)], [jnp.concatenate(qkv_bias, axis=1)]
-    each, out = jax.vmap(finish), _f32(attn["out"]["kernel"])
+        qkv, qkv_bias = [concatenate(qkv)], [jnp.concatenate(qkv_bias, axis=1)]
+    out = join_inputs(Weight.of(attn["out"], "kernel"))
     blocks = {
         "norm0": norms[0],
-        "qkv": tuple(each(w) for w in qkv),
+        "qkv": tuple(finish(w) for w in qkv),
         "qkv_bias": tuple(b.astype(dtype) for b in qkv_bias),
-        "q_scale": None if q_scale is None else jnp.full(out.shape[0], q_scale, jnp.float32),
-        "out": each(out.reshape(out.shape[0], -1, out.shape[-1])),
+        "q_scale": None if q_scale is None else jnp.full(out.w.shape[0], q_scale, jnp.float32),
+        "out": finish(out),
         "out_bias": attn["out"]["bias"].astype(dtype),
         "norm1": norms[1],
-        "up": each(up),
+        "up": finish(up),
         "up_bias": up_bias.astype(dtype),
-        "down": each(_f32(mlp["Dense_1"]["kernel"])),
+        "down": finish(Weight.of(mlp["Dense_1"], "kernel")),
         "down_bias": mlp["Dense_1"]["bias"].astype(dtype),
     }
     return {
@@ -155,7 +171,7 @@ def _vision(
         "patch_bias": bias + _f32(img["pos_embedding"][0]),
         "layers": blocks,  # stacked: one after another in the program they take twice as long (XLA 0.10, CPU)
         "norm": last_norm,
-        "head": finish(head),
+        "head": finish(head, stacked=False),
         "head_bias": head_bias.astype(dtype),
     }
 
@@ -170,7 +186,9 @@ def _expert(
     split_qkv: bool,
 ) -> PyTree:
     """The action expert. Its small projections stay float32: they touch a few dozen tokens only."""
-    width = model.expert.width
+    width, layers = model.expert.width, expert["layers"]
+    norms = {name: merge(layers[name], 1.0, f"expert/layers/{name}/") for name in NORMS}
+    expert = merge({name: part for name, part in expert.items() if name != "layers"}, 1.0, "expert/")
     into = {name: _f32(leaf) for name, leaf in expert["action_in_proj"].items()}
     if model.expert.padding == "zero":
         into["kernel"] = into["kernel"].at[action_dims:].set(0)
@@ -179,9 +197,7 @@ def _expert(
     if rewrites.norms and final is not None:
         out["kernel"], final = out["kernel"] * (1 + _f32(final))[:, None], None
     weights = {
-        "layers": _arrange(
-            _decoder_layers(expert["layers"], model, rewrites, finish, split_qkv=split_qkv), rewrites
-        ),
+        "layers": _arrange(_decoder_layers(layers, model, rewrites, finish, split_qkv=split_qkv), rewrites),
         "action_out": out,
         "final_norm": final,
     }
@@ -194,10 +210,7 @@ def _expert(
         weights["action_in"] = into
         weights["time"] = {name: jax.tree.map(_f32, expert[name]) for name in ("time_mlp_in", "time_mlp_out")}
         weights["modulation"] = {
-            "layers": {
-                name: jax.tree.map(_f32, expert["layers"][name]["Dense_0"])
-                for name in ("pre_attention_norm", "pre_ffw_norm")
-            },
+            "layers": {name: jax.tree.map(_f32, norms[name]["Dense_0"]) for name in NORMS},
             "final": jax.tree.map(_f32, expert["final_norm"]["Dense_0"]),
         }
         return weights
