@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 from launch._main import UsageError, cli, run
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class BenchmarkArgs:
     """What to measure. Options that hold several values take them separated by commas."""
 

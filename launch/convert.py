@@ -21,9 +21,11 @@ from typing import Annotated, Literal
 import tyro
 
 from launch._main import cli, run
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ConvertArgs:
     """What to read, and what to write."""
 

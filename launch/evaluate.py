@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from launch._main import cli, run
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class EvaluateArgs:
     """What to evaluate, and where to write it."""
 

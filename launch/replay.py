@@ -20,9 +20,11 @@ from typing import Any, Literal
 import numpy as np
 
 from launch._main import cli, run
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ReplayArgs:
     """What to ask again, and whom."""
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from launch._main import cli, run
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class SampleArgs:
     """What to sample, and where to draw it."""
 

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Literal
 
 from launch._main import cli, run
+from vla_jax.finite import finite
 from vla_jax.serve.server.config import ServeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ServeArgs(ServeConfig):
     """What to serve, to whom, and within which limits."""
 

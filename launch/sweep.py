@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from launch._main import UsageError, cli_with_config, run
+from vla_jax.finite import finite
 
 if TYPE_CHECKING:
     from vla_jax.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class SweepArgs:
     """What is varied, and how."""
 

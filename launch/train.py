@@ -25,11 +25,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch._main import cli_with_config, run, value_of
+from vla_jax.finite import finite
 
 _BEGUN = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class TrainArgs:
     """What is not part of the experiment."""
 

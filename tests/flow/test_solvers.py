@@ -147,3 +147,30 @@ def test_grids(n):
 def test_impossible_solvers_are_refused(options):
     with pytest.raises(ValueError, match="solver"):
         SolverConfig(**options)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_adaptive_steps_end_at_the_first_value_that_is_not_finite(method, value):
+    """Counted by the field itself, from its first answer and from halfway."""
+    for since, most in ((0.0, 8), (0.5, 200)):
+        calls = []
+
+        def field(x, t):
+            jax.debug.callback(lambda: calls.append(1))
+            return jnp.where(t[:, None] >= since, value, 1.0) * x
+
+        with pytest.raises(RuntimeError, match=f"solver.method {method}: .* NaN or infinite"):
+            jax.block_until_ready(solve(field, jnp.ones((2, 3)), SolverConfig(method=method)).x)
+        jax.effects_barrier()
+        assert len(calls) <= most
+
+
+def test_adaptive_steps_that_do_not_arrive_say_so(monkeypatch):
+    monkeypatch.setattr("vla_jax.flow.adaptive.MAX_STEPS", 16)
+    with pytest.raises(RuntimeError, match="has not arrived after 16 steps; raise solver.rtol"):
+        solve(
+            lambda x, t: 1e3 * jnp.cos(1e3 * t)[:, None] + 0 * x,
+            jnp.ones((1, 1)),
+            SolverConfig(method="dopri5", rtol=1e-6, atol=1e-6),
+        ).x.block_until_ready()

@@ -26,6 +26,7 @@ from vla_jax.data.robots.table import find_robot
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
 from vla_jax.data.tokenizer_files import read_tokenizer
+from vla_jax.finite import finite
 from vla_jax.models.config import VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 
@@ -38,6 +39,7 @@ EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class PolicyOptions:
     """What the files do not say."""
 

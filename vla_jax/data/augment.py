@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
+from vla_jax.finite import finite
 from vla_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("augment.")
 class AugmentConfig:
     """How training images are varied; everything 0 leaves them alone."""
 

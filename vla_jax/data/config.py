@@ -5,9 +5,11 @@ from typing import Literal
 
 from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.prompt_forms import Prompt, PromptForm
+from vla_jax.finite import finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("data.")
 class DataConfig:
     """One RLDS data set, its split, its text and image sizes, its normalisation, its loader."""
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vla_jax.finite import finite
+
 #: Fields of an episode's metadata, their type and the value of one that was not given.
 METADATA: Mapping[str, tuple[type, Any]] = {
     "seed": (int, None),
@@ -20,6 +22,7 @@ METADATA: Mapping[str, tuple[type, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class DatasetSchema:
     """Names and sizes of everything that is recorded; two data sets of equal schema can be swapped."""
 

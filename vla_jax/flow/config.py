@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+from vla_jax.finite import finite
+
 Kind = Literal["flow", "ddpm", "regression"]
 PathName = Literal["cond_ot", "polynomial", "vp", "linear_vp", "cosine", "ddpm_linear", "ddpm_cosine"]
 TimeName = Literal["uniform", "beta", "logit_normal"]
@@ -29,6 +31,7 @@ def require(value: str, allowed: object, where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("process.")
 class ProcessConfig:
     """What noise means: how a chunk is corrupted in training and what the network predicts."""
 
@@ -108,6 +111,7 @@ class ProcessConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("solver.")
 class SolverConfig:
     """How noise is turned into data by a trained field."""
 

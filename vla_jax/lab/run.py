@@ -14,6 +14,7 @@ import jax
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.checkpoint.manager import versions
 from vla_jax.config import config_hash, to_json
+from vla_jax.finite import finite
 from vla_jax.lab.evaluate import closed_loop, last_validation
 from vla_jax.lab.grid import Cell
 from vla_jax.lab.plan import Group, plan, split
@@ -27,6 +28,7 @@ from vla_jax.train.run import resolve, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class SweepConfig:
     """How cells are trained and judged; it changes no cell's parameters."""
 

@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vla_jax.finite import finite
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class UNetConfig:
     """Sizes of the U-Net."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from vla_jax.finite import finite
 from vla_jax.objectives.weighting.config import OPTIONS, WeightingConfig
 
 Reduction = Literal["mean", "sum"]
@@ -31,6 +32,7 @@ class DiagnosticsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("objective.")
 class ObjectiveConfig:
     """Transfusion: L = CE(text) + λ · L(actions), each the mean over its own valid elements of the global batch."""
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+from vla_jax.finite import finite
+
 AXES = ("data", "fsdp", "sequence", "tensor")
 """The mesh axes, slowest network first: `data` may cross slices, `tensor` wants the nearest neighbours."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("mesh.")
 class MeshConfig:
     """The device mesh ``data × fsdp × sequence × tensor``. One device is just 1×1×1×1."""
 

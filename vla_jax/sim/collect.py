@@ -28,6 +28,7 @@ import tqdm
 
 from vla_jax.data import rlds
 from vla_jax.data.schema import Episode
+from vla_jax.finite import finite
 from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource
 
 _MAX_SHARDS = 1000
@@ -37,6 +38,7 @@ _LEFTOVER = re.compile(r"\.(.*\.array_record-.*\.tmp|\w+\.json\..*|metadata-.*)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class CollectConfig:
     """What is demonstrated, how often, and where to."""
 

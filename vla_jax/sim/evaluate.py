@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from vla_jax.finite import finite
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.executors import ChunkExecutor, ChunkPolicy, ExecutorConfig, ExecutorKind, make_executor
 from vla_jax.sim import metrics
@@ -47,6 +48,7 @@ class EvaluablePolicy(ChunkPolicy, Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class EvaluateConfig:
     """What to run."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from vla_jax.finite import finite
 from vla_jax.flow.base import Samples
 from vla_jax.flow.config import (
     PathName,
@@ -45,6 +46,7 @@ LAST_TIME = 0.999
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ToyConfig:
     """One training in the plane."""
 

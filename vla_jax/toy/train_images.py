@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from vla_jax.finite import finite
 from vla_jax.flow.base import Samples
 from vla_jax.flow.config import ProcessConfig, SolverConfig, check
 from vla_jax.flow.guidance import classifier_free, drop_condition
@@ -24,6 +25,7 @@ from vla_jax.toy.images import CIFAR_CLASSES, SHAPES, Cifar10, Images, draw_shap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ImagesConfig:
     """One training on pictures."""
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
+from vla_jax.finite import finite
+
 
 def _check(ok: bool, message: str) -> None:
     if not ok:
@@ -10,6 +12,7 @@ def _check(ok: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("optim.")
 class OptimConfig:
     """AdamW with clipping and a warm-up → hold → cosine learning rate."""
 
@@ -96,6 +99,7 @@ def _group(text: str) -> Group:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("lora.")
 class LoraConfig:
     """LoRA (arXiv:2106.09685): frozen matrices W, of which W + α/rank · A·B is used and A, B are trained."""
 
@@ -119,6 +123,7 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("train.")
 class LoopConfig:
     """How long to train, on how much at a time, and what to write down on the way."""
 

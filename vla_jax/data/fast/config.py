@@ -2,8 +2,11 @@
 
 import dataclasses
 
+from vla_jax.finite import finite
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("data.fast.")
 class FastConfig:
     """A tokenizer from files, or one trained on the data set's own normalised chunks."""
 

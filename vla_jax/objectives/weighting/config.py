@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vla_jax.finite import finite
+
 Policy = Literal[
     "fixed", "step", "linear", "cosine", "uncertainty", "loss_ema", "gradnorm", "gradient_ratio", "pcgrad", "mgda",
     "cagrad",
@@ -26,6 +28,7 @@ SCHEDULES = ("step", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("objective.weighting.")
 class WeightingConfig:
     """How λ comes about in each step; `objective.action_weight` is its scale in every policy."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vla_jax.data.observations import take
+from vla_jax.finite import finite
 from vla_jax.flow.config import SolverConfig
 from vla_jax.types import Observation
 
@@ -66,6 +67,7 @@ class ChunkPolicy(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ExecutorConfig:
     """How a policy's chunks are executed."""
 

@@ -7,10 +7,12 @@ import re
 import ssl
 from pathlib import Path
 
+from vla_jax.finite import finite
 from vla_jax.serve.server.listener import Door, Listener, bind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class ServeConfig:
     """Where and how a server listens, and its limits."""
 

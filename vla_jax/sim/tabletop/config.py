@@ -2,11 +2,14 @@
 
 import dataclasses
 
+from vla_jax.finite import finite
+
 KINDS = ("symmetric", "asymmetric", "clear")
 """How the obstacle lies between gripper and goal; the order of `TabletopConfig.kind_weights`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class TabletopConfig:
     """The table, its things, the robot and its expert. x points right, y away from the robot (up)."""
 

@@ -1,0 +1,23 @@
+"""diffrax's step sizes, but for one thing: they end at the first value that is NaN or infinite.
+
+diffrax's own takes such a value for too long a step and tries ever shorter ones until its limit of steps. A network that
+has answered NaN once answers it for shorter steps too.
+"""
+
+import diffrax
+import jax.numpy as jnp
+
+NOT_FINITE = diffrax.RESULTS.dt_min_reached
+"""What a solution says then: no other cause has it, since no least step is set."""
+
+
+class StopEarly(diffrax.PIDController):
+    """A PID controller that ends the solution with `NOT_FINITE`."""
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
+        """As diffrax's, see there."""
+        keep, *rest, result = super().adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+        )
+        finite = jnp.isfinite(y1_candidate).all() & jnp.isfinite(y_error).all()
+        return keep, *rest, diffrax.RESULTS.where(finite, result, NOT_FINITE)
