@@ -54,7 +54,9 @@ def test_the_search_finds_what_it_should():
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-@pytest.mark.parametrize("option", ["objective.action_weight", "optim.learning_rate", "objective.weighting.decay"])
+@pytest.mark.parametrize(
+    "option", ["objective.action_weight", "optim.learning_rate", "objective.weighting.decay"]
+)
 def test_from_the_command_line(option, value):
     with pytest.raises((UsageError, ValueError), match=rf"{option}=-?(nan|inf): must be a finite number"):
         cli(TrainConfig, description=None, argv=[f"--{option}", value])
@@ -65,5 +67,5 @@ def test_from_json():
     values["optim"]["clip_norm"] = math.inf
     text = json.dumps(values)
     assert "Infinity" in text
-    with pytest.raises(ValueError, match="optim.clip_norm=inf: must be a finite number"):
+    with pytest.raises(ValueError, match=r"optim\.clip_norm=inf: must be a finite number"):
         from_json(text)

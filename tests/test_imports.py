@@ -31,7 +31,8 @@ PACKAGES = {
         "types", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "train", "serve", "sim",
     },
 }  # fmt: skip
-"""Who may import whom; `finite`, a check of numbers, is everybody's. config and train know each other: config composes train/config.py, train reads the root."""
+"""Who may import whom; `finite`, a check of numbers, is everybody's. config and train know each other: config composes
+train/config.py, train reads the root."""
 
 
 def imported(path: Path) -> set[str]:
@@ -58,7 +59,9 @@ def test_arrows_go_one_way(path):
         assert top not in ("launch", "configs", "tests"), f"{path} imports {name}"
         assert top not in ("tensorflow", "torch", "flow_matching"), f"{path} imports {name}"
         if top == "vla_jax" and rest and package != "__init__" and rest[0] != package:
-            assert rest[0] in PACKAGES[package] | {"finite"}, f"{package} may not import {rest[0]} ({path}: {name})"
+            assert rest[0] in PACKAGES[package] | {"finite"}, (
+                f"{package} may not import {rest[0]} ({path}: {name})"
+            )
 
 
 def test_only_config_modules_know_of_train_in_config():

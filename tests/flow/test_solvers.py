@@ -168,7 +168,7 @@ def test_adaptive_steps_end_at_the_first_value_that_is_not_finite(method, value)
 
 def test_adaptive_steps_that_do_not_arrive_say_so(monkeypatch):
     monkeypatch.setattr("vla_jax.flow.adaptive.MAX_STEPS", 16)
-    with pytest.raises(RuntimeError, match="has not arrived after 16 steps; raise solver.rtol"):
+    with pytest.raises(RuntimeError, match=r"has not arrived after 16 steps; raise solver\.rtol"):
         solve(
             lambda x, t: 1e3 * jnp.cos(1e3 * t)[:, None] + 0 * x,
             jnp.ones((1, 1)),

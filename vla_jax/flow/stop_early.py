@@ -1,7 +1,7 @@
 """diffrax's step sizes, but for one thing: they end at the first value that is NaN or infinite.
 
-diffrax's own takes such a value for too long a step and tries ever shorter ones until its limit of steps. A network that
-has answered NaN once answers it for shorter steps too.
+diffrax's own takes such a value for too long a step and tries ever shorter ones until its limit of steps. A network
+that has answered NaN once answers it for shorter steps too.
 """
 
 import diffrax
