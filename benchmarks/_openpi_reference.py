@@ -51,6 +51,12 @@ class Reference:
         model = policy.config.model
         if len(model.cameras) != SLOTS:
             raise ValueError(f"openpi's policies have {SLOTS} cameras, this one {len(model.cameras)}")
+        self._dims, most = len(policy.bundle.schema.action_names), model.expert.action_dim
+        if self._dims < most and model.expert.padding == "zero":
+            raise ValueError(
+                f"openpi puts noise into all {most} action dims, but this policy knows it in {self._dims} of them only "
+                "(model.expert.padding=zero)"
+            )
         self.policy = policy
         self.params = jax.tree.map(lambda p: jnp.asarray(p, dtype), policy.params)
         self._tokenize = tokenize_of(policy.bundle)
@@ -64,6 +70,7 @@ class Reference:
         robots = len(observation.instruction)
         size = self.policy.config.model.vision.image_size
         state = ((observation.state - self._offset) * self._inverse).astype(np.float32)
+        padding = self.policy.config.model.expert.state_dim - state.shape[-1]
         seen = [
             Sample(images={}, state=row, instruction=text)
             for row, text in zip(state, observation.instruction)
@@ -79,12 +86,12 @@ class Reference:
         observed = Observed(
             tuple(images),
             tuple(masks),
-            jnp.asarray(state),
+            jnp.asarray(np.pad(state, ((0, 0), (0, padding)))),
             jnp.asarray(np.stack([row.tokens for row in rows])),
             jnp.asarray(np.stack([row.mask for row in rows])),
         )
         actions = np.asarray(self._sample(self.params, observed, for_noise))
-        return (actions * self._scale + self._shift).astype(np.float32)
+        return (actions[..., : self._dims] * self._scale + self._shift).astype(np.float32)
 
 
 def sample_actions(
