@@ -28,7 +28,8 @@ PACKAGES = {
     "toy": {"flow", "models", "sim"},
     "convert": {"types", "layers", "models", "objectives", "data", "sharding", "checkpoint", "config"},
     "lab": {
-        "types", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "train", "serve", "sim",
+        "types", "layers", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "train",
+        "serve", "sim",
     },
 }  # fmt: skip
 """Who may import whom; `finite`, a check of numbers, is everybody's. config and train know each other: config composes

@@ -20,10 +20,12 @@ from tests.lab import sweeper
 from tests.serve import toy
 from vla_jax.lab import run as lab_run
 from vla_jax.lab.grid import make_cells
+from vla_jax.lab.plan import plan
 from vla_jax.lab.report import write_report
 from vla_jax.lab.run import SweepConfig, sweep
 from vla_jax.lab.store import Store
 from vla_jax.lab.submit import write_jobs
+from vla_jax.lab.train import make_group_job
 from vla_jax.serve.policy import Policy
 from vla_jax.train.loop import TrainingDiverged
 
@@ -293,3 +295,12 @@ def test_a_job_per_cell(scheduler, tmp_path):
         import shlex
 
         assert shlex.split(jobs[3][5]) == own
+
+
+def test_cudnn_is_refused_side_by_side():
+    """Its backward pass cannot be mapped over cells, which JAX would say in the middle of compiling."""
+    base = sweeper.base(str(toy.dataset()))
+    model = dataclasses.replace(base.model, attention="cudnn", dtype="bfloat16")
+    (group,) = plan(make_cells(dataclasses.replace(base, model=model), (), 2))
+    with pytest.raises(ValueError, match=r"model.attention=cudnn has no gradient where .* use --group 1"):
+        make_group_job(group)

@@ -21,6 +21,7 @@ from vla_jax.data.normalize import narrow_dims
 from vla_jax.flow.processes import make_process
 from vla_jax.lab.plan import Group
 from vla_jax.lab.together import Cells, Together, padding
+from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
 from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import FREE_TO_CHANGE
@@ -69,6 +70,12 @@ def make_group_job(group: Group) -> GroupJob:
             "cells are trained together on one host only; use --group 1, or --submit for a job per cell"
         )
     _refuse_fine_tuning(group.config)
+    if group.config.model.attention == "cudnn":
+        raise ValueError(
+            "model.attention=cudnn has no gradient where models are trained together (its backward pass cannot be "
+            "mapped over them in JAX); use --group 1, or --model.attention xla"
+        )
+    check_backend(group.config.model.attention, jax.devices()[0].platform)
     bundle = prepare_data(group.config)
     print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
     config = resolve(group.config, bundle)
@@ -149,6 +156,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
 def compile_step(job: GroupJob):
     """The compiled step of a group."""
     begin = time.perf_counter()
+    _say(f"compiling {len(job.group.cells)} cells as one program; nothing else is said until that is done …")
     batch = jax.device_put(job.example, job.together.everywhere)
     compiled = job.together.compile_step(batch)
     _say(f"compiled {len(job.group.cells)} cells as one program in {time.perf_counter() - begin:.1f} s")

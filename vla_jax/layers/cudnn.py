@@ -1,7 +1,8 @@
 """cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
 It takes bfloat16 and head widths that are multiples of 8, up to 128, on Hopper and later up to 256 (Gemma's). The mask
-goes in as a bias [b 1 t s], the one array of that size that is left.
+goes in as a bias [b 1 t s], the one array of that size that is left. Its backward pass cannot be mapped (`jax.vmap`) up
+to JAX 0.11, so models that are trained side by side refuse it (`lab/train.py`).
 """
 
 import jax
