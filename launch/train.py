@@ -42,7 +42,11 @@ class TrainArgs:
     of --model come after. Sets train.init_from and data.image_size, and the prompt where only it can hold the
     state. docs/fine_tuning.md"""
     dry_run: bool = False
-    """Only print the configuration, and where every array would lie on the devices."""
+    """Only print the configuration, where every array would lie on the devices, and of --init-from what would be new;
+    refuses what the run would refuse."""
+    extend: bool = False
+    """Continue a run with a larger train.steps than it was begun with. From there on learning rate and λ follow the
+    schedules of the new length: after a decay to the old end the learning rate rises again."""
     profile: str | None = None
     """START:STOP: trace these steps into RUN_DIR/profile, for TensorBoard or XProf."""
     coordinator: str | None = None
@@ -82,6 +86,7 @@ def main() -> None:
         config,
         args.run_dir,
         dry_run=args.dry_run,
+        extend=args.extend,
         profile=steps,
         begun=_BEGUN,
         start_timeout=args.start_timeout,

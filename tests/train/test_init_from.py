@@ -163,6 +163,30 @@ def test_another_robot(base, tmp_path, capsys):
     assert "expert.horizon 4 → 6" in said
 
 
+def test_a_dry_run_looks_at_what_a_run_would_start_from(base, tmp_path, capsys):
+    """It says what would be new, and refuses what the run would refuse."""
+    folder, config = base
+    train(with_train(config, init_from=str(folder / "base")), tmp_path / "x", dry_run=True)
+    assert "arrays taken, 0 new" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(with_train(config, init_from=str(folder / "nowhere")), tmp_path / "x", dry_run=True)
+    wider = dataclasses.replace(config.model, expert=dataclasses.replace(config.model.expert, width=24))
+    other = dataclasses.replace(with_train(config, init_from=str(folder / "base")), model=wider)
+    with pytest.raises(ValueError, match=r"is of another model: model.expert.width=24"):
+        train(other, tmp_path / "x", dry_run=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_rounding_takes_of_a_merged_lora_is_said(tuned, tmp_path, capsys):
+    folder, config = tuned
+    again = with_train(config, init_from=str(folder / "tuned"))
+    _, said = dry(again, folder, tmp_path, capsys)
+    (line,) = [line for line in said.splitlines() if "LoRA of" in line]
+    assert line.strip().startswith("LoRA of 13 matrices is merged: rounded to bfloat16, what it adds")
+    again = dataclasses.replace(again, optim=dataclasses.replace(again.optim, frozen_dtype="float32"))
+    assert "LoRA of" not in dry(again, folder, tmp_path, capsys)[1]
+
+
 def test_another_expert_and_another_vocabulary(base, tmp_path, capsys):
     folder, config = base
     model = dataclasses.replace(

@@ -35,6 +35,23 @@ def test_without_ema_there_is_no_such_item(tmp_path):
     assert not (tmp_path / "checkpoints" / "2" / "ema").exists()
 
 
+def test_more_steps_are_an_explicit_wish(tmp_path, capsys):
+    """Without it one line says how; with it the schedule is that of the new length, and the run is of that length."""
+    first, longer = (small_loop(steps=steps, val_every=0) for steps in (2, 4))
+    fit(make_job(first, MeshConfig()), first, tmp_path)
+    with pytest.raises(ValueError, match=r"planned with train.steps=2, not 4; --extend continues it"):
+        fit(make_job(longer, MeshConfig()), longer, tmp_path)
+    job = make_job(longer, MeshConfig())
+    assert int(fit(job, longer, tmp_path, extend=True).step) == 4
+    said = capsys.readouterr().err
+    rate = float(job.schedule(2))
+    assert "train.steps 2 → 4" in said and f"the next learning rate is {rate:.3g}" in said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[2]["learning_rate"] == pytest.approx(rate)
+    with pytest.raises(ValueError, match=r"train.steps=2, but .* was planned with 4"):
+        fit(make_job(first, MeshConfig()), first, tmp_path, extend=True)
+
+
 def test_a_run_directory_belongs_to_one_process(tmp_path):
     loop = small_loop()
     with open(tmp_path / ".lock", "w") as file:

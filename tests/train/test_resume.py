@@ -99,7 +99,11 @@ def test_other_config_is_one_line(toy, whole):
     done = toy(whole, "--steps", "20")
     assert done.returncode == 2
     error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(error) == 1 and "train.steps=20 (saved: 12)" in error[0] and "Traceback" not in done.stderr
+    assert (
+        len(error) == 1
+        and "planned with train.steps=12, not 20; --extend" in error[0]
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_failing_writes_are_one_line_and_leave_the_last_checkpoint(toy, tmp_path):

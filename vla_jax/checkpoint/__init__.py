@@ -6,6 +6,7 @@ from vla_jax.checkpoint.read import (
     UnreachableCheckpointError,
     load,
     load_params,
+    params_shapes,
     read_meta,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "UnreachableCheckpointError",
     "load",
     "load_params",
+    "params_shapes",
     "read_meta",
 ]

@@ -136,6 +136,19 @@ def load_params(
     return _newest(path, read)
 
 
+def params_shapes(path: str | os.PathLike) -> Loaded:
+    """What `load_params` would read, as `jax.ShapeDtypeStruct`s, without reading any array. Raises as it does."""
+
+    def read(step_dir: Path) -> Loaded:
+        has = read_step_meta(step_dir)["items"]
+        trained = "ema" if "ema" in has else "params"
+        names = [trained] + (["frozen"] if "frozen" in has else [])
+        parts = [_attempt(step_dir, functools.partial(_saved_shapes, step_dir / name)) for name in names]
+        return Loaded(functools.reduce(join, parts), trained)
+
+    return _newest(path, read)
+
+
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """The JSON of a checkpoint: step, config, items, assets, versions. `path` as for `load`."""
     return _newest(path, read_step_meta)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from vla_jax.checkpoint import load_params, read_meta
+from vla_jax.checkpoint import load_params, params_shapes, read_meta
+from vla_jax.checkpoint.read import Loaded
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.config import TrainConfig, from_meta
 from vla_jax.layers import lora
@@ -79,30 +81,74 @@ def read_start(config: TrainConfig, shapes: PyTree) -> Start:
     Every array goes straight to its place on the devices. Raises FileNotFoundError or ValueError, in one line.
     """
     path = config.train.init_from
-    meta = read_meta(path)
-    source = from_meta(meta)
-    wanted = {name: leaf for name, leaf in flatten(shapes).items() if not lora.is_factor(name)}
+    source = from_meta(read_meta(path))
+    wanted = _wanted(shapes)
     loaded = load_params(path, shardings={name: leaf.sharding for name, leaf in wanted.items()})
+    said = []
     if source.lora.rank:
-        loaded.params = jax.jit(lora.merge, static_argnums=1)(loaded.params, source.lora.scale)
+        merged = jax.jit(lora.merge, static_argnums=1)(loaded.params, source.lora.scale)
+        said = _rounding(loaded.params, merged, config)
+        loaded.params = merged
+    reasons, lines = _plan(config, source, wanted, loaded)
     found = flatten(loaded.params)
+    return Start({name: found[name] for name in wanted if name not in reasons}, lines + said)
+
+
+def check_start(config: TrainConfig, shapes: PyTree) -> list[str]:
+    """What `read_start` would say, from names and shapes alone. Raises as it does."""
+    source = from_meta(read_meta(config.train.init_from))
+    loaded = params_shapes(config.train.init_from)
+    loaded.params = {name: leaf for name, leaf in flatten(loaded.params).items() if not lora.is_factor(name)}
+    return _plan(config, source, _wanted(shapes), loaded)[1]
+
+
+def _wanted(shapes: PyTree) -> dict[str, Any]:
+    return {name: leaf for name, leaf in flatten(shapes).items() if not lora.is_factor(name)}
+
+
+def _plan(
+    config: TrainConfig, source: TrainConfig, wanted: Mapping[str, Any], loaded: Loaded
+) -> tuple[dict[str, str], list[str]]:
+    """Which arrays start anew and why, and what there is to say."""
+    path, found = config.train.init_from, flatten(loaded.params)
     new = choose(list(wanted), config.train.init_new, "train.init_new")
     if not any(name.startswith("expert/") for name in found):
         new |= {name for name in wanted if name.startswith("expert/")}
     changed = _changes(source.model, config.model)
     _check_meaning(path, changed, without_expert=all(n in new for n in wanted if n.startswith("expert/")))
     reasons = _compare(config.train, wanted, found, new, changed)
-    taken = {name: found[name] for name in wanted if name not in reasons}
-    head = f"init_from {path} (step {meta['step']}, {loaded.item}): {len(taken)} arrays taken"
+    step = read_meta(path)["step"]
+    head = f"init_from {path} (step {step}, {loaded.item}): {len(wanted) - len(reasons)} arrays taken"
     horizon = changed.get("expert.horizon")
-    return Start(
-        taken,
-        [
-            f"{head}, {len(reasons)} new" + (":" if reasons else ""),
-            *(f"  new: {name} {tuple(wanted[name].shape)}, {why}" for name, why in sorted(reasons.items())),
-            *([f"  expert.horizon {horizon[0]} → {horizon[1]}"] if horizon else []),
-        ],
-    )
+    return reasons, [
+        f"{head}, {len(reasons)} new" + (":" if reasons else ""),
+        *(f"  new: {name} {tuple(wanted[name].shape)}, {why}" for name, why in sorted(reasons.items())),
+        *([f"  expert.horizon {horizon[0]} → {horizon[1]}"] if horizon else []),
+    ]
+
+
+def _rounding(apart: PyTree, merged: PyTree, config: TrainConfig) -> list[str]:
+    """What is lost of the checkpoint's LoRA where its merged matrices are rounded to bfloat16."""
+    if "bfloat16" not in (config.model.dtype, config.optim.frozen_dtype):
+        return []
+    base, whole = flatten(apart), flatten(merged)
+    names = [name for name in whole if f"{name}{lora.SUFFIX}/a" in base]
+
+    def squares(base: list[Array], whole: list[Array]) -> tuple[Array, Array]:
+        lost = size = 0.0
+        for w, sum_ in zip(base, whole):
+            effect = sum_ - w.astype(jnp.float32)
+            rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (sum_, w)]
+            lost += jnp.sum(jnp.square(rounded[0] - rounded[1] - effect))
+            size += jnp.sum(jnp.square(effect))
+        return lost, size
+
+    lost, size = jax.jit(squares)([base[name] for name in names], [whole[name] for name in names])
+    return [
+        f"  LoRA of {len(names)} matrices is merged: rounded to bfloat16, what it adds to them is off by "
+        f"{float(jnp.sqrt(lost / jnp.maximum(size, 1e-30))):.0%}; going on in that run, or --model.dtype float32 with "
+        "optim.frozen_dtype=float32, loses nothing"
+    ]
 
 
 def _changes(source: VLAConfig, target: VLAConfig) -> dict[str, tuple[Any, Any]]:

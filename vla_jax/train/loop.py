@@ -126,13 +126,14 @@ def fit(
     stop: StopSignal | None = None,
     profile: Steps | None = None,
     begun: float | None = None,
+    extend: bool = False,
 ) -> TrainState:
     """Trains until `loop.steps`, or until told to stop, and returns the last state.
 
     Everything goes to `run_dir`, a directory that all processes share; where it holds a checkpoint, training
-    continues from it. `stop` is given where signals were to be heeded before this; `begun` is when the command began
-    (`time.monotonic`). Raises ValueError where that checkpoint belongs to another config or the processes do not share
-    the directory, OutOfMemory and TrainingDiverged.
+    continues from it, with `extend` also to more steps than it was begun with. `stop` is given where signals were to be
+    heeded before this; `begun` is when the command began (`time.monotonic`). Raises ValueError where that checkpoint
+    belongs to another config or the processes do not share the directory, OutOfMemory and TrainingDiverged.
     """
     begun = time.monotonic() if begun is None else begun
     mesh = job.builder.mesh
@@ -149,9 +150,14 @@ def fit(
         stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
         stack.enter_context(explained(watchdog))
         watchdog.at(0, RESTORING)
-        state, start, skipped = _restore_or_init(job, checkpoints)
+        state, start, skipped, planned = _restore_or_init(job, checkpoints, extend)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
+        if planned != loop.steps:
+            progress.say(
+                f"train.steps {planned} → {loop.steps}: from step {start + 1} on the schedules of learning rate and λ "
+                f"are those of {loop.steps} steps; the next learning rate is {float(job.schedule(start)):.3g}"
+            )
         if start >= loop.steps:
             progress.say(f"{run_dir} is finished: step {start} of {loop.steps}")
             return state
@@ -330,19 +336,34 @@ class _Trainer:
         self.ledger.saved(step)
 
 
-def _restore_or_init(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, int]:
-    """State, steps done, and how many of the last ones were left out."""
+def _restore_or_init(job: Job, checkpoints: Checkpoints, extend: bool) -> tuple[TrainState, int, int, int]:
+    """State, steps done, how many of the last ones were left out, and the steps that the run had planned.
+
+    Only with `extend` may that be fewer than the configuration's.
+    """
+    steps = job.meta["config"]["train"]["steps"]
     shapes = job.builder.shapes
     same = json.loads(
         json.dumps({key: job.meta[key] for key in ("config", "data_fingerprint")})
     )  # tuples are lists in what was saved
     restored = checkpoints.restore_latest(
-        shapes.items(), same=same, free=FREE_TO_CHANGE, defaults=job.defaults
+        shapes.items(), same=same, free=(*FREE_TO_CHANGE, "train.steps"), defaults=job.defaults
     )
     if restored is None:
-        return job.builder.init(job.key, job.start()), 0, 0
+        return job.builder.init(job.key, job.start()), 0, 0, steps
+    planned = restored.meta["config"]["train"]["steps"]
+    if planned > steps:
+        raise ValueError(
+            f"train.steps={steps}, but {checkpoints.directory.parent} was planned with {planned}: a run can be "
+            "continued with as many or more; to use what it has learned so far, start another with train.init_from"
+        )
+    if planned < steps and not extend:
+        raise ValueError(
+            f"{checkpoints.directory.parent} was planned with train.steps={planned}, not {steps}; --extend continues "
+            "it, with the schedules of learning rate and λ stretched to the new end, or use another run directory"
+        )
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
-    return TrainState.from_items(step, restored.items), restored.step, restored.meta.get(SKIPPED, 0)
+    return TrainState.from_items(step, restored.items), restored.step, restored.meta.get(SKIPPED, 0), planned
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from vla_jax.sharding import (
 from vla_jax.train import spikes
 from vla_jax.train.flops import Flops, model_flops
 from vla_jax.train.hosts import bundle_hash, code_hash
-from vla_jax.train.init_from import read_start
+from vla_jax.train.init_from import check_start, read_start
 from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
@@ -58,11 +58,13 @@ def train(
     run_dir: str | os.PathLike,
     *,
     dry_run: bool = False,
+    extend: bool = False,
     profile: Steps | None = None,
     begun: float | None = None,
     start_timeout: float = distributed.START_TIMEOUT,
 ) -> None:
-    """Trains, or continues to train, into `run_dir`; with `dry_run` only prints what would happen.
+    """Trains, or continues to train, into `run_dir`; with `dry_run` only prints what would happen. `extend`: a run may
+    be continued with more steps than it was begun with.
 
     With several processes all call it, after `sharding.distributed.initialize`. `begun` is when the command began
     (`time.monotonic`), for the ledger; `start_timeout` the seconds that a process has until it is heard of.
@@ -97,11 +99,23 @@ def train(
             print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
             if dry_run:
                 print(f"{table.table()}\n{table.summary()}", flush=True)
+                if loop.init_from and not _has_checkpoint(run_dir):
+                    print(
+                        "\n".join(check_start(config, job.builder.shapes.whole(averaged=False))), flush=True
+                    )
             else:
                 print(f"{table.summary()}; array by array: {run_path(run_dir) / PLACEMENT}", flush=True)
         if not dry_run:
             job = dataclasses.replace(job, placement=f"{table.table()}\n{table.summary()}\n")
-            fit(job, loop, run_dir, watchdog=watchdog, stop=stop, profile=profile, begun=begun)
+            fit(job, loop, run_dir, watchdog=watchdog, stop=stop, profile=profile, begun=begun, extend=extend)
+
+
+def _has_checkpoint(run_dir: str | os.PathLike) -> bool:
+    try:
+        read_meta(run_dir)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def check_hosts(config: TrainConfig) -> None:
