@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -77,11 +78,11 @@ def make_train_step(
             is_spike = spikes.is_spike(recent, losses.total, norm, config.train.spike_sigma)
             keep, spiked = finite & ~is_spike, {"spiked": (finite & is_spike).astype(jnp.float32)}
             recent = spikes.remember(recent, losses.total, norm)
-        params, opt_state, ema, remembered = jax.tree.map(
-            lambda new, old: jnp.where(keep, new, old),
-            (params, opt_state, ema, remembered),
-            (state.params, state.opt_state, state.ema, state.weighting),
-        )
+        new = (params, opt_state, ema, remembered)
+        old = (state.params, state.opt_state, state.ema, state.weighting)
+        # While tracing: an update of another type would change the state's for good, and be saved so.
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+        params, opt_state, ema, remembered = jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, old)
         metrics = _metrics(losses, config.objective) | {
             "loss": losses.total,
             "grad_norm": norm,
