@@ -18,7 +18,6 @@ from vla_jax.serve.sampling import sample_actions
 from vla_jax.sharding import activate, batch_sharding, check_batch, check_prefix, check_unsharded, placement
 from vla_jax.sharding.report import Placement
 from vla_jax.train.compiled import jit_train_step
-from vla_jax.train.config import LoraConfig
 from vla_jax.train.optim import make_optimizer
 from vla_jax.train.run import count_flops, init_params, plan_state, train_flops
 from vla_jax.train.state import StateBuilder
@@ -51,7 +50,7 @@ def lower(config: TrainConfig, mesh: Mesh, program: str) -> Lowered:
     if program == "train":
         return _train(config, batch, plan(config, batch, mesh))
     if program == "sample":
-        return _sample(config, batch, plan(_all_trained(config), batch, mesh))
+        return _sample(config, batch, plan(config, batch, mesh))
     raise ValueError(f"program '{program}' is not known; there are {', '.join(PROGRAMS)}")
 
 
@@ -70,12 +69,6 @@ def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     return Lowered(lowered, builder.mesh, table, train_flops(config, builder.shapes))
 
 
-def _all_trained(config: TrainConfig) -> TrainConfig:
-    """For sampling: a policy merges LoRA when it is loaded, and does not know what was frozen."""
-    optim = dataclasses.replace(config.optim, freeze=())
-    return dataclasses.replace(config, optim=optim, lora=LoraConfig())
-
-
 def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     """One chunk per observation, with the configuration's solver; the parameters as `serve.Policy` has them."""
     if config.kind == "tokens":
@@ -87,8 +80,8 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
             f"solver.method={config.solver.method} decides how often it evaluates while it runs, so nothing can be "
             "predicted; compile with a method of fixed steps, e.g. --solver.method euler"
         )
-    params = builder.shapes.params
-    table = placement(params, builder.shardings.params, builder.mesh)
+    params = builder.shapes.whole(averaged=False)
+    table = placement(params, builder.shardings.whole(averaged=False), builder.mesh)
     check_unsharded(table, config.mesh.max_unsharded)
     observation = batch.replace(actions=None, action_mask=None)
     key = jax.eval_shape(lambda: jax.random.key(0))
