@@ -13,6 +13,7 @@ from optax import contrib
 
 from vla_jax.layers import matrices
 from vla_jax.sharding.rules import is_box, path_name
+from vla_jax.train.moments import with_moment_in
 from vla_jax.types import PyTree
 
 MEANINGFUL = ("action_in_proj", "action_out_proj", "state_proj")
@@ -26,16 +27,16 @@ def scale_by_muon(beta1: float, beta2: float, eps: float, moment_dtype: str) -> 
     """The direction of a step of size 1: Muon's for matrices, Adam's for vectors, tables and actions."""
     muon = optax.chain(
         _without_constants(
-            contrib.scale_by_muon(
-                ns_steps=4,
-                preconditioning="schatten",
-                mu_dtype=moment_dtype,
-                weight_dimension_numbers=matrix_axes,
+            with_moment_in(
+                moment_dtype,
+                contrib.scale_by_muon(
+                    ns_steps=4, preconditioning="schatten", weight_dimension_numbers=matrix_axes
+                ),
             )
         ),
         optax.stateless(_scale),
     )
-    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=moment_dtype)
+    adam = with_moment_in(moment_dtype, optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps))
     return optax.partition({"muon": muon, "adam": adam}, _labels)
 
 

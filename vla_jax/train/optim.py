@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
 from vla_jax.train.config import Group, OptimConfig
+from vla_jax.train.moments import with_moment_in
 from vla_jax.train.muon import scale_by_muon
 from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.types import PyTree
@@ -85,7 +86,7 @@ def _direction(config: OptimConfig) -> optax.GradientTransformation:
     moments = (config.beta1, config.beta2, config.eps)
     if config.algorithm == "muon":
         return scale_by_muon(*moments, config.moment_dtype)
-    return optax.scale_by_adam(*moments, mu_dtype=jnp.dtype(config.moment_dtype))
+    return with_moment_in(config.moment_dtype, optax.scale_by_adam(*moments))
 
 
 def decays(params: PyTree) -> PyTree:
