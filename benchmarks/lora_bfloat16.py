@@ -141,8 +141,6 @@ def main() -> None:
             args.out.write_text(json.dumps(out, indent=2) + "\n")
 
     places, out = {"here": Path.cwd(), "other": args.other}, {"width": args.width, "steps": {}}
-    out["kept"] = {name: run(where, "none", "yes")["kept"] for name, where in places.items()}
-    write()
     for remat in ("none", "dots_with_no_batch_dims_saveable", "nothing_saveable"):
         rounds = [
             {name: run(where, remat, "no") for name, where in places.items()} for _ in range(args.rounds)
@@ -155,6 +153,8 @@ def main() -> None:
             "temporaries_mb": {n: round(rounds[0][n]["temporaries"] / 1e6, 1) for n in places},
         }
         write()
+    out["kept"] = {name: run(where, "none", "yes")["kept"] for name, where in places.items()}
+    write()
     print(json.dumps(out, indent=2))
 
 
