@@ -15,6 +15,7 @@ The last one leaves a run's weights alone: LoRA is merged, optimiser and unavera
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,8 @@ class ConvertArgs:
     """Generation of names that paligemma_hf writes; default: legacy, which every transformers reads."""
     max_file_gb: float | None = None
     """Largest safetensors file in GB, of paligemma_hf and pi0_hf; more than one get an index. Default: 5."""
+    lora_scale: float | None = None
+    """α / rank of the LoRA in an openpi checkpoint, which is merged; default: 1, as in openpi's own variants."""
     tokenizer: Path | None = None
     """tokenizer.json or a sentencepiece .model: with it, and the statistics beside the weights, what comes in is a
     policy that launch.serve and launch.evaluate load. Without, it is a start for training."""
@@ -72,6 +75,8 @@ class ConvertArgs:
     """Whether the leaves written for openpi end in /value, as those it saves itself."""
 
     def __post_init__(self):
+        if self.lora_scale is not None and not math.isfinite(self.lora_scale):
+            raise ValueError(f"lora_scale={self.lora_scale}: a finite number is expected")
         if self.horizon is not None and self.horizon < 1:
             raise ValueError(f"horizon={self.horizon}: a chunk needs at least one action")
         if self.max_file_gb is not None and self.max_file_gb <= 0:
@@ -99,6 +104,7 @@ class ConvertArgs:
                 self.to in ("paligemma_hf", "pi0_hf"),
                 "--to paligemma_hf or pi0_hf",
             ),
+            ("lora-scale", self.lora_scale, self.source == "openpi", "--from openpi"),
             ("no-value", not self.value, self.to == "openpi", "--to openpi"),
             ("statistics", self.statistics, policy, "a policy; give its --tokenizer too"),
             ("robot", self.robot, policy, "a policy; give its --tokenizer too"),
@@ -138,6 +144,7 @@ def main() -> None:
         names=args.names or "legacy",
         max_file_bytes=int((args.max_file_gb or 5.0) * 1e9),
         value=args.value,
+        lora_scale=args.lora_scale,
         policy=policy,
     )
     report = convert(
@@ -151,6 +158,9 @@ def main() -> None:
     )
     for name in report.left_out:
         print(f"left out: {name} (unused, or a copy of a tied weight)")
+    if report.merged:
+        scale = 1.0 if args.lora_scale is None else args.lora_scale
+        print(f"merged: LoRA of {report.merged} matrices, with alpha / rank = {scale:g}, into float32")
     if report.lost:
         print(
             f"not written: the statistics {', '.join(report.lost)}, for which {args.to} has no place; openpi has"

@@ -53,6 +53,8 @@ class Report:
     model: VLAConfig
     left_out: tuple[str, ...]
     """Arrays of theirs that were read over: unused ones, copies of tied ones."""
+    merged: int = 0
+    """Matrices that LoRA was merged into."""
     lost: tuple[str, ...] = ()
     """Whose statistics of state and actions the format has no place for."""
     silenced: int = 0
@@ -141,7 +143,8 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
         record["data"] = bundle.to_json()
     _check_space(out, arrays)
     write_run(out, arrays, config, record)
-    return _report(arrays, opened.model, {*opened.copies, *opened.unused} & set(opened.source.specs))
+    left_out = {*opened.copies, *opened.unused} & set(opened.source.specs)
+    return dataclasses.replace(_report(arrays, opened.model, left_out), merged=len(opened.merged))
 
 
 def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -> Report:

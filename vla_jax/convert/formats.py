@@ -28,6 +28,8 @@ class Options:
     """Largest safetensors file; more are listed in an index."""
     value: bool = True
     """Whether openpi's leaves end in /value, as openpi itself saves them."""
+    lora_scale: float | None = None
+    """α / rank of LoRA in openpi's attention layers, which no file says; None: 1, as in openpi's own variants."""
     policy: PolicyOptions | None = None
     """What makes imported weights a policy; None: they are weights, to start training from."""
 
@@ -55,6 +57,8 @@ class Opened:
     """Arrays that no computation of theirs reads; left out."""
     assets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What lay beside the weights and goes into the run's metadata."""
+    merged: tuple[str, ...] = ()
+    """Matrices of theirs that LoRA is merged into."""
 
     def check(self) -> None:
         """Raises ValueError unless names, shapes and copies are right."""

@@ -1,8 +1,8 @@
 """π0, π0.5 and π0-FAST as openpi saves them: ``<checkpoint>/params`` by orbax, ``assets/<id>/norm_stats.json``.
 
 The arrays are ours; the expert's lie among the decoder's with ``_1`` behind the name of the module, and the tree has
-``params`` in front. Leaves that openpi itself saved end in ``/value``. π0-FAST is a backbone without an expert. The
-clock runs the other way: `time_flip`.
+``params`` in front. Leaves that openpi itself saved end in ``/value``. LoRA is merged (`openpi_lora`). π0-FAST is a
+backbone without an expert. The clock runs the other way: `time_flip`.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vla_jax.convert.entry import Entry, Lazy
+from vla_jax.convert.entry import Entry, Lazy, Source
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import config_from, our_shapes
+from vla_jax.convert.openpi_lora import MergedSource, has_lora
 from vla_jax.convert.sources import OrbaxSource, read_json
 from vla_jax.convert.stream import write_orbax
 from vla_jax.convert.time_flip import flips
@@ -55,7 +56,11 @@ def open_weights(path: Path, options: Options) -> Opened:
         raise FileNotFoundError(
             f"{folder} is missing: give a checkpoint of openpi, a folder with params in it"
         )
-    source = OrbaxSource(folder)
+    source: Source = OrbaxSource(folder)
+    if has_lora(source.specs):
+        source = MergedSource(source, path, 1.0 if options.lora_scale is None else options.lora_scale)
+    elif options.lora_scale is not None:
+        raise ValueError(f"--lora-scale {options.lora_scale} would do nothing: {path} has no LoRA")
     bare = {name: name.removeprefix("params/").removesuffix("/value") for name in source.specs}
     specs = {from_openpi(bare[name]): spec for name, spec in source.specs.items()}
     cameras = options.cameras or PI0_CAMERAS
@@ -75,6 +80,7 @@ def open_weights(path: Path, options: Options) -> Opened:
         model=model,
         expert=expert,
         assets={"norm_stats": assets} if assets else {},
+        merged=source.merged if isinstance(source, MergedSource) else (),
     )
 
 
