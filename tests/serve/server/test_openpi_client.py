@@ -20,12 +20,14 @@ import pytest
 
 from benchmarks import _serve_policies
 from launch import _main, replay
+from tests.convert import robot_examples
 from tests.serve.server.harness import Echo, serving
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.client import Client
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED
+from vla_jax.serve.server.engine import Engine
 from vla_jax.types import Observation
 
 ROOT = Path(__file__).parents[3]
@@ -91,6 +93,22 @@ ERROR_SESSION = """
     else:
         raise AssertionError("no error")
     assert again.infer(good)["actions"][0, 0] == 1
+"""
+
+ROBOT_SESSION = """
+    import sys
+    import numpy as np
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    message = {}
+    for name, value in np.load(sys.argv[2]).items():
+        *path, last = name.split("|")
+        inner = message
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = str(value) if value.dtype.kind == "U" else value
+    policy = WebsocketClientPolicy(host="127.0.0.1", port=int(sys.argv[1]))
+    np.save(sys.argv[3], policy.infer(message)["actions"])
 """
 
 
@@ -188,6 +206,26 @@ def replayed(monkeypatch, capsys, *options: object) -> str:
 def test_openpi_client_gets_its_own_exception_and_the_server_lives_on(openpi_python):
     with serving(Echo(), token="correct-horse") as server:
         openpi_session(openpi_python, ERROR_SESSION, server.port)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robots")
+    robot_examples.save_theirs(folder / "theirs")
+    return robot_examples.maker(folder / "theirs", folder)
+
+
+@pytest.mark.parametrize("name", ["droid", "aloha", "aloha_sim", "libero"])
+def test_openpis_example_messages_get_actions_in_the_robots_units(openpi_python, converted, tmp_path, name):
+    engine = Engine(converted(name, name), solver=robot_examples.SOLVER, buckets=(1,))
+    message = robot_examples.EXAMPLES[name].send(np.random.default_rng(0))
+    files = tmp_path / "message.npz", tmp_path / "actions.npy"
+    leaves = {k: v for k, v in message.items() if k != "images"}
+    np.savez(files[0], **leaves, **{f"images|{k}": v for k, v in message.get("images", {}).items()})
+    with serving(engine) as server:
+        openpi_session(openpi_python, ROBOT_SESSION, server.port, *files)
+    wanted = robot_examples.by_hand(converted(name, ""), name, message, 0)
+    np.testing.assert_allclose(np.load(files[1]), wanted, atol=2e-5)
 
 
 def serving_port(server: subprocess.Popen, log: Path, timeout_s: float = 240.0) -> int:
