@@ -319,7 +319,7 @@ def _flipped(rng: np.random.Generator, observation: dict) -> bytes:
 
 def _huge(rng: np.random.Generator, observation: dict) -> bytes:
     """Now and then more than the server takes, else a large array where a small one belongs."""
-    size = 100_000 if rng.random() < 0.02 else 4_000
+    size = 2_000_000 if rng.random() < 0.02 else 4_000
     return codec.encode({**observation, "observation/state": np.zeros(size, np.float32)})
 
 
@@ -357,10 +357,10 @@ def _wrong_shape(rng: np.random.Generator, observation: dict) -> bytes:
     value = observation[key]
     wrong = (
         value[None],
-        value[:-1],
+        value[..., :-1],
         value[..., None],
         np.zeros((0,), value.dtype),
-        np.concatenate([value, value]),
+        np.concatenate([value, value], axis=-1),
     )
     return codec.encode({**observation, key: wrong[rng.integers(len(wrong))]})
 

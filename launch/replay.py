@@ -141,6 +141,7 @@ def _of_policy(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
         buckets=then["buckets"],
         samples=then["samples"],
         compiled=SERVED if compiled is None else CompileConfig.from_dict(compiled),
+        max_pixels=then.get("max_pixels", 0),  # records of servers that took the trained size alone
         camera_sets=then["camera_sets"] or (),
         mesh=None if mesh is None else make_mesh(MeshConfig(**mesh)),
         default_prompt=then.get("default_prompt", ""),

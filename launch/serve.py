@@ -53,6 +53,9 @@ class ServeArgs(ServeConfig):
     write their actions as tokens."""
     prompts: tuple[int, ...] = ()
     """Text lengths, in tokens, that are compiled; default: 16, 32, … and the longest of training."""
+    max_pixels: int = 1280 * 720
+    """Images of other sizes than trained on, of up to so many pixels (height × width), are resized as in training, by
+    the host. 0: they are refused, and the device does what resizing the trained size needs."""
     camera_sets: tuple[str, ...] = ()
     """Sets of cameras (NAME,NAME) that get programs of their own; requests with other absent cameras are answered
     with black, masked images."""
@@ -75,6 +78,8 @@ class ServeArgs(ServeConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_pixels < 0:
+            raise ValueError(f"max_pixels={self.max_pixels} is negative; 0 refuses images of other sizes")
         if not 0 < self.record_gb < math.inf:
             raise ValueError(f"record_gb={self.record_gb}: must be finite and above 0")
 
@@ -114,6 +119,7 @@ def main() -> None:
         plans=not args.actions_only,
         guidance=not args.no_guidance,
         compiled=compiled,
+        max_pixels=args.max_pixels,
         camera_sets=[names.split(",") for names in args.camera_sets],
         mesh=mesh_of(args.mesh),
         default_prompt=args.default_prompt,

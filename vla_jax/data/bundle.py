@@ -102,6 +102,11 @@ class DataBundle:
         return state if self.units is None else self.units.state(state)
 
     @property
+    def resize(self) -> tf.ResizeImages:
+        """What scales images to the model's size."""
+        return self._only(tf.ResizeImages)
+
+    @property
     def constant_dims(self) -> tuple[str, ...]:
         """A line for each dimension that never or hardly changes in what the normalisation was computed from."""
         constant = constant_dims(self.normalize.statistics, self.schema)

@@ -1,4 +1,4 @@
-"""A client for robots; needs numpy, msgpack and websockets, neither JAX nor the rest of this library's dependencies.
+"""A client for robots; needs numpy, jaxtyping, msgpack and websockets, neither JAX nor the rest of what we depend on.
 
     with Client("ws://127.0.0.1:8000") as policy:
         print(policy.metadata["observation"])
@@ -6,7 +6,8 @@
         reply["actions"]                                                # [k a], float32
 
 openpi's own `WebsocketClientPolicy` talks to the same server; this one has timeouts, waits for a server that is
-still starting, takes batches and options, and raises what the server says.
+still starting, takes batches and options, checks a request against the metadata before it sends it, and raises what the
+server says. After a refusal, whether it was said here or there, it goes on.
 """
 
 import contextlib
@@ -16,9 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidMessage, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from vla_jax.serve.checks import check_request, check_size
 from vla_jax.serve.server import codec, errors
 
 Observation = Mapping[str, np.ndarray | str | None]
@@ -51,12 +53,15 @@ class Client:
         self._open = contextlib.ExitStack()
         self._ws = _connect(self._open, url, wait_s, additional_headers=headers, **options)
         self.metadata: dict[str, Any] = self._receive()
+        """What the server expects and gives."""
 
     def infer(self, observation: Observation, **options: Any) -> dict[str, Any]:
         """`actions` [k a], `seed`, `bucket`, timings, and `plan` where one was asked for.
 
-        Options: those of `metadata["options"]`. Raises errors.Refused, ServerError, TimeoutError.
+        Options: those of `metadata["options"]`. Raises errors.Refused (nothing was sent, or nothing was answered: the
+        client can be used on), ServerError, TimeoutError.
         """
+        check_request(observation, self.metadata)
         return self._ask(_request(observation, options))
 
     def infer_batch(
@@ -68,6 +73,8 @@ class Client:
             raise ValueError(
                 f"{len(options)} options for {len(observations)} observations: give one for each"
             )
+        for number, observation in enumerate(observations):
+            check_request(observation, self.metadata, f"batch[{number}]: ")
         return self._ask({"batch": [_request(*pair) for pair in zip(observations, options)]})["batch"]
 
     def close(self) -> None:
@@ -83,7 +90,9 @@ class Client:
         self.close()
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        self._ws.send(codec.encode(message))
+        frame = codec.encode(message)
+        check_size(frame, message, self.metadata)
+        self._ws.send(frame)
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
@@ -102,13 +111,19 @@ def _request(observation: Observation, options: Mapping[str, Any]) -> dict[str, 
 
 
 def _connect(stack: contextlib.ExitStack, url: str, wait_s: float, **options: Any) -> ClientConnection:
-    """Connects, again and again while nobody listens and there is time left."""
+    """Connects, again and again while nobody listens, or the server is full, and there is time left."""
     until = time.monotonic() + wait_s
     while True:
         try:
             return stack.enter_context(connect(url, compression=None, max_size=None, **options))
-        except (ConnectionRefusedError, InvalidStatus) as error:
-            busy = isinstance(error, ConnectionRefusedError) or error.response.status_code == 503
-            if not busy or time.monotonic() >= until:
+        except (ConnectionError, InvalidStatus, InvalidMessage) as error:
+            if not _busy(error) or time.monotonic() >= until:
                 raise
             time.sleep(0.1)
+
+
+def _busy(error: ConnectionError | InvalidStatus | InvalidMessage) -> bool:
+    """Whether trying again may help: nobody listens, too many clients, or ours was closed in a crowd."""
+    if isinstance(error, InvalidStatus):
+        return error.response.status_code == 503
+    return isinstance(error, ConnectionError) or isinstance(error.__cause__, EOFError)

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 from websockets.sync.client import connect
 
 from vla_jax.serve.client import Client
+from vla_jax.serve.server import codec
 from vla_jax.serve.server.app import App
 from vla_jax.serve.server.config import ServeConfig
 from vla_jax.serve.server.engine import Answer
@@ -87,6 +90,14 @@ class Running(NamedTuple):
         socket.recv()
         return socket
 
+    def ask(self, message: Any) -> Any:
+        """The decoded reply to a message, or the text, without what our client checks before it sends."""
+        with connect(self.url, compression=None, max_size=None) as socket:
+            socket.recv()
+            socket.send(message if isinstance(message, bytes | str) else codec.encode(message))
+            frame = socket.recv()
+        return frame if isinstance(frame, str) else codec.decode(frame)
+
     def stop(self) -> bool:
         """Drains; returns whether everything was answered."""
         if self.thread.is_alive():
@@ -113,6 +124,43 @@ def serving(
         running = Running(app, port[0], result, thread, sockets)
         sockets.callback(running.stop)
         yield running
+
+
+class Seen:
+    """Weak references to every array that a message was decoded to."""
+
+    def __init__(self):
+        self._arrays: list[weakref.ref] = []
+
+    def add(self, value) -> None:
+        if isinstance(value, np.ndarray):
+            self._arrays.append(weakref.ref(value))
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            self.add(inner)
+
+    @property
+    def images(self) -> int:
+        """Those that are still in memory."""
+        return sum(getattr(array(), "ndim", 0) == 3 for array in self._arrays)
+
+
+@contextlib.contextmanager
+def watching(monkeypatch: Any) -> Iterator[Seen]:
+    """Sees what is decoded. Without the garbage collector, which would hide reference cycles by chance."""
+    seen, decode = Seen(), codec.decode
+
+    def spy(data: bytes, **limits: Any) -> Any:
+        message = decode(data, **limits)
+        seen.add(message)
+        return message
+
+    monkeypatch.setattr(codec, "decode", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        yield seen
+    finally:
+        gc.enable()
 
 
 def observe(x: float = 0.0, prompt: str = "go") -> dict[str, Any]:

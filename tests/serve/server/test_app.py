@@ -98,6 +98,10 @@ def test_a_batch_in_one_message_keeps_its_order_and_seeds():
         assert [replies[0]["seed"], replies[2]["seed"]] == [7, 9]
         with pytest.raises(Refused, match=r"batch\[1\]: observation/state is float32\[1\]"):
             client.infer_batch([observe(), {**observe(), "observation/state": np.zeros(1, np.float32)}])
+        wrong = {**observe(), "observation/state": np.zeros(1, np.float32)}
+        assert server.ask({"batch": [observe(), wrong]}).startswith(
+            "invalid: batch[1]: observation/state is float32[1]"
+        )
         with pytest.raises(Refused, match="1 to 4 requests"):
             client.infer_batch([observe()] * 5)
         assert client.infer(observe(4.0))["actions"][0, 0] == 4

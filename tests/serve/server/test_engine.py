@@ -145,6 +145,75 @@ def test_what_else_is_in_the_batch_and_where_does_not_matter_to_the_bit(engines,
         np.testing.assert_allclose(engine.run([row])[0].actions, expected, atol=1e-4)
 
 
+SIZES = [(16, 16), (24, 32), (480, 640), (50, 20), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def resizing(policies) -> Engine:
+    """Of a policy that was trained on frames of 24 × 32, which it sees at 16 × 16."""
+    policy = policies["tabletop"]
+    schema = dataclasses.replace(policy.bundle.schema, cameras={"top": (24, 32), "wrist": (24, 32)})
+    policy = dataclasses.replace(policy, bundle=dataclasses.replace(policy.bundle, schema=schema))
+    engine = Engine(policy, solver=SOLVER, buckets=(1,), guidance=False, compiled=ONE_LENGTH)
+    engine.warm_up()
+    return engine
+
+
+@pytest.mark.parametrize("name", ["small", "trained_larger"])
+def test_images_of_any_size_are_resized_as_in_training_and_compile_nothing(engines, resizing, name):
+    engine, metrics, rng = (
+        engines["tabletop"] if name == "small" else resizing,
+        Metrics(),
+        np.random.default_rng(3),
+    )
+    policy = engine._plain
+    engine.warm_up()
+    for size in SIZES:
+        message = messages(engine, 1)[0]
+        for camera in ("top", "wrist"):
+            message[f"observation/{camera}"] = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        before = metrics.value("vla_compilations_total")
+        (row,) = rows(engine, [message | {"options": {"write_plan": True}}])
+        assert all(image.shape == (1, 16, 16, 3) for image in row.observation.images.values())
+        (answer,) = engine.run([row])
+        assert metrics.value("vla_compilations_total") == before
+        trained = policy.bundle.observation_batch(observed(message))  # what training makes of such an image
+        for camera, image in row.encoded.images.items():
+            np.testing.assert_array_equal(image, trained.images[camera][0])
+        np.testing.assert_array_equal(
+            answer.actions, engine.policy.act(observed(message), jax.random.key(0), solver=SOLVER)[0]
+        )
+        plain = policy.act(observed(message), jax.random.key(0), solver=SOLVER)
+        np.testing.assert_allclose(answer.actions, plain[0], atol=2e-5)
+        assert [answer.plan] == policy.plan(observed(message), jax.random.key(0))
+
+
+def test_other_sizes_can_be_refused(policies, resizing):
+    engine = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), plans=False, max_pixels=0)
+    (message,) = messages(engine, 1)
+    rows(engine, [message])
+    with pytest.raises(
+        Refused, match=r"observation/top is uint8\[480, 640, 3\]; uint8\[16, 16, 3\] is expected"
+    ):
+        rows(engine, [message | {"observation/top": np.zeros((480, 640, 3), np.uint8)}])
+    assert engine.policy.config.resize == "device" and resizing.policy.config.resize == "host"
+    (message,) = messages(resizing, 1)
+    with pytest.raises(Refused, match="image size is over 921600 pixels"):
+        rows(resizing, [message | {"observation/top": np.zeros((1080, 1920, 3), np.uint8)}])
+    with pytest.raises(ValueError, match="max_pixels=-1"):
+        Engine(policies["tabletop"], solver=SOLVER, max_pixels=-1)
+
+
+@pytest.mark.parametrize("value", [3e38, -3.4e38, 1e30])
+def test_a_state_that_no_sensor_gives_is_invalid_and_not_a_failure(engines, value):
+    engine = engines["tabletop"]
+    (message,) = messages(engine, 1)
+    message["observation/state"] = np.array([0, value, 0], np.float32)
+    with serving(engine) as server:
+        said = server.ask(message)
+    assert said.startswith("invalid: state[0, 1] (q1) is") and "\n" not in said
+
+
 def test_seeds_are_the_rows_own(engines):
     engine = engines["tabletop"]
     (row,) = rows(engine, messages(engine, 1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _serve_policies, serve_load
-from tests.serve.server.harness import eventually, serving
+from tests.serve.server.harness import eventually, serving, watching
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server import codec
@@ -39,6 +39,15 @@ def test_a_reply_to_somebody_else_would_be_noticed(expected):
     with pytest.raises(AssertionError, match="another one's"):
         expected.check(0, codec.encode(reply))
     expected.check(1, codec.encode(reply | {"seed": 1}))
+
+
+def test_an_engine_keeps_nothing_of_what_it_answered(expected, monkeypatch):
+    with serving(expected.engine, deadline_ms=60_000) as server, watching(monkeypatch) as seen:
+        socket = server.raw()
+        for frame in (*expected.frames, codec.encode({"batch": expected.observations[:5]})):
+            socket.send(frame)
+            assert isinstance(socket.recv(), bytes)
+        eventually(lambda: seen.images == 0, 5)
 
 
 def count(server, outcome: str) -> float:

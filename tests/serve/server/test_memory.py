@@ -1,7 +1,5 @@
 """What is refused, expired, failed or answered leaves nothing behind, without the garbage collector's help."""
 
-import gc
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,8 +8,7 @@ import numpy as np
 import pytest
 from websockets.asyncio.server import ServerConnection
 
-from tests.serve.server.harness import SPEC, Echo, eventually, observe, serving
-from vla_jax.serve.client import ServerError
+from tests.serve.server.harness import SPEC, Echo, Seen, eventually, observe, serving, watching
 from vla_jax.serve.server import codec
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.logs import Logs
@@ -19,39 +16,10 @@ from vla_jax.serve.server.metrics import Metrics
 from vla_jax.serve.server.recording import Recorder
 
 
-class Seen:
-    """Weak references to every array that a message was decoded to."""
-
-    def __init__(self):
-        self._arrays: list[weakref.ref] = []
-
-    def add(self, value) -> None:
-        if isinstance(value, np.ndarray):
-            self._arrays.append(weakref.ref(value))
-        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            self.add(inner)
-
-    @property
-    def images(self) -> int:
-        """Those that are still in memory."""
-        return sum(getattr(array(), "ndim", 0) == 3 for array in self._arrays)
-
-
 @pytest.fixture
 def seen(monkeypatch) -> Iterator[Seen]:
-    """Counts without the collector, which would hide reference cycles by chance."""
-    seen, decode = Seen(), codec.decode
-
-    def spy(data, **limits):
-        message = decode(data, **limits)
-        seen.add(message)
-        return message
-
-    monkeypatch.setattr(codec, "decode", spy)
-    gc.collect()
-    gc.disable()
-    yield seen
-    gc.enable()
+    with watching(monkeypatch) as seen:
+        yield seen
 
 
 class ImageRow(NamedTuple):
@@ -97,17 +65,13 @@ def test_what_has_expired_does_not_wait_for_the_next_call(seen):
 @pytest.mark.parametrize("prompt", ["go", "raise", "nan", "unfit", "broken", 3])
 def test_nothing_is_left_of_a_request_whatever_became_of_it(seen, prompt):
     """The connection stays open and idle, and no further call is made."""
-    with serving(Images()) as server, server.client() as bystander:
+    with serving(Images()) as server:
         for count in (1, 3):
-            with server.client() as client:
-                requests = [observe(1, "go") for _ in range(count - 1)] + [observe(1, prompt)]
-                try:
-                    client.infer_batch(requests) if count > 1 else client.infer(requests[0])
-                    assert prompt == "go"
-                except (Refused, ServerError):
-                    assert prompt != "go"
-                eventually(lambda: seen.images == 0, 5)
-        assert bystander.metadata
+            requests = [observe(1, "go") for _ in range(count - 1)] + [observe(1, prompt)]
+            open_still = server.raw()
+            open_still.send(codec.encode({"batch": requests} if count > 1 else requests[0]))
+            assert isinstance(open_still.recv(), str) == (prompt != "go")
+            eventually(lambda: seen.images == 0, 5)
 
 
 def test_rows_of_a_client_that_has_gone_are_dropped_while_the_call_runs(seen):
@@ -146,10 +110,11 @@ def test_an_idle_connection_does_not_keep_its_last_message(seen, monkeypatch, tm
     monkeypatch.setattr(ServerConnection, "recv", recv)
     metrics = Metrics()
     keeper = Recorder(tmp_path, SPEC.metadata(), max_bytes=10**9, metrics=metrics, logs=Logs())
-    with serving(Images(), recorder=keeper) as server, server.client() as one, server.client() as other:
-        one.infer(observe(1))
-        with pytest.raises(Refused):
-            other.infer(observe(1, 3))
+    with serving(Images(), recorder=keeper) as server:
+        one, other = server.raw(), server.raw()
+        one.send(codec.encode(observe(1)))
+        other.send(codec.encode(observe(1, 3)))
+        assert isinstance(one.recv(), bytes) and other.recv().startswith("invalid")
         eventually(lambda: metrics.value("vla_recorded_total", outcome="written") == 1)
         eventually(lambda: Counted.alive == 0, 5)
     keeper.close()

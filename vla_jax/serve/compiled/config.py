@@ -62,6 +62,9 @@ class CompileConfig:
     """Batch sizes; a call is padded to the next one, more robots are cut into several calls."""
     prompts: tuple[int, ...] = ()
     """Text lengths, in tokens; empty: 16, 32, 64, … and the longest of training."""
+    resize: Literal["device", "host"] = "device"
+    """Where images are scaled to the model's size, to the same bits. device: by a program for each size that comes;
+    host: before the program, one for images of all sizes."""
 
     def __post_init__(self):
         for name in ("buckets", "prompts"):
@@ -70,6 +73,8 @@ class CompileConfig:
                 raise ValueError(f"{name}={sizes}: give at least one, and none below 1")
         if self.weights not in ("same", "int8"):
             raise ValueError(f"weights={self.weights!r}: use same or int8")
+        if self.resize not in ("device", "host"):
+            raise ValueError(f"resize={self.resize!r}: use device or host")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: use float32 or bfloat16")
 

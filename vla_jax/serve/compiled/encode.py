@@ -28,8 +28,9 @@ class Encoded(NamedTuple):
 class Encoder:
     """Checks an observation and tokenises its texts."""
 
-    def __init__(self, bundle: DataBundle):
-        self._bundle, self._tokenize = bundle, tokenize_of(bundle)
+    def __init__(self, bundle: DataBundle, *, resize: bool = False):
+        """`resize`: images are scaled to the model's size here."""
+        self._bundle, self._tokenize, self._resize = bundle, tokenize_of(bundle), resize
         self._groups = scaling_of(bundle).groups
 
     def __call__(
@@ -54,6 +55,8 @@ class Encoder:
                 images[name] = frames[row]
             elif name in select.black:
                 images[name] = select.blank(name)
+        if self._resize:
+            images = {name: self._bundle.resize.resize(image) for name, image in images.items()}
         return images
 
     def _text(self, sample: Sample, null_prompt: bool) -> TextTokens:

@@ -87,7 +87,10 @@ class CompiledPolicy:
         program = Program(network, make_process(policy.config.process), scaling_of(bundle))
         self.compiler = Compiler(program, weights, mesh)
         table = params["backbone"]["llm"]["embedder"]["input_embedding"] if rewrites.embeddings else None
-        self._encoder = Encoder(bundle)
+        on_host = self.config.resize == "host"
+        self._encoder = Encoder(bundle, resize=on_host)
+        one_size = (bundle.resize.height, bundle.resize.width)
+        self._sizes = {name: one_size if on_host else size for name, size in bundle.select.cameras.items()}
         self.prompts = Prompts(
             None if table is None else np.asarray(table),
             network.dtype,
@@ -281,8 +284,8 @@ class CompiledPolicy:
         key_per_row: bool = False,
     ) -> Iterator[Shape]:
         """Every program for some of the model's cameras (default: all that the robot has), with images of the size
-        trained on."""
-        sizes, given = self.policy.bundle.select.cameras, self.policy.bundle.shown
+        trained on, or of the model's where the host resizes."""
+        sizes, given = self._sizes, self.policy.bundle.shown
         names = tuple((name, *sizes[name]) for name in given if name in (cameras or given))
         choices = itertools.product(self.config.buckets, lengths or self.lengths, samples, sees, guided)
         for bucket, length, count, plan, weighed in choices:
@@ -296,13 +299,13 @@ class CompiledPolicy:
         self, rows: Sequence[Encoded], cameras: Collection[str] | None
     ) -> dict[str, UInt8[np.ndarray, "b h w 3"]]:
         """Stacked by camera; black where a camera is asked for that the rows do not have."""
-        found, select = rows[0].images, self.policy.bundle.select
+        found, sizes = rows[0].images, self._sizes
         if cameras is None:
             cameras = found if self.config.rewrites.cameras else self.policy.bundle.cameras
         return {
             name: np.stack([row.images[name] for row in rows])
             if name in found
-            else np.stack([select.blank(name)] * len(rows))
+            else np.zeros((len(rows), *sizes[name], 3), np.uint8)
             for name in self.policy.bundle.cameras
             if name in cameras
         }

@@ -15,7 +15,7 @@ from vla_jax.serve.server.config import ServeConfig
 from vla_jax.serve.server.errors import Failed, Refused
 from vla_jax.serve.server.metrics import Metrics
 from vla_jax.serve.server.request import MAX_SEED, Request, parse
-from vla_jax.serve.server.spec import PROMPT, STATE, Spec, camera_key
+from vla_jax.serve.server.spec import Spec
 
 
 class Serves(Protocol):
@@ -125,7 +125,9 @@ class Answers:
 
 def check_renames(renames: Mapping[str, str], spec: Spec) -> None:
     """Raises ValueError where a robot's key would become one that the policy does not take."""
-    known = [STATE, PROMPT, *map(camera_key, spec.cameras)]
+    known = [*spec.metadata()["observation"]]
+    if spec.robot is not None:
+        known += [*spec.robot.instruction, *spec.robot.unused]
     for theirs, ours in renames.items():
         if ours not in known:
             near = difflib.get_close_matches(ours, known, n=1)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
@@ -26,6 +26,9 @@ from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
 from vla_jax.serve.server.spec import Spec
 from vla_jax.types import Observation
+
+MAX_PIXELS = 1280 * 720
+"""Of images that are resized unless another limit is given: more than robots' cameras usually send."""
 
 
 class Row(NamedTuple):
@@ -65,10 +68,13 @@ class Engine:
         plans: bool = True,
         guidance: bool = True,
         compiled: CompileConfig = SERVED,
+        max_pixels: int = MAX_PIXELS,
         camera_sets: Collection[Collection[str]] = (),
         mesh: Mesh | None = None,
         default_prompt: str = "",
     ):
+        if max_pixels < 0:
+            raise ValueError(f"max_pixels={max_pixels} is negative; 0 refuses images of other sizes")
         for name, sizes in {"buckets": buckets, "samples": samples}.items():
             if not sizes or min(sizes) < 1:
                 raise ValueError(f"{name}={tuple(sizes)}: give at least one, and none below 1")
@@ -90,7 +96,9 @@ class Engine:
             about: dict[str, Any] = {"compiled": None, "camera_sets": None, "mesh": None}
             self._backend: Backend = TokensBackend(policy, solver)
         else:
-            config = dataclasses.replace(compiled, buckets=self.buckets)
+            # Where any size may come, one program must do for all: nothing is compiled after the start.
+            resize = "host" if max_pixels else "device"
+            config = dataclasses.replace(compiled, buckets=self.buckets, resize=resize)
             self.policy = CompiledPolicy(policy, config, mesh=mesh)
             self._backend = CompiledBackend(self.policy, solver, camera_sets)
             about = {
@@ -101,13 +109,15 @@ class Engine:
         self._planners = {
             size: dataclasses.replace(policy, batch_size=size) for size in self.buckets if writes
         }
-        self.spec = self._spec(policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, about)
+        self.spec = self._spec(
+            policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, max_pixels, about
+        )
 
     def prepare(self, request: Request, seed: int) -> Row:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
         observation = Observation(
             images={
-                camera: request.images[camera][None] if camera in request.images else None
+                camera: self._image(request.images[camera])[None] if camera in request.images else None
                 for camera in self.spec.cameras
             },
             state=request.state[None],
@@ -187,6 +197,10 @@ class Engine:
         bundle = self._plain.bundle
         return tuple(c for c in bundle.shown if c in bundle.select.black or bundle.sources.get(c) in given)
 
+    def _image(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+        """Small from here on: a row that waits holds no larger image than the model sees."""
+        return self._plain.bundle.resize.resize(image) if self.spec.max_pixels else image
+
     def _any_prompt(self) -> str:
         return next(iter(self._plain.bundle.normalize.task_of), "go")
 
@@ -197,6 +211,7 @@ class Engine:
         plans: bool,
         guidance: bool,
         default_prompt: str,
+        max_pixels: int,
         about: dict[str, Any],
     ) -> Spec:
         schema, robot = policy.bundle.schema, policy.bundle.robot
@@ -215,6 +230,7 @@ class Engine:
         }
         return Spec(
             cameras={camera: schema.cameras[camera] for camera in policy.bundle.sources.values()},
+            max_pixels=max_pixels,
             state_names=schema.state_names,
             action_names=schema.action_names,
             horizon=policy.horizon,

@@ -93,8 +93,8 @@ def _request(message: dict, spec: Spec, rename: Mapping[str, str]) -> Request:
             hint = "; send it, or serve with --default-prompt TEXT" if key == PROMPT else ""
             raise Refused("invalid", f"{key} is missing; the observation has {', '.join(expected)}{hint}")
     images = {
-        camera: _field(check_image, spec.key_of(camera), fields[camera_key(camera)], size=size)
-        for camera, size in spec.cameras.items()
+        camera: _image(camera, fields[camera_key(camera)], spec)
+        for camera in spec.cameras
         if fields[camera_key(camera)] is not None
     }
     if not images:
@@ -130,6 +130,20 @@ def _field(check: Callable[..., Any], *what: Any, **how: Any) -> Any:
         return check(*what, **how)
     except ValueError as error:
         raise Refused("invalid", str(error)) from None
+
+
+def _image(camera: str, value: Any, spec: Spec) -> UInt8[np.ndarray, "h w 3"]:
+    """One of any size that is taken."""
+    size = None if spec.max_pixels else spec.cameras[camera]
+    image = _field(check_image, spec.key_of(camera), value, size=size)
+    if not spec.takes(image.shape[:2], camera):
+        height, width = spec.cameras[camera]
+        raise Refused(
+            "invalid",
+            f"{spec.key_of(camera)} is {kind(image)}; the image size is over {spec.max_pixels} pixels (metadata: "
+            f"max_pixels): resize it, to {height} × {width} (height × width) as trained on or to less than that limit",
+        )
+    return image
 
 
 def _text(key: str, value: Any) -> str:

@@ -23,7 +23,9 @@ class Spec:
     """Shapes, and what may be asked for."""
 
     cameras: dict[str, tuple[int, int]]
-    """Camera → (height, width) of its uint8 RGB image."""
+    """Camera → (height, width) of its uint8 RGB image, as trained on."""
+    max_pixels: int = 0
+    """Images of other sizes, of up to so many pixels, are resized as in training; 0: they are refused."""
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     horizon: int
@@ -72,8 +74,18 @@ class Spec:
 
     @property
     def max_bytes(self) -> int:
-        """The largest message that is read; a larger one closes its connection (1009)."""
-        return self.max_rows * self.row_bytes + 4096
+        """The largest message that is read; a larger one closes its connection (1009).
+
+        It holds as many rows as there may be with images of the size trained on, or one row with the largest images.
+        """
+        native = [height * width for height, width in self.cameras.values()]
+        native += [max(native)] * len(self.robot.unused if self.robot else ())
+        larger = sum(3 * max(0, self.max_pixels - pixels) for pixels in native)
+        return max(self.max_rows * self.row_bytes, self.row_bytes + larger) + 4096
+
+    def takes(self, size: tuple[int, int], camera: str) -> bool:
+        """Whether an image of this height and width is taken, resized where needed."""
+        return size == self.cameras[camera] or size[0] * size[1] <= self.max_pixels
 
     def metadata(self) -> dict[str, Any]:
         """The first frame that a client gets."""
@@ -87,7 +99,9 @@ class Spec:
             "options": list(self.options),
             "samples": list(self.samples),
             "max_rows": self.max_rows,
+            "max_pixels": self.max_pixels,
             "max_bytes": self.max_bytes,
+            **({"described_robot": self.robot.name} if self.robot else {}),
             **({"default_prompt": self.default_prompt} if self.default_prompt else {}),
             **({"reset_pose": list(self.robot.reset_pose)} if self.robot and self.robot.reset_pose else {}),
             **self.about,
