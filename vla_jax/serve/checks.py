@@ -1,7 +1,8 @@
 """What a client can tell of a request before it is sent: the server's own rules, by the metadata that it gave.
 
 Only what is certain is refused here. A server may know further keys (`--rename`), so a key that the metadata do not
-describe is left to it, and so are the entries of a described robot, which take several forms. Needs numpy only, as `data.fields` does: robots use this file too.
+describe is left to it, and so are the entries of a described robot, which take several forms. Needs numpy only, as
+`data.fields` does: robots use this file too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
