@@ -19,6 +19,7 @@ from launch._report import check_writable, tabletop_of
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.data.observations import take
+from vla_jax.files import write_json
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
@@ -28,7 +29,7 @@ from vla_jax.serve.compiled.parts import Parts
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.compiled.quantize import size_bytes
 from vla_jax.serve.policy import Policy
-from vla_jax.sim.evaluate import EvaluateConfig, write_json
+from vla_jax.sim.evaluate import EvaluateConfig
 from vla_jax.sim.tabletop import TabletopEnv
 from vla_jax.types import Observation
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import jax
 import tqdm
 
+from vla_jax.files import write_json
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.policy import Policy
-from vla_jax.sim.evaluate import EvaluateConfig, Evaluation, Progress, write_json
+from vla_jax.sim.evaluate import EvaluateConfig, Evaluation, Progress
 from vla_jax.sim.evaluate_tabletop import evaluate_tabletop
 from vla_jax.sim.figures import curves, fan, sheet, style
 from vla_jax.sim.figures.table import markdown_table

@@ -103,13 +103,13 @@ def run_stage(stage: Stage, done: Path, compiled: Path) -> None:
 
 def write_results(out: Path) -> str:
     """Draws the training curves and writes RESULT.md; returns its table."""
-    import json
-
+    from vla_jax.files import read_json
     from vla_jax.sim.figures import curves, style
     from vla_jax.sim.figures.table import markdown_table
 
     names = ("flow", "regression")
-    reports = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+    again = "remove it and its mark in done/, and run the same command again"
+    reports = {name: read_json(out / f"{name}.json", mend=again) for name in names}
     runs = {name: curves.read_metrics(out / name) for name in names}
     style.save(
         curves.draw_curves(runs, title="Training: flow and regression"), out / "figures" / "curves.png"

@@ -11,25 +11,26 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "finite": set(),
     "types": set(),
+    "files": set(),
     "layers": set(),
     "flow": {"types"},
     "models": {"types", "layers"},
     "objectives": {"types", "layers", "flow"},
-    "data": {"types"},
+    "data": {"types", "files"},
     "sharding": {"types"},
-    "checkpoint": {"types", "sharding"},
+    "checkpoint": {"types", "files", "sharding"},
     "config": {"models", "flow", "objectives", "data", "sharding", "train"},
     "train": {
-        "types", "layers", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config",
+        "types", "layers", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "files",
     },
     "aot": {"types", "layers", "models", "flow", "data", "sharding", "config", "train", "serve"},
-    "serve": {"types", "layers", "models", "flow", "data", "sharding", "checkpoint", "config"},
-    "sim": {"types", "data", "flow", "serve"},
+    "serve": {"types", "files", "layers", "models", "flow", "data", "sharding", "checkpoint", "config"},
+    "sim": {"types", "files", "data", "flow", "serve"},
     "toy": {"flow", "models", "sim"},
     "convert": {"types", "layers", "models", "objectives", "data", "sharding", "checkpoint", "config"},
     "lab": {
         "types", "layers", "models", "flow", "objectives", "data", "sharding", "checkpoint", "config", "train",
-        "serve", "sim",
+        "serve", "sim", "files",
     },
 }  # fmt: skip
 """Who may import whom; `finite`, a check of numbers, is everybody's. config and train know each other: config composes

@@ -12,11 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, load, read_meta, write
-from vla_jax.checkpoint import fingerprint as fingerprint_module
-from vla_jax.checkpoint import read as reading
-from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint import Checkpoints, UnreachableCheckpointError, failures, load, read_meta, write
 from vla_jax.checkpoint.manager import UNREADABLE
+from vla_jax.checkpoint.paths import run_path
 
 CONFIG = {"train": {"batch_size": 8, "keep": 2}, "seed": 0}
 
@@ -177,7 +175,7 @@ PASSING = [
 @pytest.mark.parametrize("notes", ["{code} {spec}", "{spec} {code}"])
 def test_what_the_operating_system_said_in_one_line(notes):
     found = notes.format(code="[os_error_code='13']", spec="[tensorstore_spec='{create:false}']")
-    line = reading.first_line(ValueError(f"PERMISSION_DENIED: {TENSORSTORE}Permission denied {found}"))
+    line = failures.first_line(ValueError(f"PERMISSION_DENIED: {TENSORSTORE}Permission denied {found}"))
     assert line == "Permission denied"
 
 
@@ -209,7 +207,7 @@ def test_what_cannot_be_read_now_is_reported_and_left_where_it_is(untouched, mon
 
 def test_a_folder_that_one_may_not_look_into_is_not_a_missing_one(untouched, monkeypatch):
     """For Orbax it is; and for root there is none, so the refusal is played."""
-    paths = type(reading.run_path(untouched))
+    paths = type(run_path(untouched))
     listed = paths.iterdir
 
     def refused(self):
@@ -230,14 +228,14 @@ def test_out_of_reach_to_one_process_is_so_to_all(tmp_path, monkeypatch, mine):
         "out of reach": ["", "checkpoint 3 cannot be read now"],
         "read": ["yes" if mine is None else "no", "no"],
     }
-    monkeypatch.setattr(reading.distributed, "gather", lambda name, value: said[name])
+    monkeypatch.setattr(failures.distributed, "gather", lambda name, value: said[name])
 
     def read():
         if mine is not None:
             raise mine
 
     with pytest.raises(UnreachableCheckpointError, match="process 1: checkpoint 3 cannot be read now"):
-        reading.agreed(tmp_path, read, together=True)
+        failures.agreed(tmp_path, read, together=True)
 
 
 def test_nothing_whole_is_an_error_and_nothing_is_moved(run_dir):
@@ -283,30 +281,6 @@ def test_a_full_disk_is_one_line(run_dir, monkeypatch):
         checkpoints.save(4, items(4), {"config": CONFIG})
     checkpoints.close()
     assert read_meta(run_dir)["step"] == 3
-
-
-def test_fingerprint_against_numpy():
-    x = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
-    h = np.asarray([1.5, -2], jnp.bfloat16)
-    total = 0
-    for leaf in (x.view(np.uint32), h.view(np.uint16), np.asarray([3, 4], np.uint32)):
-        total = (total * 31 + int(leaf.astype(np.uint64).sum())) % 2**32
-    assert fingerprint({"a": jnp.asarray(x), "b": jnp.asarray(h), "c": jnp.asarray([3, 4])}) == total
-
-
-def test_fingerprints_of_host_and_device_are_the_same(monkeypatch):
-    """On a CPU numpy sums the words in place; accelerators have their own program, here on a CPU too."""
-    rng = np.random.default_rng(0)
-    tree = {
-        "half": jnp.asarray(rng.normal(size=(3, 5, 2)), jnp.bfloat16),
-        "float": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
-        "int": jnp.asarray([-3, 2**31 - 1], jnp.int32),
-        "bool": jnp.asarray([True, False, True]),
-        "scalar": jnp.float32(-0.0),
-    }
-    device = fingerprint_module._fingerprint(jax.tree.leaves(tree))
-    monkeypatch.setattr(fingerprint_module, "_fingerprint", None)  # whose copies of whole arrays take memory
-    assert fingerprint(tree) == fingerprint(jax.tree.map(np.asarray, tree)) == int(device)
 
 
 def stored(folder, name):

@@ -18,6 +18,7 @@ from vla_jax.checkpoint import load
 from vla_jax.convert import Options, convert
 from vla_jax.convert.convert import open_weights
 from vla_jax.convert.run import RunSource
+from vla_jax.convert.sources import OrbaxSource
 
 
 def refused(tmp_path, path, source, match, target="vla_jax"):
@@ -149,17 +150,22 @@ def test_damaged_orbax(tmp_path):
     refused(tmp_path, tmp_path, "openpi", "params is missing")
 
 
-def test_damaged_run(tmp_path):
+def test_damaged_run(tmp_path, monkeypatch):
     """A flipped bit in ours is found by its checksum, and the export is not left behind."""
     theirs = tmp_path / "theirs"
     layouts.save_openpi(theirs, layouts.random(layouts.openpi(TINY, "pi05")), value=True)
     convert(theirs, tmp_path / "ours", source="openpi", target="vla_jax")
     refused(tmp_path, tmp_path / "ours", "vla_jax", "pi0_hf holds π0 only", target="pi0_hf")
     refused(tmp_path, tmp_path / "ours", "vla_jax", "has no place for", target="paligemma_hf")
-    meta = tmp_path / "ours/checkpoints/0/meta/metadata"
-    record = json.loads(meta.read_text())
-    record["fingerprints"]["params"] ^= 1
-    meta.write_text(json.dumps(record))
+    read = OrbaxSource.read
+
+    def flipped(self, name, index=()):
+        piece = read(self, name, index).copy()
+        if name == "backbone/img/head/bias":
+            piece.view(np.uint8)[0] ^= 1
+        return piece
+
+    monkeypatch.setattr(OrbaxSource, "read", flipped)
     refused(
         tmp_path,
         tmp_path / "ours",
@@ -167,6 +173,10 @@ def test_damaged_run(tmp_path):
         r"the checksum of its weights \(params\) is wrong",
         target="openpi",
     )
+    monkeypatch.undo()
+    meta = tmp_path / "ours/checkpoints/0/meta/metadata"
+    meta.write_text(meta.read_text().replace("pi05", "pi0", 1))
+    refused(tmp_path, tmp_path / "ours", "vla_jax", "the checksum of meta/metadata is wrong", target="openpi")
 
 
 def test_missing_statistics(tmp_path):

@@ -1,6 +1,7 @@
 """Starting from another run's weights: what is taken, what is new and said, what is refused; and LoRA end to end."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.data import toy as toy_data
-from vla_jax.checkpoint import load, load_params, read_meta
+from vla_jax.checkpoint import Saved, load, load_params, read_meta
 from vla_jax.checkpoint.tree import flatten
-from vla_jax.config import TrainConfig
+from vla_jax.config import TrainConfig, from_json, to_json
 from vla_jax.convert import convert
 from vla_jax.data.config import DataConfig
 from vla_jax.data.schema import DatasetSchema
@@ -18,6 +19,7 @@ from vla_jax.layers import lora
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.policy import Policy
+from vla_jax.train import init_from
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.init_from import model_of
 from vla_jax.train.run import train
@@ -233,13 +235,11 @@ def test_another_model_is_refused(base, tmp_path, capsys, change, message):
 
 def test_arrays_that_do_not_fit_their_configuration_are_refused(base, tmp_path, capsys, monkeypatch):
     """A checkpoint whose arrays are not those of its own configuration."""
-    from vla_jax.train import init_from
-
     folder, config = base
     loaded = load_params(folder / "base")
     del loaded.params["backbone"]["img"]["head"]["bias"]
     loaded.params["expert"]["extra"] = np.zeros(3)
-    monkeypatch.setattr(init_from, "load_params", lambda *_, **__: loaded)
+    monkeypatch.setattr(Saved, "params", lambda *_, **__: loaded)
     message = r"backbone/img/head/bias is missing, \(16,\) is wanted; expert/extra has no place"
     with pytest.raises(ValueError, match=message):
         dry(with_train(config, init_from=str(folder / "base")), folder, tmp_path, capsys)
@@ -247,13 +247,11 @@ def test_arrays_that_do_not_fit_their_configuration_are_refused(base, tmp_path, 
 
 def test_another_way_to_compute_is_the_same_model(base, tmp_path, capsys, monkeypatch):
     """As where weights trained on GPUs go on elsewhere: another kernel, other rematerialisation."""
-    from vla_jax.train import init_from
-
     folder, config = base
-    meta = read_meta(folder / "base")
-    meta["config"]["model"] |= {"attention": "cudnn", "dtype": "bfloat16", "remat": "nothing_saveable"}
+    elsewhere = json.loads(to_json(config))
+    elsewhere["model"] |= {"attention": "cudnn", "dtype": "bfloat16", "remat": "nothing_saveable"}
     assert config.model.attention == "xla"
-    monkeypatch.setattr(init_from, "read_meta", lambda _: meta)
+    monkeypatch.setattr(init_from, "_config", lambda saved: from_json(json.dumps(elsewhere)))
     arrays, said = dry(with_train(config, init_from=str(folder / "base")), folder, tmp_path, capsys)
     assert set(arrays) == set(flatten(load(folder / "base", "ema"))) and ", 0 new" in said
 

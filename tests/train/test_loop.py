@@ -13,7 +13,7 @@ from tests.train.toy import host_batch, make_job, small_loop
 from vla_jax.checkpoint import read_meta
 from vla_jax.sharding import MeshConfig
 from vla_jax.train.loop import TrainingDiverged, fit
-from vla_jax.train.metrics import JsonLines, TensorBoard, Wandb, truncate
+from vla_jax.train.metrics import JsonLines, TensorBoard, Wandb, Written, truncate
 
 
 def test_non_finite_steps_are_skipped_and_many_in_a_row_stop(tmp_path):
@@ -125,6 +125,39 @@ def test_truncate_keeps_what_was_before_and_drops_torn_lines(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2')
     truncate(path, 5)
     assert path.read_text() == '{"step": 1}\n'
+
+
+def test_damage_in_the_middle_costs_its_line_and_is_said(tmp_path, capsys):
+    path = tmp_path / "m.jsonl"
+    lines = ['{"step": 1}\n', '{"step": 2}\n', '{"step": 3}\n', '{"step": 4}\n']
+    whole = Written.of("".join(lines[:3]).encode()).to_json()
+
+    def said(text, step=3, written=whole):
+        path.write_bytes(text if isinstance(text, bytes) else "".join(text).encode())
+        truncate(path, step, written)
+        return capsys.readouterr().err
+
+    assert said(lines) == "" and path.read_text() == "".join(lines[:3])
+    assert "line 2 is damaged" in said([lines[0], '{"st\n', *lines[2:]]) and '"step": 3' in path.read_text()
+    assert "line 2 is damaged" in said("".join(lines).encode().replace(b"2", b"\xff"))
+    assert "2 of the 3 lines until step 3" in said([lines[0], *lines[2:]])
+    assert "2 of the 3 lines until step 3" in said([*lines[:2], '{"st'])
+    assert "not what was written" in said(['{"step": 2}\n', *lines[1:]])
+    assert said([*lines[:3], '{"st']) == ""  # the torn end of a run that was killed
+    path.unlink()
+    truncate(path, 3, whole)
+    assert "is not there: what was logged until step 3 is lost" in capsys.readouterr().err
+
+
+def test_checkpoints_know_what_the_log_held(tmp_path, capsys):
+    loop = small_loop(steps=4, val_every=0)
+    fit(make_job(loop, MeshConfig()), loop, tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:1] + lines[2:]))
+    capsys.readouterr()
+    truncate(log, 4, read_meta(tmp_path)["metrics"])
+    assert "3 of the 4 lines until step 4" in capsys.readouterr().err
 
 
 def test_json_lines_hold_vectors_and_no_nan(tmp_path):

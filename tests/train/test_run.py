@@ -24,6 +24,8 @@ from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.loader import Loader
+from vla_jax.data.tokenizer import train_tokenizer
+from vla_jax.data.transforms import Tokenize
 from vla_jax.flow.processes import make_process
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.models.vla import VLA
@@ -185,6 +187,36 @@ def test_another_data_set_is_refused(config, whole, tmp_path):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
     with pytest.raises(ValueError, match="data_fingerprint="):
         train(other, whole)
+
+
+@pytest.mark.parametrize("what", ["statistics", "tokenizer", "splits"])
+def test_other_statistics_tokenizers_or_splits_are_refused(config, whole, monkeypatch, what):
+    """The configuration and the data set are the same, what was made of them is not."""
+    prepare = run.prepare_data
+
+    def other(config, **options):
+        bundle = prepare(config, **options)
+        values = bundle.to_json()
+        for transform in values["transforms"]:
+            if what == "statistics" and transform["type"] == "Normalize":
+                (statistics,) = transform["statistics"].values()
+                statistics["action"]["std"] = [1.001 * float(x) for x in statistics["action"]["std"]]
+        changed = DataBundle.from_json(json.loads(json.dumps(values, default=list)))
+        if what == "tokenizer":
+            tokenizer = train_tokenizer(["open a drawer"] * 2, 300)
+            parts = [
+                dataclasses.replace(t, tokenizer=tokenizer) if isinstance(t, Tokenize) else t
+                for t in changed.transforms
+            ]
+            changed = dataclasses.replace(changed, transforms=tuple(parts))
+        return changed
+
+    monkeypatch.setattr(run, "prepare_data", other)
+    if what == "splits":
+        monkeypatch.setattr(run, "split_hash", lambda index, config: "another")
+    with pytest.raises(ValueError, match=rf"checkpoints/8 belongs to another config: .*{what}") as raised:
+        train(config, whole)
+    assert len(str(raised.value)) < 1000
 
 
 def test_what_a_host_makes_of_the_data_is_compared(config, tmp_path, monkeypatch):

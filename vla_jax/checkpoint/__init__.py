@@ -1,12 +1,12 @@
 """Checkpoints: one directory that needs nothing else."""
 
+from vla_jax.checkpoint.failures import CorruptCheckpointError, UnreachableCheckpointError
 from vla_jax.checkpoint.manager import Checkpoints, Restored
 from vla_jax.checkpoint.read import (
-    CorruptCheckpointError,
-    UnreachableCheckpointError,
+    Saved,
     load,
     load_params,
-    params_shapes,
+    open_newest,
     read_meta,
 )
 
@@ -14,9 +14,10 @@ __all__ = [
     "Checkpoints",
     "CorruptCheckpointError",
     "Restored",
+    "Saved",
     "UnreachableCheckpointError",
     "load",
     "load_params",
-    "params_shapes",
+    "open_newest",
     "read_meta",
 ]

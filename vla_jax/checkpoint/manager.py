@@ -14,24 +14,24 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from vla_jax.checkpoint import write
-from vla_jax.checkpoint.fingerprint import fingerprint
-from vla_jax.checkpoint.paths import is_remote, run_path
-from vla_jax.checkpoint.read import (
-    FOLDER,
+from vla_jax.checkpoint import noise, write
+from vla_jax.checkpoint.failures import (
     CorruptCheckpointError,
+    UnreachableCheckpointError,
     agreed,
     first_line,
-    read_step_meta,
-    restore_items,
-    whole_steps,
 )
+from vla_jax.checkpoint.fingerprint import fingerprint
+from vla_jax.checkpoint.manifest import write_manifest
+from vla_jax.checkpoint.paths import Path, is_remote, run_path
+from vla_jax.checkpoint.read import open_step, restore_items
+from vla_jax.checkpoint.steps import FOLDER, whole_steps
 from vla_jax.sharding import distributed
 from vla_jax.sharding.report import human
 
@@ -56,11 +56,23 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | os.PathLike, *, keep: int):
         self.directory = run_path(run_dir) / FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, handler_registry=write.registry()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, handler_registry=write.registry()
+            )
+        except OSError as error:
+            raise OSError(
+                f"checkpoints cannot be kept in {self.directory} ({first_line(error)}); mend that, or use another "
+                "run directory"
+            ) from error
         self._saving: int | None = None
+        self._failure = False
+        """Whether a save has failed: this object is of no use any more."""
 
     def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to save; returns as soon as the arrays are copied to the host and may change again.
@@ -69,7 +81,10 @@ class Checkpoints:
         first. Raises OSError where that one or this one cannot be written.
         """
         self.wait()
-        self._check_space(step, items)
+        try:
+            self._check_space(step, items)
+        except FileNotFoundError as error:
+            raise self._failed(step, error) from error
         self._saving = step
         record = dict(
             meta,
@@ -79,6 +94,7 @@ class Checkpoints:
             versions=versions(),
         )
         args = {name: write.arrays(tree) for name, tree in items.items()}
+        noise.drop_late_reports()
         try:
             self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(record)))
         except Exception as error:
@@ -101,6 +117,7 @@ class Checkpoints:
         abstract: Mapping[str, Any],
         *,
         same: Mapping[str, Any],
+        identity: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
         free: tuple[str, ...] = (),
         defaults: Mapping[str, Any] | None = None,
     ) -> Restored | None:
@@ -114,16 +131,23 @@ class Checkpoints:
           need not be those it was saved from.
         - `same`: entries of the metadata that must be what they were, above all `config`. Raises ValueError where
           the checkpoint's differ in any field but those whose dotted names start with one of `free`.
+        - `identity`: what of the checkpoint's metadata is compared with `same`; None: its entries of the same names.
         - `defaults`: the config's default values, which fields have that the checkpoint is older than.
         """
         warnings: list[str] = []
+        self._name_by_step()
         steps = self._shared_steps()
         for step in reversed(steps):
             step_dir = self.directory / str(step)
             try:
-                meta = agreed(step_dir, lambda: read_step_meta(step_dir), together=True)
-                saved = {key: meta.get(key) for key in same}
-                _check_same(step_dir, saved, same, free, flatten(defaults or {}))
+                saved = agreed(step_dir, lambda: open_step(step_dir), together=True)
+                meta = saved.meta
+                compared = (
+                    {key: meta.get(key) for key in same}
+                    if identity is None
+                    else saved.built("configuration or data", lambda: identity(meta))
+                )
+                _check_same(step_dir, compared, same, free, flatten(defaults or {}))
                 items = restore_items(step_dir, abstract, meta, together=True)
             except CorruptCheckpointError as error:
                 warnings.append(f"checkpoint {step_dir} is unreadable ({error})")
@@ -131,7 +155,7 @@ class Checkpoints:
             for warning in warnings if not jax.process_index() else ():
                 print(f"warning: {warning}; continuing from step {step}", file=sys.stderr)
             self._move_aside([newer for newer in steps if newer > step])
-            return Restored(step, items, meta)
+            return Restored(saved.step, items, meta)
         if warnings:
             raise ValueError(f"{warnings[0]} and no older one is whole; move the folder away to start afresh")
         return None
@@ -139,7 +163,48 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save in progress and lets go of the directory."""
         self.wait()
-        self._manager.close()
+        # After a failed save, of which wait has told, Orbax would tell of it again.
+        with contextlib.suppress(Exception) if self._failure else contextlib.nullcontext():
+            self._manager.close()
+        if self._failure:
+            noise.collect()
+
+    def _seal(self) -> None:
+        """Called by Orbax in process 0, on a thread, when all files of a step are written and it has no name yet."""
+        step = str(self._saving)
+        drafts = [
+            path
+            for path in self.directory.iterdir()
+            if path.name == step or path.name.startswith(f"{step}.orbax-checkpoint-tmp")
+        ]
+        (draft,) = drafts  # on an object store it has its name from the beginning
+        write_manifest(draft, self._saving)
+
+    def _name_by_step(self) -> None:
+        """A step is what the metadata say: a folder that was given another name gets that of its step again."""
+        if not jax.process_index():
+            for name in whole_steps(self.directory):
+                folder = self.directory / str(name)
+                try:
+                    step = open_step(folder).step
+                except (CorruptCheckpointError, UnreachableCheckpointError):
+                    continue  # said when it is its turn
+                if step == name:
+                    continue
+                target = self.directory / str(step)
+                if target.exists():
+                    target = self._unreadable(f"{step}-as-{name}")
+                folder.rename(target)
+                print(f"warning: {folder} holds step {step}; it is now {target}", file=sys.stderr)
+        distributed.barrier("checkpoints are named by their steps")
+        self._manager.reload()
+
+    def _unreadable(self, name: str) -> Path:
+        """A free name in the folder of what is moved aside."""
+        folder = self.directory.with_name(UNREADABLE)
+        folder.mkdir(exist_ok=True)
+        earlier = sum(1 for old in folder.iterdir() if old.name.startswith(f"{name}-"))
+        return folder / f"{name}-{earlier}"
 
     def _shared_steps(self) -> list[int]:
         """The whole steps, oldest first; raises ValueError where the processes do not see the same ones."""
@@ -158,11 +223,8 @@ class Checkpoints:
         if not steps:
             return
         if not jax.process_index():
-            target = self.directory.with_name(UNREADABLE)
-            target.mkdir(exist_ok=True)
             for step in steps:
-                earlier = sum(1 for old in target.iterdir() if old.name.startswith(f"{step}-"))
-                (self.directory / str(step)).rename(target / f"{step}-{earlier}")
+                (self.directory / str(step)).rename(self._unreadable(str(step)))
         distributed.barrier("unreadable checkpoints are moved")
         self._manager.reload()
 
@@ -177,8 +239,12 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> OSError:
         """The error to raise where a save failed: one line that says what is still there."""
-        self._saving = None
-        whole = [s for s in whole_steps(self.directory) if s != step]
+        self._saving, self._failure = None, True
+        noise.drop_coroutines()
+        noise.collect()
+        whole = []
+        with contextlib.suppress(OSError):  # the folder itself may be gone, or be a file
+            whole = [s for s in whole_steps(self.directory) if s != step]
         kept = f"the newest whole one is {whole[-1]}" if whole else "there is no earlier one"
         return OSError(
             f"checkpoint {step} could not be written to {self.directory} ({first_line(error)}); {kept}"

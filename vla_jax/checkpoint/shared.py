@@ -50,7 +50,11 @@ def make_shared(run_dir: str | os.PathLike) -> Path:
 def _make(folder: Path) -> list[Path]:
     """Makes a directory; returns which ones were not there, the innermost first."""
     made = [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise OSError(f"the run directory {folder} cannot be made ({reason}); use another one") from error
     return made
 
 

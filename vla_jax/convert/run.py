@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vla_jax.checkpoint import read_meta
+from vla_jax.checkpoint import Saved, open_newest
+from vla_jax.checkpoint.failures import attempt
+from vla_jax.checkpoint.fingerprint import describe, piece_sum
 from vla_jax.checkpoint.manager import versions
-from vla_jax.checkpoint.read import FOLDER, whole_steps
+from vla_jax.checkpoint.manifest import write_manifest
+from vla_jax.checkpoint.paths import run_path
+from vla_jax.checkpoint.plain_sum import fold
+from vla_jax.checkpoint.steps import FOLDER, is_whole
 from vla_jax.config import TrainConfig, from_meta, to_json
 from vla_jax.convert.account import account
-from vla_jax.convert.entry import Index, Lazy
+from vla_jax.convert.entry import Index, Lazy, Spec
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.sources import OrbaxSource
 from vla_jax.convert.statistics import run_statistics
@@ -27,23 +32,30 @@ from vla_jax.layers.matrices import matrix_axes
 from vla_jax.models.config import VLAConfig
 
 
-class WordSums:
+class PieceSums:
     """`vla_jax.checkpoint.fingerprint` of a tree whose arrays pass by in pieces, each piece once."""
 
-    def __init__(self, names: Mapping[str, Any]):
-        self._sums = dict.fromkeys(names, 0)
+    def __init__(self, specs: Mapping[str, Spec | Lazy]):
+        self._specs = specs
+        self._sums = dict.fromkeys(specs, 0)
+        self._plain = dict.fromkeys(specs, 0)
 
-    def add(self, name: str, piece: np.ndarray) -> None:
-        """Counts a piece of an array."""
+    def add(self, name: str, index: Index, piece: np.ndarray) -> None:
+        """Counts the piece of an array that lies at `index`."""
+        self._sums[name] += piece_sum(self._specs[name].shape, index, piece)
+
+    def add_plain(self, name: str, piece: np.ndarray) -> None:
+        """Counts the same for a checkpoint that has `plain_sum`s."""
         words = np.ascontiguousarray(piece).view({2: np.uint16, 4: np.uint32}[piece.dtype.itemsize])
-        self._sums[name] += int(words.sum(dtype=np.uint64))
+        self._plain[name] += int(words.sum(dtype=np.uint64))
 
-    def total(self) -> int:
-        """The checksum of all arrays, in the order in which JAX flattens the tree."""
-        total = 0
-        for name in sorted(self._sums, key=lambda name: name.split("/")):
-            total = (total * 31 + self._sums[name]) % 2**32
-        return total
+    def of_all(self) -> dict[str, str]:
+        """The checksums, as a checkpoint's metadata have them."""
+        return {name: describe(spec, self._sums[name]) for name, spec in self._specs.items()}
+
+    def plain(self) -> int:
+        """The one sum of all arrays, in the order in which JAX flattens the tree."""
+        return fold([self._plain[name] for name in sorted(self._plain, key=lambda name: name.split("/"))])
 
 
 class RunSource:
@@ -51,13 +63,8 @@ class RunSource:
 
     def __init__(self, path: Path, weights: str | None):
         self.path = path
-        self.meta = read_meta(path)
-        has = self.meta["items"]
-        item = weights or ("ema" if "ema" in has else "params")
-        if item not in has:
-            raise ValueError(f"{path} has no '{item}'; it has {', '.join(has)}")
-        step = self._step_dir()
-        self._parts = {name: OrbaxSource(step / name) for name in (item, "frozen") if name in has}
+        self._saved, item, self._parts, self.config = open_newest(path, lambda saved: _open(saved, weights))
+        self.meta = self._saved.meta
         self._part_of = {name: part for part, source in self._parts.items() for name in source.specs}
         saved = {name: spec for source in self._parts.values() for name, spec in source.specs.items()}
         self.specs = {
@@ -66,14 +73,13 @@ class RunSource:
             for name, spec in saved.items()
             if not lora.is_factor(name)
         }
-        self.config: TrainConfig = from_meta(self.meta)
         self.model: VLAConfig = self.config.model
         self._scale = self.config.lora.scale
         self._factors: tuple[str, dict[str, np.ndarray]] = ("", {})  # of the matrix that is being read
         self._summed: set[str] = set()  # factors that the checksum has counted; a matrix may be come back to
         self.expert = any(name.startswith("expert/") for name in self.specs)
         account(f"{path} ({item})", self.specs, our_shapes(self.model, expert=self.expert))
-        self._sums = {part: WordSums(source.specs) for part, source in self._parts.items()}
+        self._sums = {part: PieceSums(source.specs) for part, source in self._parts.items()}
 
     @property
     def assets(self) -> dict[str, Any]:
@@ -102,22 +108,49 @@ class RunSource:
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         part = self._part_of[name]
-        piece = self._parts[part].read(name, index)
-        self._sums[part].add(name, piece)
+        try:
+            piece = self._parts[part].read(name, index)
+        except ValueError as error:
+            if is_whole(self._saved.folder):
+                raise
+            raise ValueError(
+                f"{self._saved.folder} was deleted while it was read: whoever trains keeps only the newest steps; "
+                "run the same command again"
+            ) from error
+        if self._plain(part):
+            self._sums[part].add_plain(name, piece)
+        else:
+            self._sums[part].add(name, index, piece)
         return piece
+
+    def _plain(self, part: str) -> bool:
+        return not isinstance(self.meta["fingerprints"][part], Mapping)
 
     def verify(self) -> None:
         """Raises ValueError unless what has been read is what was saved; after everything was read once."""
         for part, sums in self._sums.items():
-            if sums.total() != self.meta["fingerprints"][part]:
-                raise ValueError(f"{self.path} is damaged: the checksum of its weights ({part}) is wrong")
+            found = sums.plain() if self._plain(part) else sums.of_all()
+            if found != self.meta["fingerprints"][part]:
+                raise ValueError(
+                    f"{self._saved.folder} is damaged: the checksum of its weights ({part}) is wrong; if the run has "
+                    "an older step, give that"
+                )
 
-    def _step_dir(self) -> Path:
-        path = self.path.absolute()
-        for folder in (path / FOLDER, path):
-            if folder.is_dir() and not path.name.isdigit() and (steps := whole_steps(folder)):
-                return folder / str(max(step for step in steps if step == self.meta["step"]))
-        return path
+
+def _open(saved: Saved, weights: str | None) -> tuple[Saved, str, dict[str, OrbaxSource], TrainConfig]:
+    """A step with its averaged or raw weights, and what it says of them."""
+    has = saved.meta["items"]
+    item = weights or ("ema" if "ema" in has else "params")
+    saved.has(item)
+    config = saved.built("configuration", lambda: from_meta(saved.meta))
+    names = [name for name in (item, "frozen") if name in has]
+    for name in names:
+        saved.check(name)
+    parts = {
+        name: attempt(saved.folder, lambda name=name: OrbaxSource(Path(saved.folder / name)))
+        for name in names
+    }
+    return saved, item, parts, config
 
 
 def _a(name: str) -> str:
@@ -145,7 +178,7 @@ def write_run(
     with Whole(path) as partial:
         step = partial / FOLDER / "0"
         step.mkdir(parents=True)
-        sums = WordSums(arrays)
+        sums = PieceSums(arrays)
         write_orbax(step / "params", {name: _summed(name, lazy, sums) for name, lazy in arrays.items()})
         verify()
         meta = dict(
@@ -153,17 +186,18 @@ def write_run(
             step=0,
             config=json.loads(to_json(config)),
             items=["params"],
-            fingerprints={"params": sums.total()},
+            fingerprints={"params": sums.of_all()},
             versions=versions(),
         )
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             checkpointer.save((step / "meta").absolute(), args=ocp.args.JsonSave(meta))
+        write_manifest(run_path(step), 0)
 
 
-def _summed(name: str, lazy: Lazy, sums: WordSums) -> Lazy:
+def _summed(name: str, lazy: Lazy, sums: PieceSums) -> Lazy:
     def pieces() -> Iterator[tuple[Index, np.ndarray]]:
         for index, piece in lazy.pieces():
-            sums.add(name, piece)
+            sums.add(name, index, piece)
             yield index, piece
 
     return Lazy(lazy.shape, lazy.dtype, pieces)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import tensorstore as ts
 
-from vla_jax.checkpoint.read import first_line
+from vla_jax.checkpoint.failures import first_line
 from vla_jax.convert.entry import Index, Spec
 
 #: safetensors' names of types.

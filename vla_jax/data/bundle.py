@@ -1,9 +1,7 @@
 """Everything a model needs to know of its data, in one object that a checkpoint stores and a policy replays."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from vla_jax.data import transforms as tf
 from vla_jax.data.config import DataConfig
-from vla_jax.data.derived import DIRECTORY, key_hash
+from vla_jax.data.derived import cached
 from vla_jax.data.fast.dataset import prepare_fast
 from vla_jax.data.fast.ids import action_ids
 from vla_jax.data.fast.transform import DecodedChunks, TokenizeActions
@@ -350,16 +348,9 @@ def _tokenizer(source: EpisodeSource, index: DatasetIndex, config: DataConfig, p
     vocab_size = config.vocab_size
     texts = sorted({text for _, instruction, target in index.texts for text in (instruction, target)})
     texts = prompt.training_texts(texts, len(source.schema.state_names))
-    key = key_hash({"texts": texts, "vocab_size": vocab_size, "version": _TOKENIZER_VERSION})
-    directory = Path(source.path) / DIRECTORY / f"tokenizer-{key}"
-    if directory.exists():
-        return Tokenizer.load(directory)
-    tokenizer = train_tokenizer(texts, vocab_size)
-    try:
-        tokenizer.save(directory)
-    except OSError as error:
-        logging.getLogger(__name__).warning("tokenizer is not kept beside the data: %s", error)
-    return tokenizer
+    key = {"texts": texts, "vocab_size": vocab_size, "version": _TOKENIZER_VERSION}
+    files = cached(source.path, "tokenizer", key, lambda: train_tokenizer(texts, vocab_size).to_files())
+    return Tokenizer.from_files(files)
 
 
 def _task_of(index: DatasetIndex) -> dict[str, str]:

@@ -17,24 +17,31 @@ def key_hash(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _sha256(stored: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
 def cached(dataset: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
     """`compute()` as JSON values, read from `dataset/derived/` if the same key was computed before.
 
-    Where the directory cannot be written, that is said and the value is computed again next time.
+    What is there must have the right checksum, else it is computed anew. Where the directory cannot be written,
+    that is said and the value is computed again next time.
     """
     key = json.loads(json.dumps(key))
     path = dataset / DIRECTORY / f"{kind}-{key_hash(key)}.json"
     if path.exists():
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            stored = {}
-        if isinstance(stored, dict) and stored.get("key") == key:
+            stored = json.loads(path.read_bytes())
+        except ValueError:
+            stored = None
+        if isinstance(stored, dict) and stored.pop("sha256", None) == _sha256(stored):
             return stored["value"]
-    value = compute()
+        logging.getLogger(__name__).warning("%s is damaged or has no checksum: it is computed anew", path)
+    value = json.loads(json.dumps(compute()))
     try:
         path.parent.mkdir(exist_ok=True)
-        rlds.write_atomically(path, json.dumps({"key": key, "value": value}).encode())
+        stored = {"key": key, "value": value}
+        rlds.write_atomically(path, json.dumps({"sha256": _sha256(stored), **stored}).encode())
     except OSError as error:
         logging.getLogger(__name__).warning("%s is not kept beside the data: %s", kind, error)
     return value

@@ -30,12 +30,17 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from vla_jax.data.schema import METADATA, DatasetSchema, Episode
+from vla_jax.files import read_json
 
 SPLIT = "train"
 SCHEMA_FILE = "schema.json"
 ARGUMENTS_FILE = "arguments.json"
 CHECKSUMS_FILE = "checksums.json"
 INFO_FILE = "dataset_info.json"
+
+WITHOUT_ARGUMENTS = (
+    "it only says how the collection was begun: remove this file, then the same command goes on"
+)
 
 
 def features(schema: DatasetSchema) -> tfds.features.FeaturesDict:
@@ -94,7 +99,7 @@ def prepare_directory(
     path = out_dir / ARGUMENTS_FILE
     if not path.exists():
         write_atomically(path, json.dumps(dict(arguments), indent=2, sort_keys=True).encode())
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(dict(arguments)))
+    before, now = read_json(path, mend=WITHOUT_ARGUMENTS), json.loads(json.dumps(dict(arguments)))
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
         what = ", ".join(f"{key}={before.get(key)!r} not {now.get(key)!r}" for key in differing)

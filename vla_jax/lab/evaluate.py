@@ -1,12 +1,12 @@
 """What became of a cell: its last validation and, on the tabletop, episodes in closed loop."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vla_jax.files import read_lines
 from vla_jax.serve.policy import Policy
 from vla_jax.sim.evaluate import EvaluateConfig
 from vla_jax.sim.evaluate_tabletop import evaluate_tabletop
@@ -24,7 +24,7 @@ def last_validation(folder: Path, step: int, *, missing: bool = False) -> dict[s
 
     Raises ValueError where there is none, unless that may be `missing`, as where training ended before its time.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     found = [line for line in lines if line["step"] == step and any(k.startswith("val/") for k in line)]
     if not found and missing:
         return {}

@@ -1,6 +1,5 @@
 """The pictures of a sweep's report. Each takes settings or rows and returns a figure, or None where it has no data."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from vla_jax.files import read_lines
 from vla_jax.lab.front import Verdict, Verdicts, pareto
 from vla_jax.lab.table import Mean, Row, Setting, others_varied
 from vla_jax.sim.figures import style
@@ -368,7 +368,7 @@ def _unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 def _diagnosed(row: Row) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vla_jax.files import write_json
 from vla_jax.lab import figures, html
 from vla_jax.lab.front import Apart, Verdicts, apart, judge, pareto_settings
 from vla_jax.lab.store import Store
@@ -23,7 +24,6 @@ from vla_jax.lab.table import (
     unfinished,
     where,
 )
-from vla_jax.sim.evaluate import write_json
 from vla_jax.sim.figures import style
 
 PERCENT = (

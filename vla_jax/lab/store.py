@@ -22,9 +22,12 @@ import jax
 
 from vla_jax.checkpoint.manager import flatten
 from vla_jax.config import config_hash, to_json
+from vla_jax.files import DamagedFileError, read_json, set_aside, warn, write_json
 from vla_jax.lab.grid import Cell
 from vla_jax.lab.plan import Group
-from vla_jax.sim.evaluate import write_json
+
+RESULT = ("config_hash", "evaluation", "val", "closed_loop", "values", "skipped", "diverged")
+"""What a cell's result has at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Store:
     def result(self, name: str) -> dict[str, Any] | None:
         """What became of a cell; None: it is not finished."""
         path = self.cell(name) / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return read_json(path, RESULT) if path.exists() else None
+        except DamagedFileError as error:
+            warn(f"{error}; the cell counts as not finished")
+            return None
 
     def finish(self, cell: Cell, result: Mapping[str, Any]) -> None:
         """Writes a cell's result: it is finished then."""
@@ -57,7 +64,7 @@ class Store:
             return False
         where = self.cell(cell.name)
         if result["config_hash"] != config_hash(cell.config):
-            old = flatten(json.loads((where / "config.json").read_text()))
+            old = flatten(read_json(where / "config.json", mend="use another --out"))
             new = flatten(json.loads(to_json(cell.config)))
             differing = [
                 f"{key}={new.get(key, 'absent')!r} (there: {old.get(key, 'absent')!r})"
@@ -96,7 +103,11 @@ class Store:
         known = {cell.name: cell for cell in cells}
         groups = []
         for path in sorted(self.root.glob("groups/*/group.json")):
-            names = json.loads(path.read_text())["cells"]
+            try:
+                names = read_json(path, ("cells",))["cells"]
+            except DamagedFileError as error:
+                warn(f"{error}; its cells are looked for by their configurations")
+                continue
             if all(name in known for name in names):
                 group = Group(tuple(known[name] for name in names))
                 if group.id == path.parent.name:
@@ -106,14 +117,19 @@ class Store:
     def ask(self, entry: Mapping[str, Any]) -> None:
         """Adds what is asked for to sweep.json, unless it is there."""
         path = self.root / "sweep.json"
-        asked = self.asked()
+        try:
+            asked = self.asked()
+        except DamagedFileError as error:
+            warn(f"{error}; it begins anew with this command's cells, the old one is now {set_aside(path)}")
+            asked = []
         if not any({**old, "versions": None} == {**entry, "versions": None} for old in asked):
             write_json({"sweeps": [*asked, dict(entry)]}, path)
 
     def asked(self) -> list[dict[str, Any]]:
-        """What was asked for so far."""
+        """What was asked for so far. Raises DamagedFileError."""
         path = self.root / "sweep.json"
-        return json.loads(path.read_text())["sweeps"] if path.exists() else []
+        mend = "give launch.sweep the same command again: it writes the file anew and trains no finished cell again"
+        return read_json(path, ("sweeps",), mend)["sweeps"] if path.exists() else []
 
     @contextlib.contextmanager
     def lock(self, name: str = "sweep") -> Iterator[None]:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from vla_jax.checkpoint.manager import flatten
 from vla_jax.config import TrainConfig, config_hash, from_json, to_json
+from vla_jax.files import read_json
 from vla_jax.lab.grid import parse_grid, value_of
 from vla_jax.lab.store import Store
 
@@ -28,6 +29,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "diversity": ("closed_loop", "chunk_diversity"),
 }
 """Column → where it stands in a cell's result."""
+
+MEND = "delete the cell's folder and give launch.sweep the same command again"
 
 LOSSES = ("ce", "action_loss")
 
@@ -137,7 +140,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             result = store.result(name)
             if result is None:
                 continue
-            config = from_json((store.cell(name) / "config.json").read_text())
+            config = from_json(json.dumps(read_json(store.cell(name) / "config.json", mend=MEND)))
             row = Row(name=name, config=config, result=result, folder=store.cell(name))
             if name in rows and config_hash(rows[name].config) != config_hash(config):
                 raise ValueError(f"{folder} and {rows[name].folder.parents[1]} have different cells {name}")

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vla_jax.lab.plan import Group
 from vla_jax.lab.together import Cells, Together, padding
 from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
+from vla_jax.train.hosts import bundle_hash
 from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import FREE_TO_CHANGE
 from vla_jax.train.metrics import JsonLines, truncate
@@ -117,12 +118,19 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
         "data_fingerprint": job.data_fingerprint,
         # A sweep that was begun when scales had no least value is the same one where no scale is that small.
         "narrow_dims": list(narrow_dims(job.bundle.normalize, job.bundle.schema)) or None,
+        "prepared": dict(bundle_hash(job.bundle).parts),
     }
+
+    def identity(saved: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: saved.get(key) for key in meta} | {"prepared": saved.get("prepared", meta["prepared"])}
+
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder, keep=1)
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore_latest(together.shapes.items(), same=meta, free=FREE_TO_CHANGE)
-        start = restored.step if restored else 0
+        restored = checkpoints.restore_latest(
+            together.shapes.items(), same=meta, identity=identity, free=FREE_TO_CHANGE
+        )
+        start, written = (restored.step, restored.meta.get("metrics")) if restored else (0, None)
         if restored:
             step = jax.device_put(jax.numpy.int32(start), together.everywhere)
             cells = Cells.from_items(step, restored.items)
@@ -131,7 +139,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
         if start >= loop.steps:
             return cells
         compiled = compile_step(job)
-        log = stack.enter_context(contextlib.closing(_Log(job, cell_dir, start)))
+        log = stack.enter_context(contextlib.closing(_Log(job, cell_dir, start, written)))
         batches = stack.enter_context(Prefetch(job.batches(start), together.everywhere))
         stop = stack.enter_context(StopSignal())
         for step, batch in zip(itertools.count(start + 1), batches):
@@ -145,7 +153,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
                     log.validation(step, together.validate(params, held_out))
             if step % loop.save_every == 0 or last:
                 log.sync()
-                checkpoints.save(step, cells.items(), meta)
+                checkpoints.save(step, cells.items(), meta | {"metrics": log.written()})
             if last:
                 break
     if step < loop.steps:
@@ -166,11 +174,11 @@ def compile_step(job: GroupJob):
 class _Log:
     """Every cell's metrics.jsonl, and a line on the terminal now and then."""
 
-    def __init__(self, job: GroupJob, cell_dir: Callable[[str], Path], start: int):
+    def __init__(self, job: GroupJob, cell_dir: Callable[[str], Path], start: int, written: list | None):
         paths = [cell_dir(cell.name) / "metrics.jsonl" for cell in job.group.cells]
-        for path in paths:
+        for path, held in zip(paths, written or [None] * len(paths), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            truncate(path, start)
+            truncate(path, start, held)
         self._files = [JsonLines(path) for path in paths]
         self._rates = job.together.knobs.learning_rate
         self._schedule = learning_rate(job.config.optim, job.config.train.steps)
@@ -195,6 +203,10 @@ class _Log:
         metrics = jax.device_get(metrics)
         for i, file in enumerate(self._files):
             file.write(step, {f"val/{name}": value[i] for name, value in metrics.items()})
+
+    def written(self) -> list[dict[str, Any]]:
+        """What every file holds by now."""
+        return [file.written.to_json() for file in self._files]
 
     def sync(self) -> None:
         """Before a checkpoint: its metrics must outlive a crash."""

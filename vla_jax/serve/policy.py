@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from vla_jax.checkpoint import load_params, read_meta
+from vla_jax.checkpoint import Saved, open_newest
 from vla_jax.config import TrainConfig, config_hash, from_meta
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.fields import kind
@@ -68,30 +68,37 @@ class Policy:
     ) -> "Policy":
         """Reads a policy from a run's directory (the newest whole checkpoint) or from one step of it.
 
+        All of it is of that one step, whatever a trainer saves or deletes meanwhile.
+
         `weights`: the averaged parameters or the raw ones; None: averaged ones where the run has them. `host`: they
         stay in the host's memory, see `on_host`.
         Raises FileNotFoundError or ValueError, each in one line.
         """
-        meta = read_meta(path)
-        missing = {"config", "data"} - meta.keys()
-        if missing:
-            raise ValueError(
-                f"{path} has no {' and no '.join(sorted(missing))}: it is not a policy's checkpoint"
+
+        def read(saved: Saved) -> "Policy":
+            missing = {"config", "data"} - saved.meta.keys()
+            if missing:
+                raise ValueError(
+                    f"{path} has no {' and no '.join(sorted(missing))}: it is not a policy's checkpoint"
+                )
+            config = saved.built("configuration", lambda: from_meta(saved.meta))
+            bundle = saved.built(
+                "tokenizer, statistics or transforms", lambda: DataBundle.from_json(saved.meta["data"])
             )
-        config = from_meta(meta)
-        bundle = DataBundle.from_json(meta["data"])
-        loaded = load_params(path, weights, device=jax.devices("cpu")[0] if host else None)
-        params = loaded.params
-        if config.lora.rank:
-            params = jax.jit(lora.scaled, static_argnums=1)(params, config.lora.scale)
-        policy = cls(
-            config=config,
-            bundle=bundle,
-            params=params,
-            step=meta["step"],
-            weights=loaded.item,
-            batch_size=batch_size,
-        )
+            loaded = saved.params(weights, device=jax.devices("cpu")[0] if host else None)
+            params = loaded.params
+            if config.lora.rank:
+                params = jax.jit(lora.scaled, static_argnums=1)(params, config.lora.scale)
+            return cls(
+                config=config,
+                bundle=bundle,
+                params=params,
+                step=saved.step,
+                weights=loaded.item,
+                batch_size=batch_size,
+            )
+
+        policy = open_newest(path, read)
         policy.check_params(path)
         return policy.on_host() if host else policy
 

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -28,6 +27,7 @@ import tqdm
 
 from vla_jax.data import rlds
 from vla_jax.data.schema import Episode
+from vla_jax.files import read_json
 from vla_jax.finite import finite
 from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource
 
@@ -223,7 +223,7 @@ def _check_directory(config: CollectConfig) -> None:
         raise ValueError(f"{config.out} is not empty and holds no data set; use a new directory")
     if rlds.ARGUMENTS_FILE not in names:
         return
-    before = json.loads((config.out / rlds.ARGUMENTS_FILE).read_text())
+    before = read_json(config.out / rlds.ARGUMENTS_FILE, mend=rlds.WITHOUT_ARGUMENTS)
     now = config.arguments()
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:

@@ -5,9 +5,6 @@ that do not apply are absent; `details` holds what the pictures and tables add.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -203,15 +200,6 @@ class Runner:
                 break
         median, late = np.percentile(taken[3:], [50, 95])
         return {"latency_ms_p50": float(median), "latency_ms_p95": float(late)}
-
-
-def write_json(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the report in one move, so that it is whole or not there."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    part.replace(path)
 
 
 def pieces_of(seeds: Sequence[int], size: int) -> list[list[int]]:

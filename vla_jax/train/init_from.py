@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vla_jax.checkpoint import load_params, params_shapes, read_meta
+from vla_jax.checkpoint import Saved, open_newest
 from vla_jax.checkpoint.read import Loaded
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.config import TrainConfig, from_meta
@@ -50,15 +50,15 @@ class Start:
 def model_of(path: str | Path) -> VLAConfig:
     """The checkpoint's model for other data: its sizes, action and state dimensions and horizon; cameras are left to
     the data set. Raises FileNotFoundError or ValueError."""
-    source = from_meta(read_meta(path)).model
-    return dataclasses.replace(source, cameras=())
+    return dataclasses.replace(_config_of(path).model, cameras=())
 
 
 def adapted(config: TrainConfig, path: str | Path) -> TrainConfig:
     """The configuration with the checkpoint's model, and what that learned of padded action dims. Where only a prompt
     can tell that model the state, and the configuration's does not, prompt and normalisation are the checkpoint's too.
     Raises as `model_of` does."""
-    source, model = from_meta(read_meta(path)), model_of(path)
+    source = _config_of(path)
+    model = dataclasses.replace(source.model, cameras=())
     data = dataclasses.replace(config.data, image_size=model.vision.image_size)
     if not (model.expert.reads_state or data.prompt_form.uses_state or data.ignore_state):
         data = dataclasses.replace(
@@ -81,25 +81,32 @@ def read_start(config: TrainConfig, shapes: PyTree) -> Start:
     Every array goes straight to its place on the devices. Raises FileNotFoundError or ValueError, in one line.
     """
     path = config.train.init_from
-    source = from_meta(read_meta(path))
     wanted = _wanted(shapes)
-    loaded = load_params(path, shardings={name: leaf.sharding for name, leaf in wanted.items()})
+    shardings = {name: leaf.sharding for name, leaf in wanted.items()}
+
+    def read(saved: Saved) -> tuple[int, TrainConfig, Loaded]:
+        return saved.step, _config(saved), saved.params(shardings=shardings)
+
+    step, source, loaded = open_newest(path, read)
     said = []
     if source.lora.rank:
         merged = jax.jit(lora.merge, static_argnums=1)(loaded.params, source.lora.scale)
         said = _rounding(loaded.params, merged, config)
         loaded.params = merged
-    reasons, lines = _plan(config, source, wanted, loaded)
+    reasons, lines = _plan(config, source, wanted, loaded, step)
     found = flatten(loaded.params)
     return Start({name: found[name] for name in wanted if name not in reasons}, lines + said)
 
 
 def check_start(config: TrainConfig, shapes: PyTree) -> list[str]:
     """What `read_start` would say, from names and shapes alone. Raises as it does."""
-    source = from_meta(read_meta(config.train.init_from))
-    loaded = params_shapes(config.train.init_from)
+
+    def read(saved: Saved) -> tuple[int, TrainConfig, Loaded]:
+        return saved.step, _config(saved), saved.params_shapes()
+
+    step, source, loaded = open_newest(config.train.init_from, read)
     loaded.params = {name: leaf for name, leaf in flatten(loaded.params).items() if not lora.is_factor(name)}
-    return _plan(config, source, _wanted(shapes), loaded)[1]
+    return _plan(config, source, _wanted(shapes), loaded, step)[1]
 
 
 def _wanted(shapes: PyTree) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def _wanted(shapes: PyTree) -> dict[str, Any]:
 
 
 def _plan(
-    config: TrainConfig, source: TrainConfig, wanted: Mapping[str, Any], loaded: Loaded
+    config: TrainConfig, source: TrainConfig, wanted: Mapping[str, Any], loaded: Loaded, step: int
 ) -> tuple[dict[str, str], list[str]]:
     """Which arrays start anew and why, and what there is to say."""
     path, found = config.train.init_from, flatten(loaded.params)
@@ -117,7 +124,6 @@ def _plan(
     changed = _changes(source.model, config.model)
     _check_meaning(path, changed, without_expert=all(n in new for n in wanted if n.startswith("expert/")))
     reasons = _compare(config.train, wanted, found, new, changed)
-    step = read_meta(path)["step"]
     head = f"init_from {path} (step {step}, {loaded.item}): {len(wanted) - len(reasons)} arrays taken"
     horizon = changed.get("expert.horizon")
     return reasons, [
@@ -149,6 +155,14 @@ def _rounding(apart: PyTree, merged: PyTree, config: TrainConfig) -> list[str]:
         f"{float(jnp.sqrt(lost / jnp.maximum(size, 1e-30))):.0%}; going on in that run, or --model.dtype float32 with "
         "optim.frozen_dtype=float32, loses nothing"
     ]
+
+
+def _config_of(path: str | Path) -> TrainConfig:
+    return open_newest(path, _config)
+
+
+def _config(saved: Saved) -> TrainConfig:
+    return saved.built("configuration", lambda: from_meta(saved.meta))
 
 
 def _changes(source: VLAConfig, target: VLAConfig) -> dict[str, tuple[Any, Any]]:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 
 from vla_jax.checkpoint.paths import Path, write_atomically
+from vla_jax.files import DamagedFileError, read_json, set_aside, warn
 
 BUCKETS = ("training", "lost", "start", "compile", "data", "checkpoint", "evaluation")
 
@@ -49,16 +50,23 @@ class Ledger:
         self._bucket = "start"
         self._written = -float("inf")
         if path is not None and path.exists():
-            self._continue(json.loads(path.read_text()), step)
+            try:
+                self._continue(read_json(path, ("seconds", "starts", "training_at")), step)
+            except (DamagedFileError, TypeError, ValueError, AttributeError) as error:
+                said = error if isinstance(error, DamagedFileError) else f"{path} is damaged"
+                warn(f"{said}; the account of the run's time begins anew, that file is now {set_aside(path)}")
         self.write()  # a start that ends while compiling was one too
 
     def _continue(self, saved: dict, step: int) -> None:
-        self.seconds |= saved["seconds"]
-        self.starts = saved["starts"] + 1
-        self._at = {s: t for s, t in saved["training_at"].items() if int(s) <= step}
-        kept = self._at.get(str(step), 0.0)
-        self.seconds["lost"] += self.seconds["training"] - kept
-        self.seconds["training"] = kept
+        """Raises TypeError, ValueError or AttributeError where these are no such values; nothing is changed then."""
+        seconds = self.seconds | {
+            name: float(saved["seconds"][name]) for name in BUCKETS if name in saved["seconds"]
+        }
+        at = {s: float(t) for s, t in saved["training_at"].items() if int(s) <= step}
+        starts = saved["starts"] + 1
+        kept = at.get(str(step), 0.0)
+        seconds["lost"] += seconds["training"] - kept
+        self.seconds, self.starts, self._at = seconds | {"training": kept}, starts, at
 
     def begin(self) -> None:
         """The first step begins."""

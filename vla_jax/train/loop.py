@@ -77,6 +77,9 @@ PLACEMENT = "placement.txt"
 SKIPPED = "skipped_in_a_row"
 """In a checkpoint's metadata: a run that diverges stops at the same step whether it was interrupted or not."""
 
+METRICS = "metrics"
+"""In a checkpoint's metadata: what metrics.jsonl held (`metrics.Written`)."""
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
@@ -102,7 +105,7 @@ class Job:
     """Host batches of one validation, the same rows."""
     meta: Mapping[str, Any]
     """JSON values that are saved with the parameters: `config` (resolved), `data_fingerprint`, and whatever a
-    policy needs. The two named ones are compared on continuing."""
+    policy needs."""
     sample_flops: float
     """Analytic FLOPs of one training sample."""
     key: PRNGKeyArray
@@ -113,6 +116,10 @@ class Job:
     """The config's defaults, as JSON: what a checkpoint means that is older than a field."""
     placement: str = ""
     """Where every array lies, for people; kept in ``placement.txt``."""
+    identity: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda meta: {
+        key: json.loads(json.dumps(meta[key])) for key in ("config", "data_fingerprint")
+    }
+    """What of `meta`, and of a checkpoint's metadata, must be the same on continuing, as JSON values."""
     start: Callable[[], dict[str, Any] | None] = lambda: None
     """Reads the parameters, by path, that a new run does not draw; not called where it continues."""
 
@@ -150,7 +157,7 @@ def fit(
         stack.enter_context(watchdog.guard())  # before anything above waits for a process that has failed
         stack.enter_context(explained(watchdog))
         watchdog.at(0, RESTORING)
-        state, start, skipped, planned = _restore_or_init(job, checkpoints, extend)
+        state, start, planned, meta = _restore_or_init(job, checkpoints, extend)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
         if planned != loop.steps:
@@ -168,16 +175,25 @@ def fit(
             progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")
         config = job.meta["config"]
         if not jax.process_index():
-            (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
             if job.placement:
                 write_atomically(run_dir / PLACEMENT, job.placement)
-        log = MetricsLog(run_dir, start=start, tensorboard=loop.tensorboard, wandb=loop.wandb, config=config)
+        log = MetricsLog(
+            run_dir,
+            start=start,
+            tensorboard=loop.tensorboard,
+            wandb=loop.wandb,
+            config=config,
+            written=meta.get(METRICS),
+        )
         stack.callback(log.close)
         ledger = Ledger(None if jax.process_index() else run_dir / "goodput.json", step=start, begun=begun)
         batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
         profiler = Profiler(profile, run_dir / "profile")
         stack.callback(profiler.close)
-        trainer = _Trainer(job, loop, checkpoints, log, progress, watchdog, ledger, profiler, skipped)
+        trainer = _Trainer(
+            job, loop, checkpoints, log, progress, watchdog, ledger, profiler, meta.get(SKIPPED, 0)
+        )
         state, step = trainer.run(state, start, batches, stop)
         with ledger.spent("checkpoint"):
             watchdog.at(step, "finishing the checkpoint")
@@ -332,25 +348,30 @@ class _Trainer:
         self.watchdog.at(step, "saving")
         with self.clock.paused(), self.ledger.spent("checkpoint"):
             self.log.sync()
-            self.checkpoints.save(step, state.items(), {**self.job.meta, SKIPPED: self.skipped})
+            self.checkpoints.save(
+                step, state.items(), {**self.job.meta, SKIPPED: self.skipped, METRICS: self.log.written()}
+            )
         self.ledger.saved(step)
 
 
-def _restore_or_init(job: Job, checkpoints: Checkpoints, extend: bool) -> tuple[TrainState, int, int, int]:
-    """State, steps done, how many of the last ones were left out, and the steps that the run had planned.
+def _restore_or_init(
+    job: Job, checkpoints: Checkpoints, extend: bool
+) -> tuple[TrainState, int, int, Mapping[str, Any]]:
+    """State, steps done, the steps that the run had planned, and the checkpoint's metadata; none where the run is new.
 
     Only with `extend` may that be fewer than the configuration's.
     """
     steps = job.meta["config"]["train"]["steps"]
     shapes = job.builder.shapes
-    same = json.loads(
-        json.dumps({key: job.meta[key] for key in ("config", "data_fingerprint")})
-    )  # tuples are lists in what was saved
     restored = checkpoints.restore_latest(
-        shapes.items(), same=same, free=(*FREE_TO_CHANGE, "train.steps"), defaults=job.defaults
+        shapes.items(),
+        same=job.identity(job.meta),
+        identity=job.identity,
+        free=(*FREE_TO_CHANGE, "train.steps"),
+        defaults=job.defaults,
     )
     if restored is None:
-        return job.builder.init(job.key, job.start()), 0, 0, steps
+        return job.builder.init(job.key, job.start()), 0, steps, {}
     planned = restored.meta["config"]["train"]["steps"]
     if planned > steps:
         raise ValueError(
@@ -363,7 +384,7 @@ def _restore_or_init(job: Job, checkpoints: Checkpoints, extend: bool) -> tuple[
             "it, with the schedules of learning rate and λ stretched to the new end, or use another run directory"
         )
     step = jax.device_put(jax.numpy.int32(restored.step), shapes.step.sharding)
-    return TrainState.from_items(step, restored.items), restored.step, restored.meta.get(SKIPPED, 0), planned
+    return TrainState.from_items(step, restored.items), restored.step, planned, restored.meta
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vla_jax.checkpoint.paths import Path, is_remote, run_path, write_atomically
+from vla_jax.files import json_lines, name_lines, warn
 
 Values = Mapping[str, Any]
 
@@ -30,16 +31,42 @@ class Writer(Protocol):
         """Writes out what is still buffered."""
 
 
+class Written:
+    """How many lines a file has, and their hash: checkpoints keep it, so that what is lost or changed later is seen."""
+
+    def __init__(self):
+        self._lines, self._hash = 0, hashlib.sha256()
+
+    @classmethod
+    def of(cls, data: bytes) -> "Written":
+        """Of what a file holds."""
+        written = cls()
+        written.add(data.decode(errors="surrogateescape"))
+        return written
+
+    def add(self, text: str) -> None:
+        """Counts whole lines that are appended."""
+        self._lines += text.count("\n")
+        self._hash.update(text.encode(errors="surrogateescape"))
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint's metadata."""
+        return {"lines": self._lines, "sha256": self._hash.hexdigest()}
+
+
 class JsonLines:
     """One JSON object per line, the step first."""
 
     def __init__(self, path: Path):
+        self.written = Written.of(path.read_bytes() if path.exists() else b"")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, values: Values) -> None:
         """Appends a line; non-finite numbers, which JSON does not have, become null."""
-        self._file.write(json.dumps({"step": step} | {k: _plain(v) for k, v in values.items()}) + "\n")
+        line = json.dumps({"step": step} | {k: _plain(v) for k, v in values.items()}) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self.written.add(line)
 
     def sync(self) -> None:
         """Returns once everything written is on the disk."""
@@ -58,10 +85,12 @@ class RemoteJsonLines:
     def __init__(self, path: Path):
         self._path = path
         self._lines = [path.read_text()] if path.exists() else []
+        self.written = Written.of("".join(self._lines).encode())
 
     def write(self, step: int, values: Values) -> None:
         """Remembers a line."""
         self._lines.append(json.dumps({"step": step} | {k: _plain(v) for k, v in values.items()}) + "\n")
+        self.written.add(self._lines[-1])
 
     def sync(self) -> None:
         """Uploads all lines."""
@@ -122,8 +151,16 @@ class MetricsLog:
     """All writers of a run. On hosts other than the first it writes nothing."""
 
     def __init__(
-        self, run_dir: Path, *, start: int, tensorboard: bool, wandb: bool, config: Mapping[str, Any]
+        self,
+        run_dir: Path,
+        *,
+        start: int,
+        tensorboard: bool,
+        wandb: bool,
+        config: Mapping[str, Any],
+        written: Mapping[str, Any] | None = None,
     ):
+        """`written`: what metrics.jsonl held at the step `start`, by the checkpoint (`MetricsLog.written`)."""
         self._metrics: JsonLines | RemoteJsonLines | None = None
         self._perf: JsonLines | RemoteJsonLines | None = None
         self._others: list[Writer] = []
@@ -134,7 +171,7 @@ class MetricsLog:
         if tensorboard:
             self._others.append(TensorBoard(run_dir / "tensorboard", start))
         lines = RemoteJsonLines if is_remote(run_dir) else JsonLines
-        truncate(run_dir / "metrics.jsonl", start)
+        truncate(run_dir / "metrics.jsonl", start, written)
         self._metrics = lines(run_dir / "metrics.jsonl")
         self._perf = lines(run_dir / "perf.jsonl")
 
@@ -145,6 +182,10 @@ class MetricsLog:
     def perf(self, step: int, values: Values) -> None:
         """Timings."""
         self._write(self._perf, step, {f"perf/{name}": value for name, value in values.items()})
+
+    def written(self) -> dict[str, Any] | None:
+        """What metrics.jsonl holds by now; None in processes that write nothing."""
+        return None if self._metrics is None else self._metrics.written.to_json()
 
     def sync(self) -> None:
         """Call it before a checkpoint is saved: a checkpoint's metrics must outlive a crash."""
@@ -165,19 +206,33 @@ class MetricsLog:
                 writer.write(step, values)
 
 
-def truncate(path: Path, step: int) -> None:
-    """Cuts a JSON-lines file off after the last line of `step`, or at a line that was not finished."""
+def truncate(path: Path, step: int, written: Mapping[str, Any] | None = None) -> None:
+    """Leaves out what a JSON-lines file has of steps after `step`, and what is damaged.
+
+    Damage among the lines that stay is warned of; so is, by what the checkpoint says was `written`, a line that is
+    missing or changed. The torn end of a run that was killed is of later steps, and nothing is said of it.
+    """
     if not path.exists():
+        if step:
+            warn(f"{path} is not there: what was logged until step {step} is lost")
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line)
-    write_atomically(path, "".join(kept))
+    kept, damaged, last = [], [], 0
+    for number, line, values in json_lines(path):
+        if values is None:
+            damaged.append(number)
+        elif values["step"] <= step:
+            kept.append(line)
+            last = number
+    content = b"".join(kept)
+    found, damaged = Written.of(content).to_json(), [number for number in damaged if number < last]
+    problems = [f"{name_lines(damaged)} damaged and left out"] if damaged else []
+    if written is not None and found["lines"] != written["lines"]:
+        problems.append(f"{found['lines']} of the {written['lines']} lines until step {step} are there")
+    elif written is not None and found != dict(written):
+        problems.append(f"a line until step {step} is not what was written")
+    if problems:
+        warn(f"{path}: {'; '.join(problems)}")
+    write_atomically(path, content.decode())
 
 
 def _plain(value: Any) -> Any:

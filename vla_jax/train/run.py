@@ -5,19 +5,19 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from vla_jax.checkpoint import read_meta
+from vla_jax.checkpoint import Saved, open_newest, read_meta
 from vla_jax.checkpoint.manager import flatten
 from vla_jax.checkpoint.paths import run_path
 from vla_jax.config import TrainConfig, config_hash, to_json
 from vla_jax.data.bundle import DataBundle, prepare
-from vla_jax.data.index import index_dataset
+from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.loader import Loader, make_loader
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.attention import check_backend
@@ -136,11 +136,17 @@ def check_hosts(config: TrainConfig) -> None:
 
 def has_floor(run_dir: str | os.PathLike) -> bool:
     """Whether scales have a least value (`Normalize.floor`): in a new run, and in one that was begun so."""
+
+    def read(saved: Saved) -> bool:
+        data = saved.meta.get("data")
+        if data is None:
+            return True
+        return saved.built("statistics", lambda: DataBundle.from_json(data)).normalize.floor
+
     try:
-        data = read_meta(run_dir).get("data")
+        return open_newest(run_dir, read)
     except FileNotFoundError:
         return True
-    return data is None or DataBundle.from_json(data).normalize.floor
 
 
 def prepare_together(config: TrainConfig, *, floor: bool = True) -> DataBundle:
@@ -191,6 +197,8 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
     builder = plan_state(config, init_params(model, loader.example_batch(), loop.batch_size), mesh)
     check_trunks(config.objective, builder.shapes.params)
 
+    index = index_dataset(loader.source)
+
     def start() -> dict[str, Any] | None:
         if not loop.init_from:
             return None
@@ -213,14 +221,41 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
             "config": json.loads(to_json(config)),
             "config_hash": config_hash(config),
             "data": bundle.to_json(),
-            "data_fingerprint": index_dataset(loader.source).fingerprint,
+            "data_fingerprint": index.fingerprint,
+            "splits": split_hash(index, config),
         },
+        identity=identity_of(split_hash(index, config)),
         sample_flops=train_flops(config, builder.shapes),
         sample_tokens=sample_tokens(config),
         key=jax.random.key(config.seed),
         defaults=json.loads(to_json(TrainConfig())),
         start=start,
     )
+
+
+def identity_of(splits: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What must not change when a run is continued, of a checkpoint's metadata: what shapes a batch, by name.
+
+    That is the configuration, the data set and its `splits`, and schema, transforms, statistics, tokenizer and FAST
+    tokenizer. Checkpoints that do not say their splits have these.
+    """
+
+    def identity(meta: Mapping[str, Any]) -> dict[str, Any]:
+        prepared = bundle_hash(DataBundle.from_json(json.loads(json.dumps(meta["data"]))))
+        return {
+            "config": json.loads(json.dumps(meta["config"])),
+            "data_fingerprint": meta["data_fingerprint"],
+            "splits": meta.get("splits", splits),
+            "prepared": dict(prepared.parts),
+        }
+
+    return identity
+
+
+def split_hash(index: DatasetIndex, config: TrainConfig) -> str:
+    """A short hash of which episodes are trained on and which are held out."""
+    splits = [part.tolist() for part in split_episodes(index, config.data)]
+    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:12]
 
 
 def plan_state(config: TrainConfig, init: InitParams, mesh: jax.sharding.Mesh) -> StateBuilder:

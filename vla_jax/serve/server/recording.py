@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from vla_jax.files import read_json
 from vla_jax.serve.server.logs import Logs
 from vla_jax.serve.server.metrics import Metrics
 
@@ -125,7 +126,7 @@ def _size(record: Recorded) -> int:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What the recorded server expected and gave. Raises OSError, ValueError."""
-    return json.loads((folder / "server.json").read_text())
+    return read_json(folder / "server.json")
 
 
 def read(folder: Path) -> Iterator[Recorded]:

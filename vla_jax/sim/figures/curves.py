@@ -1,6 +1,5 @@
 """Training curves of one or several runs, from their metrics.jsonl."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vla_jax.files import read_lines
 from vla_jax.sim.figures import style
 
 Records = Sequence[Mapping[str, Any]]
@@ -24,19 +24,11 @@ PANELS = (
 
 
 def read_metrics(run: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl in order. Raises FileNotFoundError or ValueError in one line."""
+    """The lines of RUN/metrics.jsonl in order; damaged ones are left out, with a warning. Raises FileNotFoundError."""
     path = pathlib.Path(run) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run directory that launch.train has written")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number} is not JSON ({error.msg}); the file was cut or edited"
-            ) from None
-    return records
+    return read_lines(path)
 
 
 def curve(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
