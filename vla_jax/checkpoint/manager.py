@@ -59,7 +59,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            # Where a folder cannot be made in the background, Orbax's threads wait for it for 20 minutes.
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._seal, create_directories_asynchronously=False
+            ),
         )
         try:
             self._manager = ocp.CheckpointManager(
