@@ -30,6 +30,18 @@ FAILED = 2
 """Exit code where the user can mend it."""
 
 
+_DOING = {
+    "collect": "collecting demonstrations",
+    "convert": "converting weights",
+    "evaluate": "evaluating the policy",
+    "serve": "serving the policy",
+    "sweep": "training the sweep's cells",
+    "train": "training",
+    "train_fast": "training the FAST tokenizer",
+}
+"""What each launcher does, for errors that name no more than a file."""
+
+
 class UsageError(ValueError):
     """A command line that means nothing."""
 
@@ -52,11 +64,21 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if trace:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(" ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error: ValueError | OSError) -> str:
+    """The message; of an error of the operating system also what was being done, and never its number alone."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and text.startswith("[Errno "):
+        files = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        doing = _DOING.get(Path(sys.argv[0]).stem, "running")
+        text = f"while {doing}: {files + ': ' if files else ''}{error.strerror}"
+    return " ".join(text.split())
 
 
 def cli(

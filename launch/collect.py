@@ -14,7 +14,10 @@ from vla_jax.sim.collect import CollectConfig, collect
 def main() -> None:
     """Parses the command line, collects, and says what was collected."""
     config = cli(CollectConfig, description=__doc__)
-    report = collect(config)
+    try:
+        report = collect(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("- the same command goes on with what is missing") from None
     print(f"{config.out}: {report.episodes} episodes, {report.bytes / 1e6:.1f} MB, all successful")
     if report.new_episodes:
         rate = report.frames / report.seconds

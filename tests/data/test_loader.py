@@ -250,9 +250,13 @@ class TestBundle:
             prepare(config)
 
     def test_a_model_that_is_too_small(self, config):
-        with pytest.raises(ValueError, match="2 state dims, the model 1; raise the model's"):
+        with pytest.raises(
+            ValueError, match=r"2 state dims, the model 1; use model\.expert\.state_dim=2 or more"
+        ):
             prepare(config, state_dim=1)
-        with pytest.raises(ValueError, match="3 action dims, the model 2; raise the model's"):
+        with pytest.raises(
+            ValueError, match=r"3 action dims, the model 2; use model\.expert\.action_dim=3 or more"
+        ):
             prepare(config, action_dim=2)
 
     def test_read_only_data(self, tmp_path, monkeypatch, caplog):

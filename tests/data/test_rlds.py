@@ -261,7 +261,7 @@ class TestErrors:
         shard.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=r"cannot be read|not a readable data set"):
             EpisodeSource(tmp_path).episode(3)
-        with pytest.raises(ValueError, match=r"is damaged .* delete it and collect it again"):
+        with pytest.raises(ValueError, match=r"is damaged .* restore it from a copy"):
             rlds.finalize(tmp_path, toy.SCHEMA, 1)
 
     def test_a_record_that_is_no_episode(self, tmp_path):
@@ -271,7 +271,9 @@ class TestErrors:
         )
         writer.write(b"not a proto")
         writer.close()
-        with pytest.raises(ValueError, match=r"episode 0 of .* cannot be read .* collect the data set again"):
+        with pytest.raises(
+            ValueError, match=r"episode 0 of .* cannot be read .* restore the file from a copy"
+        ):
             EpisodeSource(tmp_path).episode(0)
 
     def test_an_image_that_cannot_be_decoded(self, dataset):

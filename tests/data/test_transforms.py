@@ -214,9 +214,13 @@ def test_padding_is_zero_masked_and_cut_off_again():
     np.testing.assert_array_equal(found.action_mask, np.pad(mask, ((0, 0), (0, 2))))
     draws = np.stack([found.actions, found.actions + 1])  # any axes may lead
     np.testing.assert_array_equal(pad.outputs(raw.replace(actions=draws)).actions, draws[..., :3])
-    with pytest.raises(ValueError, match="the state has 6 dims, the model 4; raise the model's"):
+    with pytest.raises(
+        ValueError, match=r"the state has 6 dims, the model 4; use model\.expert\.state_dim=6 or more"
+    ):
         pad.inputs(sample(state=np.zeros(6, np.float32)))
-    with pytest.raises(ValueError, match="the data have 3 action dims, the model 2; raise the model's"):
+    with pytest.raises(
+        ValueError, match=r"3 action dims, the model 2; use model\.expert\.action_dim=3 or more"
+    ):
         tf.PadDims(state_dim=4, action_dim=2, robot_action_dim=3)
 
 

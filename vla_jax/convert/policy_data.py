@@ -117,7 +117,10 @@ def policy_data(
     sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
     for field, (found, most) in sizes.items():
         if found > most:
-            raise ValueError(f"the statistics {name} have {found} dims of {field}, the model {most}")
+            raise ValueError(
+                f"the statistics {name} have {found} dims of {field}, the model {most} (model.expert."
+                f"{'state' if field == 'state' else 'action'}_dim): they are of another model; choose with --statistics"
+            )
     tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer.vocab_size > model.text.vocab:
         raise ValueError(

@@ -17,6 +17,7 @@ from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.normalize import Normalize, narrow_dims
 from vla_jax.data.observations import Expected, check_observation
 from vla_jax.data.prompt_forms import Prompt
+from vla_jax.data.quote import quoted
 from vla_jax.data.robot_data import robot_statistics, select_of, units_of, unscaled_of
 from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.robots.description import RobotDescription
@@ -232,13 +233,14 @@ def prepare(
     horizon: int = 0,
     action_tokens: Literal["none", "beside", "instead"] = "none",
     floor: bool = True,
+    text: bool = False,
 ) -> DataBundle:
     """Tokenizer, statistics and transforms for a data set; the slow parts are kept beside it.
 
     `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and
     masked; 0 or empty takes the data set's own. `action_tokens`: whether chunks of `horizon` steps become FAST
     tokens beside the actions or instead of them. `floor` False: for a run that was begun when scales had no least
-    value (`Normalize.floor`).
+    value (`Normalize.floor`). `text`: whether text targets are to be learned; where there are none, that is said.
     """
     source = EpisodeSource(config.path, cache_mb=config.cache_mb)
     schema, index = source.schema, index_dataset(source)
@@ -249,7 +251,8 @@ def prepare(
     robot_state_dim, robot_action_dim = len(schema.state_names), len(schema.action_names)
     if 0 < state_dim < robot_state_dim:
         raise ValueError(
-            f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; raise the model's"
+            f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; use "
+            f"model.expert.state_dim={robot_state_dim} or more, or 0 for as many as the data have"
         )
     by_task = config.normalization_group == "task"
     prompt = config.prompt_form
@@ -257,6 +260,7 @@ def prepare(
         read_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer(source, index, config, prompt)
     )
     tokenize = tf.Tokenize(tokenizer, config.max_text_tokens, config.max_target_tokens, prompt)
+    _note_missing_texts(index, config.path, text)
     _check_texts(tokenize, index, robot_state_dim)
     normalize = Normalize(
         method=config.normalization,
@@ -337,6 +341,11 @@ def _select(
     """Which camera of the data set is which of the model's; without a robot they have the same names."""
     if units is not None:
         return select_of(units.robot, model_cameras, schema, config.image_size)
+    if model_cameras and config.cameras and model_cameras != config.cameras:
+        raise ValueError(
+            f"model.cameras={list(model_cameras)} and data.cameras={list(config.cameras)} differ; both say which "
+            "of the data set's cameras the model sees, in order: give one of them"
+        )
     cameras = model_cameras or config.cameras or tuple(schema.cameras)
     unknown = [camera for camera in cameras if camera not in schema.cameras]
     if unknown:
@@ -358,10 +367,28 @@ def _task_of(index: DatasetIndex) -> dict[str, str]:
     for instruction, names in tasks.items():
         if len(names) > 1:
             raise ValueError(
-                f"instruction {instruction!r} belongs to the tasks {list(names)}, so per-task statistics cannot "
-                "be chosen by it; use data.normalization_group=dataset"
+                f"instruction {quoted(instruction)} belongs to the tasks {quoted(list(names))}, so per-task statistics "
+                "cannot be chosen by it; use data.normalization_group=dataset"
             )
     return {instruction: names[0] for instruction, names in tasks.items()}
+
+
+def _note_missing_texts(index: DatasetIndex, path: str, text: bool) -> None:
+    """Says in the log what a policy of these data will not learn, for want of texts."""
+    log = logging.getLogger(__name__)
+    if text and not any(target.strip() for _, _, target in index.texts):
+        log.warning(
+            "objective.text=True, but no step of %s has a text target: the text loss will be 0 and plans mean nothing; "
+            "use objective.text=False",
+            path,
+        )
+    silent = sorted({task for task, instruction, _ in index.texts if not instruction.strip()})
+    if silent:
+        log.warning(
+            "%s has episodes without an instruction (of the tasks %s): the policy is not told there what to do",
+            path,
+            quoted(silent),
+        )
 
 
 def _check_texts(tokenize: tf.Tokenize, index: DatasetIndex, state_dim: int) -> None:

@@ -46,7 +46,8 @@ class DataConfig:
     the expert learns the actions (arXiv:2505.23705). model.expert.kind=tokens has them anyway."""
     fast: FastConfig = FastConfig()
     cameras: tuple[str, ...] = ()
-    """Cameras the model sees, in this order; empty: all of the data set."""
+    """Cameras the model sees, in this order; empty: model.cameras, or all of the data set. It means the same as
+    model.cameras (which weights bring along): where both are given they must agree."""
     image_size: int = 64
     """Images reach the model as squares of this many pixels (resized with padding where they differ)."""
     normalization: Literal["zscore", "quantile"] = "zscore"

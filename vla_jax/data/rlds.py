@@ -275,9 +275,14 @@ def _count_records(path: Path) -> int:
         count = reader.num_records()
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and collect it again") from None
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it from a copy, or delete it and write its episodes once more "
+            "with what wrote the data set"
+        ) from None
     if count == 0:
-        raise ValueError(f"{path} holds no episodes; delete it and collect it again")
+        raise ValueError(
+            f"{path} holds no episodes; restore it from a copy, or write the data set without it"
+        )
     return count
 
 

@@ -150,4 +150,7 @@ def _open(path: Path) -> tuple[DatasetSchema, Any]:
 
 
 def _unreadable(path: Path, number: int, reason: object) -> str:
-    return f"episode {number} of {path} cannot be read ({one_line(reason)}); collect the data set again"
+    return (
+        f"episode {number} of {path} cannot be read ({one_line(reason)}); restore the file from a copy, or write the "
+        "data set without it"
+    )

@@ -26,6 +26,8 @@ import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from vla_jax.data.quote import quoted
+
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 SEPARATOR = "\n"
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
@@ -114,10 +116,11 @@ class Tokenizer:
     ) -> TextTokens:
         """[bos prompt][target eos][pad], each [max_len]; [target eos] at most `max_target`.
 
-        The pieces of the prompt are tokenised one by one. `target` None or "" leaves its part out. `causal` is True
-        from the first target token on, padding included; `loss` at target and eos. Raises ValueError where it does
+        The pieces of the prompt are tokenised one by one. `target` None, "" or blank leaves its part out. `causal` is
+        True from the first target token on, padding included; `loss` at target and eos. Raises ValueError where it does
         not fit: nothing is ever cut.
         """
+        target = target if target and target.strip() else None
         key = (prompt, target, max_len, max_target)
         found = self._cache.get(key)
         if found is None:
@@ -130,7 +133,7 @@ class Tokenizer:
     def lengths(self, prompt: str | tuple[str, ...], target: str | None) -> tuple[int, int]:
         """How many tokens a prompt (an instruction, or pieces) needs: for all of it, and for [target eos]."""
         pieces = _paligemma(prompt) if isinstance(prompt, str) else prompt
-        prompt, answer = self._rows(pieces, target)
+        prompt, answer = self._rows(pieces, target if target and target.strip() else None)
         return len(prompt) + len(answer), len(answer)
 
     def to_files(self) -> dict[str, str]:
@@ -180,8 +183,8 @@ class Tokenizer:
         prompt, answer = self._rows(pieces, target)
         length = len(prompt) + len(answer)
         if length > max_len:
-            text = repr("".join(pieces).removesuffix(SEPARATOR)) + (
-                f" with target {target!r}" if target else ""
+            text = quoted("".join(pieces).removesuffix(SEPARATOR)) + (
+                f" with target {quoted(target)}" if target else ""
             )
             raise ValueError(
                 f"text of {length} tokens is over the limit of {max_len}: {text}; "
@@ -189,7 +192,7 @@ class Tokenizer:
             )
         if max_target is not None and len(answer) > max_target:
             raise ValueError(
-                f"text target of {len(answer)} tokens is over the limit of {max_target}: {target!r}; "
+                f"text target of {len(answer)} tokens is over the limit of {max_target}: {quoted(target)}; "
                 f"shorten it or train with data.max_target_tokens={len(answer)} or more"
             )
         tokens = np.full(max_len, PAD, np.int32)

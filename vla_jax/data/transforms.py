@@ -112,14 +112,16 @@ class PadDims:
     def __post_init__(self):
         if self.robot_action_dim > self.action_dim:
             raise ValueError(
-                f"the data have {self.robot_action_dim} action dims, the model {self.action_dim}; raise the model's"
+                f"the data have {self.robot_action_dim} action dims, the model {self.action_dim}; use "
+                f"model.expert.action_dim={self.robot_action_dim} or more, or 0 for as many as the data have"
             )
 
     def inputs(self, sample: Sample) -> Sample:
         """Pads the last axis."""
         if sample.state.shape[-1] > self.state_dim:
             raise ValueError(
-                f"the state has {sample.state.shape[-1]} dims, the model {self.state_dim}; raise the model's"
+                f"the state has {sample.state.shape[-1]} dims, the model {self.state_dim}; use "
+                f"model.expert.state_dim={sample.state.shape[-1]} or more, or 0 for as many as the data have"
             )
         changes: dict[str, Any] = {"state": _pad(sample.state, self.state_dim)}
         if sample.actions is not None:

@@ -127,7 +127,8 @@ class VLAConfig:
     text: TextConfig = TextConfig()
     expert: ExpertConfig = ExpertConfig()
     cameras: tuple[str, ...] = ()
-    """Cameras in the order of their tokens; empty: all that the data set has, by name."""
+    """Cameras in the order of their tokens; empty: data.cameras, or all that the data set has, by name. Weights bring
+    their own along."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of matrix products; parameters, norms, softmax, logits and losses are float32."""
     remat: Remat = "none"

@@ -169,6 +169,7 @@ def prepare_data(config: TrainConfig, *, floor: bool = True) -> DataBundle:
         horizon=expert.horizon,
         action_tokens=config.chunk_tokens,
         floor=floor,
+        text=config.objective.text and config.chunk_tokens == "none",
     )
 
 

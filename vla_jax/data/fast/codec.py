@@ -25,6 +25,10 @@ from jaxtyping import Float, Int
 from scipy import fft
 
 _FILES = ("tokenizer.json", "processor_config.json")
+MOST_CHARACTERS = 0xD800
+"""Coefficients are written as the characters from 0 on; from U+D800 on lie the surrogates, which no text may hold."""
+_LARGEST = 2.0**62
+"""Of a coefficient: beyond it an int64 overflows."""
 
 
 class Decoded(NamedTuple):
@@ -90,7 +94,14 @@ class FastTokenizer:
     def quantize(self, actions: Float[np.ndarray, "*n k a"]) -> Int[np.ndarray, "*n k a"]:
         """Rounded coefficients, lowest frequency first; not clipped."""
         coefficients = fft.dct(np.asarray(actions, np.float64), axis=-2, norm="ortho")
-        return np.around(coefficients * self.scale).astype(np.int64)
+        coefficients = np.around(coefficients * self.scale)
+        if not (np.abs(coefficients) < _LARGEST).all():  # NaN too
+            raise ValueError(
+                f"FAST tokens: normalised actions of up to {np.abs(actions).max():g} times the scale {self.scale:g} "
+                "are no whole numbers that a computer holds; look for faulty values in the actions, or for a spread in "
+                "their statistics that is almost 0"
+            )
+        return coefficients.astype(np.int64)
 
     def dequantize(self, coefficients: Int[np.ndarray, "*n k a"]) -> Float[np.ndarray, "*n k a"]:
         """The inverse of `quantize` but for the rounding."""

@@ -7,7 +7,7 @@ import tokenizers
 from jaxtyping import Float
 from tokenizers import decoders, models, trainers
 
-from vla_jax.data.fast.codec import FastTokenizer
+from vla_jax.data.fast.codec import MOST_CHARACTERS, FastTokenizer
 
 
 def train_fast(
@@ -23,12 +23,18 @@ def train_fast(
     files = {"tokenizer.json": blank.to_str(), "processor_config.json": json.dumps(settings)}
     values = FastTokenizer(files).quantize(chunks)
     low, high = int(values.min()), int(values.max())
-    alphabet = [chr(i) for i in range(high - low + 1)]
-    if len(alphabet) > vocab_size:
+    needed = high - low + 1
+    if needed > MOST_CHARACTERS:
         raise ValueError(
-            f"coefficients from {low} to {high} need {len(alphabet)} tokens, more than vocab_size={vocab_size}; "
+            f"coefficients from {low} to {high} need an alphabet of {needed}, more than the {MOST_CHARACTERS} that "
+            f"there can be; use a lower scale than data.fast.scale={scale:g}, or look for outliers in the actions"
+        )
+    if needed > vocab_size:
+        raise ValueError(
+            f"coefficients from {low} to {high} need {needed} tokens, more than vocab_size={vocab_size}; "
             "raise it, lower the scale, or look for outliers in the actions"
         )
+    alphabet = [chr(i) for i in range(needed)]
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
