@@ -119,7 +119,7 @@ def policy_data(
         if found > most:
             raise ValueError(
                 f"the statistics {name} have {found} dims of {field}, the model {most} (model.expert."
-                f"{'state' if field == 'state' else 'action'}_dim): they are of another model; choose with --statistics"
+                f"{'state' if field == 'state' else 'action'}_dim): choose others with --statistics"
             )
     tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer.vocab_size > model.text.vocab:
