@@ -1,6 +1,7 @@
 """Everything a model needs to know of its data, in one object that a checkpoint stores and a policy replays."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
