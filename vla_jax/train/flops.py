@@ -6,7 +6,7 @@ XLA's own count sees the body of a scan once, so it is useless for stacked layer
 - attention is counted whole (every query with every key), as it is computed: a prefix-LM is not causal;
 - training is 3 forward passes: the forward one, the activations' gradient, the weights' gradient. Of frozen matrices
   there is no weights' gradient, and before the first trained parameter none of activations (`Trained`). A matrix
-  with LoRA's factors is frozen; their own products (2 · rank · (inputs + outputs) of inputs · outputs) are not counted;
+  with LoRA's factors is frozen; their own two products are counted beside it (`train.run.train_flops`);
 - what rematerialisation computes again is not counted;
 - padding is counted: it is computed.
 """

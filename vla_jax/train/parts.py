@@ -107,6 +107,15 @@ def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
     )
 
 
+def factor_sizes(state: TrainState) -> dict[str, int]:
+    """Elements of LoRA's factors by the part that they are in: multiply-adds for each of its tokens."""
+    sizes = {
+        name: math.prod(leaf.shape) for name, leaf in flatten(state.params).items() if lora.is_factor(name)
+    }
+    parts = ("backbone/img/", "backbone/llm/", "expert/")
+    return {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in parts}
+
+
 def _counts(name: str) -> bool:
     """Whether FLOPs are counted of a parameter: a matrix of the network itself, not LoRA's beside it."""
     return matrix_axes(name) is not None and not lora.is_factor(name)

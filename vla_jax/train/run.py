@@ -44,7 +44,7 @@ from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.overlap import settled
-from vla_jax.train.parts import make_parts, trained_shares
+from vla_jax.train.parts import factor_sizes, make_parts, trained_shares
 from vla_jax.train.profile import Steps
 from vla_jax.train.state import InitParams, StateBuilder, TrainState, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
@@ -357,7 +357,17 @@ def train_flops(config: TrainConfig, state: TrainState) -> float:
     """
     objective = config.objective
     draws = objective.noise_draws if objective.action_weight else 0
-    return count_flops(config).train_sample(draws, trained_shares(state, objective))
+    whole = count_flops(config).train_sample(draws, trained_shares(state, objective))
+    model = config.model
+    images = len(model.cameras) * model.vision.tokens
+    tokens = {
+        "backbone/img/": images,
+        "backbone/llm/": images + config.data.max_text_tokens + padded_chunk(config),
+        "expert/": draws * (model.expert.horizon + model.expert.state_token),
+    }
+    # Three passes, as of every matrix that is trained: forward, the activations' gradient, the factors' own.
+    lora = sum(tokens[part] * size for part, size in factor_sizes(state).items())
+    return whole + 3 * 2 * lora
 
 
 def sample_tokens(config: TrainConfig) -> int:
