@@ -51,6 +51,20 @@ def test_an_example_message_gets_actions_in_the_robots_units(converted, name):
     np.testing.assert_allclose(policy.act(seen, jax.random.key(7), solver=SOLVER)[0], wanted, atol=2e-5)
 
 
+def test_frames_of_a_cameras_own_size_are_taken(converted):
+    """As DROID's and ALOHA's cameras give them, were the client not to resize them."""
+    policy = converted("aloha", "aloha")
+    engine = Engine(policy, solver=SOLVER, buckets=(1,), max_pixels=480 * 640)
+    message, rng = aloha(np.random.default_rng(0)), np.random.default_rng(1)
+    message["images"] = {
+        name: rng.integers(256, size=(3, 48, 64), dtype=np.uint8) for name in message["images"]
+    }
+    (request,), _ = parse(message, engine.spec, {})
+    (answer,) = engine.run([engine.prepare(request, seed=7)])
+    wanted = by_hand(converted("aloha", ""), "aloha", message, 7)
+    np.testing.assert_allclose(answer.actions, wanted, atol=2e-5)
+
+
 def test_a_chunk_that_runs_is_continued_in_the_robots_units(converted):
     """Given in the robot's units while the robot has moved; plain and compiled keep its first actions."""
     policy = converted("aloha", "aloha")

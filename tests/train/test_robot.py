@@ -136,6 +136,7 @@ def test_a_trained_policy_is_served_by_its_description(described, tmp_path):
     batch = policy.bundle.observation_batch(row.observation, None, plain[None])
     np.testing.assert_allclose(batch.actions[0], scaled, atol=1e-4)
     assert state.shape == (2,)
+    np.testing.assert_allclose(policy.action_scale, np.asarray(statistics.std) / [2, 1, 1], rtol=1e-6)
 
 
 def test_a_data_set_of_another_robot_is_one_line(described, tmp_path):

@@ -156,10 +156,12 @@ class Policy:
     @property
     def action_scale(self) -> Float[np.ndarray, " a"]:
         """Standard deviation of each action dimension in the training data (the mean of the tasks' own), 0 for one
-        that never changes. For one that hardly does, its least scale: no measure is to consist of its noise."""
+        that never changes. For one that hardly does, its least scale: no measure is to consist of its noise. In the
+        robot's units; of relative actions, the deviation from the state."""
         statistics = [s.action for s in self.bundle.normalize.statistics.values()]
         scales = [np.where(s.constant, 0.0, np.maximum(s.std, s.least_scale)) for s in statistics]
-        return np.mean(scales, axis=0)
+        units = self.bundle.units
+        return np.mean(scales, axis=0) * (1.0 if units is None else units.action_scale)
 
     def in_scale(self, chunks: Float[np.ndarray, "b k a"]) -> Float[np.ndarray, "b k m"]:
         """Actions in units of `action_scale`, without the dimensions that never change in the training data."""
