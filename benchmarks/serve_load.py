@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -221,7 +221,7 @@ async def attack(port: int, pid: int, expected: Expected, messages: int, seed: i
                 async with _open(url) as friend:
                     await friend.recv()
                     while sent < messages:
-                        async with _open(url) as ws:
+                        async with _attacking(url) as ws:
                             limit = codec.decode(await ws.recv())["max_bytes"]
                             for _ in range(min(1000, messages - sent)):
                                 outcome = await _provoke(ws, malformed(rng, expected.observations), limit)
@@ -252,6 +252,18 @@ async def attack(port: int, pid: int, expected: Expected, messages: int, seed: i
 
 def _open(url: str) -> connect:
     return connect(url, compression=None, max_size=None, ping_interval=None)
+
+
+@contextlib.asynccontextmanager
+async def _attacking(url: str) -> AsyncIterator[ClientConnection]:
+    """A connection that the server may close in the middle of a message."""
+    ws = await _open(url)
+    try:
+        yield ws
+    finally:
+        # asyncio's transport cannot be aborted, as websockets does, once it has closed with bytes to write.
+        with contextlib.suppress(AttributeError):
+            await ws.close()
 
 
 class _Pulse:

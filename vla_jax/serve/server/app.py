@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from websockets.protocol import State
 
 from vla_jax.serve.server import codec
 from vla_jax.serve.server.access import Access, peer
@@ -146,7 +147,7 @@ class App:
         self._logs.info("draining", connections=len(self._connections), limit_s=self._config.drain_s)
         for server in servers:
             server.close(close_connections=False)
-        goodbyes = {asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._idle)}
+        goodbyes = {asyncio.create_task(_goodbye(ws)) for ws in tuple(self._idle)}
         while (self._answering or self._answers.computing) and not self._at_once.is_set():
             if self._loop.time() - began >= self._config.drain_s:
                 break
@@ -154,11 +155,11 @@ class App:
         unanswered, computing = self._answering, self._answers.computing
         drained = not unanswered and not computing
         if not self._at_once.is_set():
-            goodbyes |= {asyncio.create_task(ws.close(1001, GOING)) for ws in tuple(self._connections)}
+            goodbyes |= {asyncio.create_task(_goodbye(ws)) for ws in tuple(self._connections)}
             if goodbyes:
                 await asyncio.wait(goodbyes, timeout=GOODBYE_S)
         for ws in tuple(self._connections):
-            ws.transport.abort()
+            _abort(ws)
         self.door.close()
         await asyncio.wait(
             [asyncio.create_task(server.wait_closed()) for server in servers], timeout=GOODBYE_S
@@ -258,8 +259,21 @@ async def _send(ws: ServerConnection, frame: bytes | str) -> None:
         async with asyncio.timeout(SEND_S):
             await ws.send(frame)
     except TimeoutError:
-        ws.transport.abort()
+        _abort(ws)
         await ws.wait_closed()
+
+
+async def _goodbye(ws: ServerConnection) -> None:
+    """The closing handshake."""
+    # asyncio's transport cannot be aborted, as websockets does in the end, once it has closed with bytes to write.
+    with contextlib.suppress(AttributeError):
+        await ws.close(1001, GOING)
+
+
+def _abort(ws: ServerConnection) -> None:
+    """Ends a connection without a handshake, unless it has ended."""
+    if ws.state is not State.CLOSED:
+        ws.transport.abort()
 
 
 def _explaining(max_bytes: int) -> type[ServerConnection]:
