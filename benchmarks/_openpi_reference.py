@@ -104,8 +104,9 @@ def sample_actions(
     positions = jnp.cumsum(mask, axis=1) - 1
     allowed = _attention_mask(mask, jnp.zeros(mask.shape[1], bool))
     _, cache = _tower(cfg, params["backbone"]["llm"], tokens, positions, allowed, None, None)
-    key = jax.random.fold_in(key, 0)  # as our policies do, so that the actions can be compared
-    noise = jax.random.normal(key, (b, expert.horizon, expert.action_dim))
+    # A key for each robot, as our policies have it, so that the actions can be compared.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (expert.horizon, expert.action_dim)))(keys)
     dt = -1.0 / num_steps
 
     def step(carry):

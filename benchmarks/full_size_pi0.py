@@ -169,12 +169,13 @@ def sample(args: Args) -> dict[str, Any]:
         samples=1,
         see_target=False,
     )
+    keys = [jax.random.split(jax.random.key(seed), len(valid)) for seed in range(2)]
     with Peak() as compiled:
-        program = sample_actions.lower(params, batch, jax.random.key(0), **arguments).compile()
+        program = sample_actions.lower(params, batch, keys[0], **arguments).compile()
     calls = []
-    for seed in range(2):
+    for draw in keys:
         with Peak() as called:
-            chunk = np.asarray(program(params, batch, jax.random.key(seed)))
+            chunk = np.asarray(program(params, batch, draw))
         calls.append(numbers(called))
         if not np.isfinite(chunk).all() or chunk.shape[2:] != (model.expert.horizon, model.expert.action_dim):
             raise ValueError(f"the sampled chunk {chunk.shape} is not finite, or not a chunk")

@@ -177,7 +177,7 @@ def test_target_is_seen_only_when_visible(setup):
 
 def test_greedy_text_is_what_teacher_forcing_predicts(setup):
     _, data, model, params = setup
-    made = generate(model, params, data, jax.random.key(0), max_tokens=6, eos=small.EOS)
+    made = generate(model, params, data, jax.random.split(jax.random.key(0), 3), max_tokens=6, eos=small.EOS)
     # Put what was decoded behind the prompt: each token must be the argmax at the place before it.
     prompt = np.asarray((data.token_mask & ~data.token_causal).sum(1))
     for row in range(3):
@@ -197,7 +197,7 @@ def test_greedy_text_is_what_teacher_forcing_predicts(setup):
 def test_decoded_text_is_seen_as_the_forced_one(setup):
     """Acting on the cache that decoding left equals reading the same text as a target."""
     _, data, model, params = setup
-    made = generate(model, params, data, jax.random.key(0), max_tokens=5, eos=small.EOS)
+    made = generate(model, params, data, jax.random.split(jax.random.key(0), 3), max_tokens=5, eos=small.EOS)
     x_t, t = data.actions, jnp.full((3,), 0.3)
     args = (data.state, x_t, t, data.action_mask)
     got = apply(model)({"params": params}, made.cache, *args, method="denoise")

@@ -184,10 +184,8 @@ def test_padding_on_both_ends(setup):
 def test_twenty_greedy_tokens(setup):
     """Prompts of different lengths: theirs padded in front, ours behind."""
     cfg, data, model, params, reference = setup
-    prompts = small.without_target(data)
-    made = jax.jit(
-        lambda p: generate(model, p, prompts, jax.random.key(0), max_tokens=20, eos=small.VOCAB + 5)
-    )(params)
+    prompts, keys = small.without_target(data), jax.random.split(jax.random.key(0), 3)
+    made = jax.jit(lambda p: generate(model, p, prompts, keys, max_tokens=20, eos=small.VOCAB + 5))(params)
     lengths = np.asarray(prompts.token_mask).sum(1)
     longest, patches = int(lengths.max()), cfg.vision.tokens * len(cfg.cameras)
     given = padded_in_front(inputs(cfg, prompts), [longest - n for n in lengths], longest)

@@ -7,7 +7,8 @@ import pytest
 
 from tests.serve import toy
 from vla_jax.checkpoint import Checkpoints
-from vla_jax.flow.config import SolverConfig
+from vla_jax.data.observations import take
+from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models.vla import VLA
 from vla_jax.serve.policy import Policy
 
@@ -36,8 +37,9 @@ def test_act_is_an_euler_loop_over_full_passes(see_plan):
     got = policy.act(observation, KEY, solver=SOLVER, plan=texts, see_plan=see_plan)
 
     batch = jax.tree.map(jnp.asarray, policy.bundle.observation_batch(observation, texts))
-    noise_key = jax.random.fold_in(jax.random.split(KEY)[1], 0)
-    x = jax.random.normal(noise_key, (8, 8, 3))
+    x = np.stack(
+        [jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], r), (8, 3)) for r in range(8)]
+    )
     predict = jax.jit(lambda x, t: uncached(policy, batch, x, t, see_plan))
     for i in range(SOLVER.num_steps):
         x = x + predict(x, jnp.full(8, i / SOLVER.num_steps)) / SOLVER.num_steps
@@ -59,21 +61,39 @@ def test_a_plan_changes_the_actions_and_the_decoded_one_is_the_default():
     np.testing.assert_array_equal(act(plan=texts, see_plan=True), act(see_plan=True))
 
 
-def test_robots_do_not_see_one_another_whatever_the_slices():
-    # Regression draws no noise, so that rows can be compared across batch sizes.
-    observation = toy.observe(7)
-    whole = make("regression").act(observation, KEY, solver=SOLVER)
-    sliced = make("regression", batch_size=2).act(observation, KEY, solver=SOLVER)
-    np.testing.assert_allclose(sliced, whole, atol=1e-5)
-    for row in (0, 6):
-        single = dataclasses.replace(
-            observation,
-            images={name: image[row : row + 1] for name, image in observation.images.items()},
-            state=observation.state[row : row + 1],
-            instruction=observation.instruction[row : row + 1],
-        )
-        one = make("regression", batch_size=2).act(single, KEY, solver=SOLVER)
-        np.testing.assert_allclose(one, whole[row : row + 1], atol=1e-5)
+@pytest.mark.parametrize(
+    ("process", "solver"),
+    [
+        (ProcessConfig(), SOLVER),
+        (
+            ProcessConfig(kind="ddpm", path="ddpm_cosine", clip=1.0),
+            SolverConfig(method="ancestral", num_steps=2),
+        ),
+        (ProcessConfig(kind="regression"), SOLVER),
+    ],
+    ids=["flow", "ddpm", "regression"],
+)
+def test_robots_do_not_see_one_another_whatever_the_slices(process, solver):
+    """Nor one another's noise: a robot's actions are those of its own key, alone, in any batch and any order."""
+    observation, keys = toy.observe(5), jax.random.split(KEY, 5)
+    how = {"solver": solver, "samples": 2}
+    config = dataclasses.replace(toy.config(), process=process)
+    policy, sliced = (dataclasses.replace(make(batch_size=size), config=config) for size in (8, 2))
+    whole = policy.act(observation, keys, **how)
+    np.testing.assert_allclose(sliced.act(observation, keys, **how), whole, atol=1e-5)
+    shared = policy.act(observation, KEY, **how)
+    np.testing.assert_allclose(sliced.act(observation, KEY, **how), shared, atol=1e-5)
+    order = np.array([4, 0])
+    np.testing.assert_allclose(
+        sliced.act(take(observation, order), keys[order], **how), whole[order], atol=1e-5
+    )
+    one = sliced.act(take(observation, [4]), keys[4], **how)
+    np.testing.assert_allclose(one, whole[4:], atol=1e-5)
+    assert (np.abs(whole - shared).max() > 1e-3) == (process.kind != "regression")
+    with pytest.raises(
+        ValueError, match=r"key has shape \[5\]: give one key, or one for each of the 2 robots"
+    ):
+        policy.act(take(observation, order), keys, **how)
 
 
 def test_slices_cover_every_robot_once_and_come_in_few_sizes():
@@ -132,7 +152,17 @@ def test_temperature_makes_plans_random():
     policy, observation = make(), toy.observe(2)
     greedy = policy.plan(observation, KEY)
     assert policy.plan(observation, jax.random.key(9)) == greedy
-    assert policy.plan(observation, KEY, temperature=2.0) != policy.plan(observation, jax.random.key(9), 2.0)
+    sampled = policy.plan(observation, KEY, temperature=2.0)
+    assert sampled != policy.plan(observation, jax.random.key(9), 2.0)
+
+
+def test_a_sampled_plan_does_not_depend_on_the_others():
+    policy, observation, keys = make(), toy.observe(3), jax.random.split(KEY, 3)
+    together = policy.plan(observation, keys, temperature=2.0)
+    assert len(set(together)) == 3
+    order = [2, 0]
+    assert policy.plan(take(observation, order), keys[np.array(order)], 2.0) == [together[2], together[0]]
+    assert policy.plan(take(observation, [1]), keys[1], 2.0) == [together[1]]
 
 
 def test_load_needs_only_the_path(tmp_path):

@@ -17,6 +17,14 @@ from vla_jax.serve.executors import Running
 from vla_jax.serve.policy import Policy
 
 SOLVER = SolverConfig(num_steps=3)
+
+
+def noise_of(robots: int) -> np.ndarray:
+    """What `act` draws for each robot, by the row that it has."""
+    keys = [jax.random.fold_in(jax.random.split(KEY)[1], row) for row in range(robots)]
+    return np.stack([jax.random.normal(key, (8, 3)) for key in keys])
+
+
 KEY = jax.random.key(3)
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
@@ -80,7 +88,7 @@ def test_other_weights_follow_the_formula_step_by_step(policy, observation, swep
             x = x + (f_u + 5 * (f_c - f_u)) / 3
         return x
 
-    x = loop(jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3)), batches)
+    x = loop(noise_of(4), batches)
     want = policy.bundle.robot_actions(np.asarray(x[:3]), observation)
     np.testing.assert_allclose(swept[0][5.0], want, rtol=1e-3, atol=1e-4)
 
@@ -162,7 +170,7 @@ def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observa
         return x
 
     for how in ("vjp", "jacobian_free"):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], 0), (4, 8, 3))
+        noise = noise_of(4)
         x = loop(noise, batch, how == "vjp")
         got = policy.act(observation, KEY, solver=SOLVER, running=running(chunk, how))
         want = policy.bundle.robot_actions(np.asarray(x[:3]), observation)

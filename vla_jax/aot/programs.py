@@ -84,12 +84,13 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
     table = placement(params, builder.shardings.whole(averaged=False), builder.mesh)
     check_unsharded(table, config.mesh.max_unsharded)
     observation = batch.replace(actions=None, action_mask=None)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.train.batch_size))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(builder.mesh))
     with activate(builder.mesh):
         lowered = sample_actions.lower(
             params,
             observation,
-            key,
+            keys,
             model=VLA(config.model),
             process=make_process(config.process),
             solver=config.solver,

@@ -44,11 +44,36 @@ def noise_and_time(
     return noise, times(for_time, a.shape[0], time_dtype(a.dtype)) if t is None else t
 
 
-def start(
-    key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike, noise: Float[Array, "b ..."] | None
+def normal(
+    key: Key[Array, "*n"], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "b ..."]:
-    """Where sampling starts: standard normal noise from `key`, unless it is given."""
-    return jax.random.normal(key, shape, dtype) if noise is None else noise
+    """Standard normal noise of a batch: from one key, or from keys [n], each of b/n consecutive rows.
+
+    With keys of its own the noise of a row does not depend on what else is in the batch.
+    """
+    if not _many(key):
+        return jax.random.normal(key, shape, dtype)
+    own = (shape[0] // key.shape[0], *shape[1:])
+    return jax.vmap(lambda one: jax.random.normal(one, own, dtype))(key).reshape(shape)
+
+
+def split(key: Key[Array, "*n"], number: int) -> Key[Array, "number *n"]:
+    """`jax.random.split`; of keys [n] each by itself."""
+    if not _many(key):
+        return jax.random.split(key, number)
+    return jax.vmap(lambda one: jax.random.split(one, number), out_axes=1)(key)
+
+
+def _many(key: Key[Array, "*n"]) -> bool:
+    """Whether these are keys of rows; one key of `jax.random.PRNGKey` is an array [2] as well."""
+    return key.ndim > 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def start(
+    key: Key[Array, "*n"], shape: tuple[int, ...], dtype: DTypeLike, noise: Float[Array, "b ..."] | None
+) -> Float[Array, "b ..."]:
+    """Where sampling starts: standard normal noise (`normal`), unless it is given."""
+    return normal(key, shape, dtype) if noise is None else noise
 
 
 def elementwise(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from vla_jax.flow.base import Corrupted, Samples, elementwise, noise_and_time, start
+from vla_jax.flow.base import Corrupted, Samples, elementwise, noise_and_time, normal, split, start
 from vla_jax.flow.config import FIXED, SolverConfig, check_diffusion
 from vla_jax.flow.paths import AffinePath, align, time_dtype
 from vla_jax.flow.predictions import data_and_noise, from_data_and_noise
@@ -88,7 +88,7 @@ class Diffusion:
     def sample(
         self,
         field: Field,
-        key: Key[Array, ""],
+        key: Key[Array, "*n"],
         shape: tuple[int, ...],
         solver: SolverConfig,
         *,
@@ -102,7 +102,7 @@ class Diffusion:
         midpoint, heun, rk4: the probability-flow ODE. A table's grid needs num_steps <= T.
         """
         check_diffusion(self.prediction, not self.schedule.pure_noise, solver)
-        first, rest = jax.random.split(key)
+        first, rest = split(key, 2)
         x = start(first, shape, dtype, noise)
         if solver.method in FIXED:
             return self._ode(field, x, solver, intermediates)
@@ -117,7 +117,7 @@ class Diffusion:
             return x, (x if intermediates else None)
 
         times = jnp.asarray(times, time_dtype(x.dtype))
-        keys = jax.random.split(rest, solver.num_steps)
+        keys = split(rest, solver.num_steps)
         end, path = jax.lax.scan(body, x, (times[:-1], times[1:], keys), unroll=solver.unroll)
         return Samples(end, solver.nfe, jnp.concatenate([x[None], path]) if intermediates else None)
 
@@ -140,7 +140,7 @@ class Diffusion:
         a_t, a_s, v_t, v_s = *map(self.schedule.alpha, (t, s)), *(self.schedule.sigma(u) ** 2 for u in (t, s))
         fresh = eta**2 * (v_t - (a_t / a_s) ** 2 * v_s) * v_s / v_t
         x = a_s * x1 + jnp.sqrt(v_s - fresh) * eps
-        return x + jnp.sqrt(fresh) * jax.random.normal(key, x.shape, x.dtype) if eta else x
+        return x + jnp.sqrt(fresh) * normal(key, x.shape, x.dtype) if eta else x
 
     def _sde_step(self, field, x, t, s, key, eta):
         """``dx = (alpha'/alpha x + g^2 score) dt + g dW``, ``g^2 = 2 sigma (sigma alpha'/alpha - sigma')``."""
@@ -149,7 +149,7 @@ class Diffusion:
         rate = self.schedule.d_alpha(t) / self.schedule.alpha(t)
         sigma = self.schedule.sigma(t)
         g2 = 2 * (sigma**2 * rate - self.schedule.sigma_d_sigma(t))
-        noise = jax.random.normal(key, x.shape, x.dtype)
+        noise = normal(key, x.shape, x.dtype)
         return x + (rate * x - g2 * eps / sigma) * (s - t) + jnp.sqrt(g2 * (s - t)) * noise
 
     def _ode(self, field, x, solver, intermediates):

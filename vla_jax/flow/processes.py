@@ -7,6 +7,7 @@ policy need not know which one they hold:
     loss = process.loss(field(corrupted.x_t, corrupted.t), corrupted.target)      # elementwise
     samples = process.sample(field, key, a.shape, SolverConfig())                 # x, nfe
 
+`sample` takes one key for the whole batch, or one for each row (or each group of consecutive rows).
 K noise draws per sample are a larger batch. Everything is jit-, vmap- and grad-clean.
 """
 
@@ -64,7 +65,7 @@ class Flow:
     def sample(
         self,
         field: Field,
-        key: Key[Array, ""],
+        key: Key[Array, "*n"],
         shape: tuple[int, ...],
         solver: SolverConfig,
         *,
@@ -97,7 +98,7 @@ class Regression:
     def sample(
         self,
         field: Field,
-        key: Key[Array, ""],
+        key: Key[Array, "*n"],
         shape: tuple[int, ...],
         solver: SolverConfig,
         *,

@@ -39,7 +39,7 @@ def generate(
     model: VLA,
     params: PyTree,
     batch: Batch,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     *,
     max_tokens: int,
     eos: int,
@@ -47,7 +47,8 @@ def generate(
 ) -> Generated:
     """Decodes up to `max_tokens` tokens after the prompt, the end token included.
 
-    The batch's own text targets, if it has any, are ignored. `temperature` 0 is greedy; it may be traced.
+    The batch's own text targets, if it has any, are ignored. `keys` [b] has one key per row, so that what is drawn
+    for one does not depend on the others. `temperature` 0 is greedy; it may be traced.
     """
     prompt = batch.replace(
         token_mask=batch.token_mask & ~batch.token_causal, token_causal=jnp.zeros_like(batch.token_causal)
@@ -59,10 +60,9 @@ def generate(
     start = cache.mask.shape[1]
     cache = reserve(cache, max_tokens)
 
-    def step(carry, inputs):
+    def step(carry, i):
         cache, logits, alive = carry
-        i, key = inputs
-        token = _choose(key, logits, temperature)
+        token = _choose(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits, temperature)
         token = jnp.where(alive, token, 0)
         logits, grown = model.apply({"params": params}, cache, token, start + i, method="decode")
         # A sample that has ended keeps its places empty.
@@ -73,14 +73,13 @@ def generate(
         return (grown, logits, alive & (token != eos)), (token, alive)
 
     alive = jnp.ones(last.shape, bool)
-    steps = (jnp.arange(max_tokens), jax.random.split(key, max_tokens))
-    (cache, _, _), (tokens, mask) = jax.lax.scan(step, (cache, logits, alive), steps)
+    (cache, _, _), (tokens, mask) = jax.lax.scan(step, (cache, logits, alive), jnp.arange(max_tokens))
     return Generated(tokens.T, mask.T, cache)
 
 
 def _choose(
-    key: PRNGKeyArray, logits: Float[Array, "b v"], temperature: Float[Array, ""] | float
+    keys: PRNGKeyArray, logits: Float[Array, "b v"], temperature: Float[Array, ""] | float
 ) -> Int[Array, " b"]:
     """The likeliest token of logits perturbed by temperature × Gumbel noise: a sample of softmax(logits / T)."""
-    noise = jax.random.gumbel(key, logits.shape)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return jnp.argmax(logits + temperature * noise, axis=-1)

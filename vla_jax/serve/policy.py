@@ -31,6 +31,7 @@ from vla_jax.layers import lora
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA, portable
 from vla_jax.serve.executors.base import Running
+from vla_jax.serve.noise import check_keys, draws, robot_keys
 from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
 from vla_jax.sharding.rules import path_name
 from vla_jax.types import Batch, Observation, PyTree
@@ -171,19 +172,22 @@ class Policy:
     def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float = 0.0) -> list[str]:
         """One text per robot, decoded greedily (temperature 0) or sampled from softmax(logits / temperature).
 
-        At most `config.data.max_target_tokens` tokens, the end included. A text can be given back to `act`:
-        one that would take more tokens when it is read (an untrained policy writes such) loses its end.
+        `key`: one, or one per robot (`serve.noise`). At most `config.data.max_target_tokens` tokens, the end included.
+        A text can be given back to `act`: one that would take more tokens when it is read (an untrained policy writes
+        such) loses its end.
         """
         if not self.writes_plans:
             raise ValueError("this policy was trained with objective.text=False, so it cannot write plans")
         if temperature < 0:
             raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
         observation, pieces = self.bundle.check(observation), []
-        for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
+        robots = len(observation.instruction)
+        keys = robot_keys(check_keys(key, robots), robots)
+        for rows, size in self._slices(robots):
             tokens, _ = decode_text(
                 self.params,
                 self._piece(observation, rows, size, None),
-                jax.random.fold_in(key, number),
+                keys[_padded(rows, size)],
                 temperature,
                 model=self.model,
                 max_tokens=self.config.data.max_target_tokens,
@@ -208,7 +212,8 @@ class Policy:
         """Chunks of actions in the robots' units, [b k a], or [b S k a] with `samples` = S above 1.
 
         With `see_plan` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
-        one. `guidance` is the instruction's weight: 0 ignores it, 1 is the plain policy, more exaggerates; other
+        one. `key`: one, or one per robot, whose noise is then the same whoever is asked beside it (`serve.noise`).
+        `guidance` is the instruction's weight: 0 ignores it, 1 is the plain policy, more exaggerates; other
         values than None compile one further program for all of them. With `running` the chunks continue those that
         the robots run now. Raises ValueError where the observation is not what `bundle.check` takes or the policy was
         not trained for what is asked, FloatingPointError where the actions are not finite.
@@ -216,19 +221,20 @@ class Policy:
         observation = self.bundle.check(observation)
         plan = self.check_request(observation, plan, see_plan, samples)
         self.check_steering(guidance, running, len(observation.instruction))
-        for_plan, for_noise = jax.random.split(key)
+        robots = len(observation.instruction)
+        drawn = draws(check_keys(key, robots), robots)
         if see_plan and plan is None:
-            plan = self.plan(observation, for_plan)
+            plan = self.plan(observation, drawn.plan)
         tokens = self.config.kind == "tokens"
         sample = self._sample_tokens if tokens else functools.partial(self._sample_chunks, guidance=guidance)
         pieces = []
-        for number, (rows, size) in enumerate(self._slices(len(observation.instruction))):
+        for rows, size in self._slices(robots):
             steering = {}
             if running is not None:
                 steering["overlap"] = self._overlap(observation, rows, size, running)
             chunks = sample(
                 self._piece(observation, rows, size, plan),
-                jax.random.fold_in(for_noise, number),
+                drawn.actions[_padded(rows, size)],
                 **steering,
                 solver=solver,
                 samples=samples,
@@ -283,7 +289,7 @@ class Policy:
     def _sample_chunks(
         self,
         batch: Batch,
-        key: PRNGKeyArray,
+        keys: PRNGKeyArray,
         *,
         solver: SolverConfig,
         samples: int,
@@ -294,7 +300,7 @@ class Policy:
         return sample_actions(
             self.params,
             batch,
-            key,
+            keys,
             guidance=None if guidance is None else np.float32(guidance),
             overlap=overlap,
             model=self.model,
@@ -305,12 +311,12 @@ class Policy:
         )
 
     def _sample_tokens(
-        self, batch: Batch, key: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
+        self, batch: Batch, keys: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
     ) -> Float[np.ndarray, "b S k a"]:
         written = sample_action_tokens(
             self.params,
             batch,
-            key,
+            keys,
             self.grammar,
             solver.temperature,
             model=self.model,
@@ -422,6 +428,11 @@ class Policy:
         actions: Float[np.ndarray, "b k a"] | None = None,
     ) -> Batch:
         """The batch of some robots, the last one repeated up to `size`."""
-        rows = [*rows] + [rows[-1]] * (size - len(rows))
+        rows = _padded(rows, size)
         plans = None if plan is None else [plan[row] for row in rows]
         return self.batch(take(observation, rows), plans, None if actions is None else actions[rows])
+
+
+def _padded(rows: range, size: int) -> np.ndarray:
+    """The rows, the last one repeated up to `size`."""
+    return np.asarray([*rows, *[rows[-1]] * (size - len(rows))])

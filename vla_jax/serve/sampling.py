@@ -1,7 +1,8 @@
 """The jitted programs of a policy: images and normalised state to normalised actions, to action tokens, and to text.
 
 All read the prefix once. `model`, `process` and everything after the star are static (another value compiles
-another program), except `guidance` and `overlap`, whose values are traced.
+another program), except `guidance` and `overlap`, whose values are traced. `keys` [b] has one key per row, so that what
+is drawn for a row does not depend on the others (`serve.noise`).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.data.prompts import null_prompt
+from vla_jax.flow.base import normal
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint, soft_weights
 from vla_jax.flow.processes import Process
@@ -62,7 +64,7 @@ class Overlap:
 def sample_actions(
     params: PyTree,
     batch: Batch,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     *,
     model: VLA,
     process: Process,
@@ -81,13 +83,13 @@ def sample_actions(
     unguided program, with the instruction and without it, at its cost; None has no such branch at all.
     """
     sample = functools.partial(
-        sample_plain, params, key=key, model=model, process=process, solver=solver, samples=samples,
+        sample_plain, params, keys=keys, model=model, process=process, solver=solver, samples=samples,
         see_target=see_target, overlap=overlap,
     )  # fmt: skip
     if guidance is None:
         return sample(batch)
     guided = functools.partial(
-        sample_guided, params, key=key, model=model, process=process, solver=solver, samples=samples,
+        sample_guided, params, keys=keys, model=model, process=process, solver=solver, samples=samples,
         see_target=see_target, overlap=overlap, guidance=guidance,
     )  # fmt: skip
     one_sided = (guidance == 0) | (guidance == 1)
@@ -103,7 +105,7 @@ def sample_plain(
     params: PyTree,
     batch: Batch,
     *,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     model: VLA,
     process: Process,
     solver: SolverConfig,
@@ -113,7 +115,7 @@ def sample_plain(
 ) -> Float[Array, "b S k a"]:
     """Without guidance."""
     field = _field(params, batch, model, samples, see_target)
-    return _solve(field, batch, key, model, process, solver, samples, overlap)
+    return _solve(field, batch, keys, model, process, solver, samples, overlap)
 
 
 def sample_guided(
@@ -121,7 +123,7 @@ def sample_guided(
     batch: Batch,
     *,
     guidance: Float[Array, ""] | float,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     model: VLA,
     process: Process,
     solver: SolverConfig,
@@ -140,7 +142,7 @@ def sample_guided(
         f_c, f_u = jnp.split(field(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2)
         return mix(f_c, f_u, guidance)
 
-    return _solve(guided, batch, key, model, process, solver, samples, overlap)
+    return _solve(guided, batch, keys, model, process, solver, samples, overlap)
 
 
 def _field(params: PyTree, batch: Batch, model: VLA, samples: int, see_target: bool) -> Field:
@@ -160,7 +162,7 @@ def _field(params: PyTree, batch: Batch, model: VLA, samples: int, see_target: b
 def _solve(
     field: Field,
     batch: Batch,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     model: VLA,
     process: Process,
     solver: SolverConfig,
@@ -171,12 +173,12 @@ def _solve(
     expert, rows = model.config.expert, batch.tokens.shape[0]
     shape = (rows * samples, expert.horizon, expert.action_dim)
     if overlap is None:
-        chunks = process.sample(field, key, shape, solver).x
+        chunks = process.sample(field, keys, shape, solver).x
     else:
         mask = True if batch.action_mask is None else jnp.repeat(batch.action_mask, samples, axis=0)
-        noise = jax.random.normal(key, shape)
+        noise = normal(keys, shape)
         field, noise = continuing(field, overlap.repeated(samples), noise, mask)
-        chunks = process.sample(field, key, shape, solver, noise=noise).x
+        chunks = process.sample(field, keys, shape, solver, noise=noise).x
     return chunks.reshape(rows, samples, expert.horizon, expert.action_dim)
 
 
@@ -196,7 +198,7 @@ def continuing(
 def sample_action_tokens(
     params: PyTree,
     batch: Batch,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     grammar: ActionGrammar,
     temperature: Float[Array, ""] | float,
     *,
@@ -219,9 +221,9 @@ def sample_action_tokens(
         visible=jnp.repeat(cache.visible, samples, axis=0),
         positions=jnp.repeat(cache.positions, samples, axis=0),
     )
-    keys = jax.random.split(key, rows * samples)
+    each = jax.vmap(lambda key: jax.random.split(key, samples))(keys).reshape(-1)
     written = generate_actions(
-        model, params, cache, grammar, keys, max_tokens=max_tokens, temperature=temperature
+        model, params, cache, grammar, each, max_tokens=max_tokens, temperature=temperature
     )
     return jax.tree.map(lambda x: x.reshape(rows, samples, -1), written)
 
@@ -230,7 +232,7 @@ def sample_action_tokens(
 def decode_text(
     params: PyTree,
     batch: Batch,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
     temperature: Float[Array, ""] | float,
     *,
     model: VLA,
@@ -238,5 +240,5 @@ def decode_text(
     eos: int,
 ) -> tuple[Int[Array, "b g"], Bool[Array, "b g"]]:
     """The text that follows the prompt and which of its tokens are there (the end token is one of them)."""
-    text = generate(model, params, batch, key, max_tokens=max_tokens, eos=eos, temperature=temperature)
+    text = generate(model, params, batch, keys, max_tokens=max_tokens, eos=eos, temperature=temperature)
     return text.tokens, text.mask

@@ -75,8 +75,8 @@ class Compiler:
             text=Text(tokens, mask, mask if shape.sees else None),
             state=self.array((b, scaling.state.offset.shape[-1]), np.float32),
             group=self.array((b,), np.int32),
-            key=self.array((shape.keys, *key.shape), key.dtype, batched=False),
-            number=self.array((), np.int32, batched=False),
+            key=self.array((b, *key.shape), key.dtype, batched=False),
+            number=self.array((b,), np.int32, batched=False),
             guidance=self.array((b,), np.float32) if shape.guided else None,
             overlap=None if shape.continues is None else self._overlap(shape),
         )

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import make_process
@@ -33,6 +33,7 @@ from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
 from vla_jax.serve.compiled.prompts import Prompts, null, used
 from vla_jax.serve.compiled.weights import rewrite
 from vla_jax.serve.executors.base import Running
+from vla_jax.serve.noise import check_keys, draws
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.sampling import Overlap
 from vla_jax.types import Observation
@@ -145,22 +146,28 @@ class CompiledPolicy:
         guidance: float | None = None,
         running: Running | None = None,
     ) -> Float[np.ndarray, "b *S k a"]:
-        """`Policy.act`, with the same noise for the same key where the buckets are the policy's `call_sizes`."""
+        """`Policy.act`, with the same noise for the same key."""
         observation = self.policy.bundle.check(observation)
         plan = self.policy.check_request(observation, plan, see_plan, samples)
         self.policy.check_steering(guidance, running, len(observation.instruction))
+        robots = len(observation.instruction)
+        key = check_keys(key, robots)
         if see_plan and plan is None:
-            plan = self.plan(observation, jax.random.split(key)[0])
+            plan = self.plan(observation, draws(key, robots).plan)
         rows = self.encode(observation, plan, null_prompt=guidance == 0)
-        data, pieces = np.asarray(jax.random.key_data(key))[None], []
-        for number, start in enumerate(range(0, len(rows), max(self.config.buckets))):
-            piece = rows[start : start + max(self.config.buckets)]
+        data, pieces = np.asarray(jax.random.key_data(key)), []
+        data, numbers = (
+            (data, np.zeros(robots)) if key.ndim else (np.stack([data] * robots), np.arange(robots))
+        )
+        for start in range(0, robots, max(self.config.buckets)):
+            some = slice(start, start + max(self.config.buckets))
+            piece = rows[some]
             weights = None if guidance in (None, 0, 1) else [guidance] * len(piece)
             how = {"solver": solver, "samples": samples, "sees": see_plan, "guidance": weights}
             if running is not None:
-                known = np.asarray(running.actions[start : start + len(piece)], np.float32)
+                known = np.asarray(running.actions[some], np.float32)
                 how["overlap"] = Overlap.of(running, known)
-            pieces.append(self.run(piece, data, number=number, **how))
+            pieces.append(self.run(piece, data[some], numbers=numbers[some], **how))
         chunks = np.concatenate(pieces)
         return chunks[:, 0] if samples == 1 else chunks
 
@@ -178,34 +185,36 @@ class CompiledPolicy:
     def run(
         self,
         rows: Sequence[Encoded],
-        keys: UInt32[np.ndarray, "keys data"],
+        keys: UInt32[np.ndarray, "b data"],
         *,
         solver: SolverConfig,
         samples: int = 1,
         sees: bool = False,
         guidance: Sequence[float] | None = None,
         overlap: Overlap | None = None,
-        number: int = 0,
+        numbers: Sequence[int] | None = None,
         bucket: int | None = None,
         length: int | None = None,
         cameras: Collection[str] | None = None,
     ) -> Float[np.ndarray, "b S k a"]:
         """One call of the program for rows with images of the same cameras: actions in the robots' units.
 
-        `keys` is key data: one for all rows together, or one for each of `bucket` rows; `guidance` weighs each row's
-        instruction; `overlap` holds what each robot runs, in its own units; `number` tells the pieces of one request
-        apart. `bucket`, `length` and `cameras` choose a larger program than the rows need; what is then missing is
-        padded and masked.
+        `keys` is key data, one for each row; `numbers` tell rows of the same key apart (default: 0 for all);
+        `guidance` weighs each row's instruction; `overlap` holds what each robot runs, in its own units. `bucket`,
+        `length` and `cameras` choose a larger program than the rows need; what is then missing is padded and masked.
         """
         units = self.policy.bundle.units
         bucket = bucket or batch_bucket(self.config.buckets, len(rows))
-        if len(rows) > bucket or len(keys) not in (1, bucket):
+        if len(rows) > bucket or len(keys) != len(rows):
             raise ValueError(f"{len(rows)} rows with {len(keys)} keys do not fit a bucket of {bucket}")
-        real, rows = len(rows), [*rows, *[rows[-1]] * (bucket - len(rows))]
+        real, last = len(rows), [len(rows) - 1] * (bucket - len(rows))
+        numbers = np.zeros(real) if numbers is None else np.asarray(numbers)
+        rows = [*rows, *[rows[-1]] * len(last)]
+        keys, numbers = (np.concatenate([x, x[last]]) for x in (keys, numbers))
         states = np.stack([row.state for row in rows])
         weights = None
         if guidance is not None:
-            weights = np.asarray([*guidance, *[guidance[-1]] * (bucket - len(guidance))], np.float32)
+            weights = np.asarray([*guidance, *[guidance[-1]] * len(last)], np.float32)
         images = self._images(rows, cameras)
         shape = Shape(
             rows=bucket,
@@ -213,13 +222,11 @@ class CompiledPolicy:
             length=length or self.length_of(rows),
             samples=samples,
             sees=sees,
-            keys=len(keys),
             solver=solver,
             guided=weights is not None,
             continues=None if overlap is None else overlap.how,
         )
         if overlap is not None:
-            last = [real - 1] * (bucket - real)
             known, weight = (np.concatenate([x, x[last]]) for x in (overlap.known, overlap.weight))
             if units is not None:
                 known = units.actions(known, states).astype(np.float32)
@@ -227,7 +234,7 @@ class CompiledPolicy:
         present = tuple(name in rows[0].images for name in images)
         text = b"".join(part.tobytes() for part in rows[0].text)
         prefix, shape = self._remembered(shape, tuple(images.values()), present, text)
-        inputs = self.inputs(rows, shape, images, keys, number, weights, overlap)
+        inputs = self.inputs(rows, shape, images, keys, numbers, weights, overlap)
         out = self.compiler(shape, inputs, prefix)
         if shape.keep:
             out, left = out
@@ -241,8 +248,8 @@ class CompiledPolicy:
         rows: Sequence[Encoded],
         shape: Shape,
         images: dict[str, UInt8[np.ndarray, "b h w 3"]] | None = None,
-        keys: UInt32[np.ndarray, "keys data"] | None = None,
-        number: int = 0,
+        keys: UInt32[np.ndarray, "b data"] | None = None,
+        numbers: Int[np.ndarray, " b"] | None = None,
         guidance: Float[np.ndarray, " b"] | None = None,
         overlap: Overlap | None = None,
     ) -> Inputs:
@@ -250,7 +257,8 @@ class CompiledPolicy:
         texts = [row.text for row in rows]
         texts += [null(text) for text in texts] if shape.guided else []
         images = self._images(rows, [name for name, _, _ in shape.cameras]) if images is None else images
-        keys = keys_of([0] * shape.keys) if keys is None else keys
+        keys = keys_of([0] * shape.rows) if keys is None else keys
+        numbers = np.zeros(shape.rows) if numbers is None else numbers
         found = rows[0].images
         again = shape.again
         return Inputs(
@@ -260,7 +268,7 @@ class CompiledPolicy:
             state=self.policy.bundle.model_state(np.stack([row.state for row in rows])).astype(np.float32),
             group=np.asarray([row.group for row in rows], np.int32),
             key=keys,
-            number=np.asarray(number, np.int32),
+            number=np.asarray(numbers, np.int32),
             guidance=guidance,
             overlap=overlap,
         )
@@ -281,7 +289,6 @@ class CompiledPolicy:
         guided: Sequence[bool] = (False,),
         lengths: Sequence[int] | None = None,
         cameras: Sequence[str] | None = None,
-        key_per_row: bool = False,
     ) -> Iterator[Shape]:
         """Every program for some of the model's cameras (default: all that the robot has), with images of the size
         trained on, or of the model's where the host resizes."""
@@ -289,7 +296,7 @@ class CompiledPolicy:
         names = tuple((name, *sizes[name]) for name in given if name in (cameras or given))
         choices = itertools.product(self.config.buckets, lengths or self.lengths, samples, sees, guided)
         for bucket, length, count, plan, weighed in choices:
-            shape = Shape(bucket, names, length, count, plan, bucket if key_per_row else 1, solver, weighed)
+            shape = Shape(bucket, names, length, count, plan, solver, weighed)
             if self._reuses(shape):
                 yield from (shape._replace(keep=True), shape._replace(again=True))
             else:

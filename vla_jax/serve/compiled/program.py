@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from vla_jax.flow.base import normal
 from vla_jax.flow.config import SolverConfig
-from vla_jax.flow.diffusion import Diffusion
 from vla_jax.flow.processes import Process
 from vla_jax.serve.compiled import solve
 from vla_jax.serve.compiled.network import Network, Prefix
@@ -35,8 +35,6 @@ class Shape(NamedTuple):
     samples: int
     sees: bool
     """The text holds a plan that the actions see."""
-    keys: int
-    """1: the noise of all rows is drawn at once, or `rows`: each row has its own."""
     solver: SolverConfig
     guided: bool = False
     """Instructions have weights other than 1: the texts are followed by as many null prompts."""
@@ -66,9 +64,9 @@ class Inputs(NamedTuple):
     group: Int[Array, " b"]
     """Of the statistics."""
     key: Array
-    """Key data [keys, …] as `jax.random.key_data` gives them."""
-    number: Int[Array, ""]
-    """Folded into the noise: which piece of a request this is."""
+    """Key data [b …] as `jax.random.key_data` gives them."""
+    number: Int[Array, " b"]
+    """Folded into each row's noise: the row among those that share a key, 0 where it has its own (`serve.noise`)."""
     guidance: Float[Array, " b"] | None
     """Weights of the instructions."""
     overlap: Overlap | None
@@ -140,49 +138,19 @@ class Program:
     def _sample(self, expert: PyTree, conditions: Any, prefix: Prefix, state, inputs: Inputs, shape: Shape):
         config = self.network.model.expert
         chunk = (config.horizon, config.action_dim)
-        keys = jax.vmap(lambda data: _noise_key(data, inputs.number))(inputs.key)
-
-        def chunks_of(prefix, state, noise, key, guidance):
-            run = solve.Run(self.network, expert, prefix, state, conditions, guidance)
-            if inputs.overlap is None:
-                return solve.sample(run, noise, key, self.process, shape.solver)
+        keys = jax.vmap(_noise_key)(inputs.key, inputs.number)
+        noise = normal(keys, (shape.rows * shape.samples, *chunk))
+        guidance = None if inputs.guidance is None else jnp.repeat(inputs.guidance, shape.samples)
+        run = solve.Run(self.network, expert, prefix, state, conditions, guidance)
+        if inputs.overlap is None:
+            chunks = solve.sample(run, noise, keys, self.process, shape.solver)
+        else:
             real = jnp.arange(config.action_dim) < self.scaling.action.factor.shape[-1]
-            return solve.sample_on(run, noise, key, self.process, shape.solver, inputs.overlap, real)
-
-        guidance = inputs.guidance
-        each = None if guidance is None else jnp.repeat(guidance, shape.samples)
-        if shape.keys == 1:
-            noise = jax.random.normal(keys[0], (shape.rows * shape.samples, *chunk))
-            chunks = chunks_of(prefix, state, noise, keys[0], each)
-            return chunks.reshape(shape.rows, shape.samples, *chunk)
-        if not isinstance(self.process, Diffusion):
-            noise = jax.vmap(lambda key: jax.random.normal(key, (shape.samples, *chunk)))(keys)
-            chunks = chunks_of(prefix, state, noise.reshape(-1, *chunk), keys[0], each)
-            return chunks.reshape(shape.rows, shape.samples, *chunk)
-        # Diffusion draws from the key on the way, so that each row must be a call of its own.
-        axis, copies = (0 if isinstance(prefix.layers, list) else 1), 1 + shape.guided
-
-        def by_row(leaf: Array, axis: int = 0) -> Array:
-            """[copies · b …] to [copies b …]."""
-            return leaf.reshape(*leaf.shape[:axis], copies, shape.rows, *leaf.shape[axis + 1 :])
-
-        def one(layers: PyTree, mask: Array, seen: Array, state: Any, key: Array, weight: Any) -> Array:
-            weight = None if weight is None else jnp.full(shape.samples, weight)
-            noise = jnp.zeros((shape.samples, *chunk))
-            return chunks_of(Prefix(layers, mask, seen), state, noise, key, weight)
-
-        rows = (
-            jax.tree.map(lambda leaf: by_row(leaf, axis), prefix.layers),
-            by_row(prefix.mask),
-            by_row(prefix.seen),
-            None if state is None else by_row(state),
-            keys,
-            guidance,
-        )
-        return jax.vmap(one, in_axes=(axis + 1, 1, 1, 1, 0, 0))(*rows)
+            chunks = solve.sample_on(run, noise, keys, self.process, shape.solver, inputs.overlap, real)
+        return chunks.reshape(shape.rows, shape.samples, *chunk)
 
 
 def _noise_key(data: Array, number: Int[Array, ""]) -> Array:
-    """The key of the noise of piece `number`, derived as `Policy.act` does."""
-    _, for_noise = jax.random.split(jax.random.wrap_key_data(data))
-    return jax.random.fold_in(for_noise, number)
+    """A row's key, derived as by `serve.noise.draws`."""
+    _, for_actions = jax.random.split(jax.random.wrap_key_data(data))
+    return jax.random.fold_in(for_actions, number)

@@ -85,21 +85,21 @@ class Run(NamedTuple):
 
 
 def sample(
-    run: Run, noise: Float[Array, "r k a"], key: Array, process: Process, solver: SolverConfig
+    run: Run, noise: Float[Array, "r k a"], keys: Array, process: Process, solver: SolverConfig
 ) -> Float[Array, "r k a"]:
-    """Chunks. Flow starts from `noise`; diffusion draws all it needs from `key`, regression nothing."""
+    """Chunks. Flow starts from `noise`; diffusion draws all it needs from `keys` [b], regression nothing."""
     if own_loop(process, solver):
         return _runge_kutta(run, noise, solver)
     field = _field(run)
     if isinstance(process, Flow):
-        return process.sample(field, key, noise.shape, solver, noise=noise).x
-    return process.sample(field, key, noise.shape, solver).x
+        return process.sample(field, keys, noise.shape, solver, noise=noise).x
+    return process.sample(field, keys, noise.shape, solver).x
 
 
 def sample_on(
     run: Run,
     noise: Float[Array, "r k a"],
-    key: Array,
+    keys: Array,
     process: Flow,
     solver: SolverConfig,
     overlap: Overlap,
@@ -107,7 +107,7 @@ def sample_on(
 ) -> Float[Array, "r k a"]:
     """Chunks that continue those that run; `real`: the action dimensions that exist."""
     field, noise = continuing(_field(run), overlap, noise, real)
-    return process.sample(field, key, noise.shape, solver, noise=noise).x
+    return process.sample(field, keys, noise.shape, solver, noise=noise).x
 
 
 def _field(run: Run) -> Field:

@@ -5,14 +5,15 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.encode import Encoded
 from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
+from vla_jax.serve.noise import draws
 from vla_jax.serve.policy import Policy
-from vla_jax.serve.server.rows import act_token_rows
+from vla_jax.serve.sampling import sample_action_tokens
 from vla_jax.types import Batch, Observation
 
 SERVED = CompileConfig(rewrites=Rewrites(reuse=False))
@@ -108,7 +109,6 @@ class CompiledBackend:
                 guided=(program.guided,),
                 lengths=(program.length,),
                 cameras=cameras,
-                key_per_row=True,
             ):
                 if shape.rows in buckets and shape not in self.compiled.compiler.shapes:
                     self.compiled.compiler.executable(shape)
@@ -139,10 +139,11 @@ class TokensBackend:
     ) -> Float[np.ndarray, "b S k a"]:
         """See `Backend.run`."""
         policy = self._policy
-        written = act_token_rows(
+        keys = _keys(np.asarray(seeds, np.int32))
+        written = sample_action_tokens(
             policy.params,
             jax.tree.map(lambda *leaves: np.concatenate(leaves), *(batch for batch, _ in rows)),
-            np.asarray(seeds, np.int32),
+            draws(keys, len(rows)).actions,
             policy.grammar,
             self._temperature,
             model=policy.model,
@@ -158,3 +159,9 @@ class TokensBackend:
     def compile(self, program: Program, buckets: Collection[int]) -> int:
         """Nothing ahead of time: the engine runs every program once."""
         return 0
+
+
+@jax.jit
+def _keys(seeds: Int[Array, " b"]) -> PRNGKeyArray:
+    """`jax.random.key` of each."""
+    return jax.vmap(jax.random.key)(seeds)

@@ -1,0 +1,55 @@
+"""Whose noise it is: every robot draws from a key of its own, so that it does not matter who is asked beside it.
+
+One key for several robots becomes `fold_in(key, row)` for each; with one key per robot each draws what it would draw
+alone with that key, whatever the batch, its order and its size:
+
+    policy.act(observation, keys)[r]  is  policy.act(take(observation, [r]), keys[r])[0]  up to rounding
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from vla_jax.flow.base import split
+
+
+class Draws(NamedTuple):
+    """Keys for the two things that a robot draws."""
+
+    plan: PRNGKeyArray
+    """Of the text that it decodes first: one key, or [b], as they were given."""
+    actions: PRNGKeyArray
+    """[b]"""
+
+
+def typed(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A key of `jax.random.key`; one of `jax.random.PRNGKey` becomes it."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def check_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
+    """One key, or one per robot. Raises ValueError."""
+    key = typed(key)
+    if key.shape not in ((), (robots,)):
+        raise ValueError(
+            f"key has shape {list(key.shape)}: give one key, or one for each of the {robots} robots"
+        )
+    return key
+
+
+@functools.partial(jax.jit, static_argnames="robots")
+def robot_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
+    """Keys [b] of some robots: of one key by their rows, of a key each as though the robot were alone (row 0)."""
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in, (0, None))(key, 0)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(robots))
+
+
+@functools.partial(jax.jit, static_argnames="robots")
+def draws(key: PRNGKeyArray, robots: int) -> Draws:
+    """What `act` draws from: the plan's key or keys as `plan` takes them, and the actions' keys [b]."""
+    for_plan, for_actions = split(key, 2)
+    return Draws(for_plan, robot_keys(for_actions, robots))
