@@ -99,7 +99,7 @@ def measure(policy: "Policy", args: GuidanceArgs, weight: float) -> dict[str, An
         }
     observation = TabletopEnv(table).reset(config.seeds()[:64])
     runner = Runner(policy, config, solver, silent)
-    chunks = policy.act(observation, runner.key(), solver=solver, samples=8, guidance=weight)
+    chunks = policy.act(observation, runner.key("diversity"), solver=solver, samples=8, guidance=weight)
     speed = np.linalg.norm(np.asarray(chunks)[..., :2], axis=-1)
     found["diversity"] = metrics.chunk_diversity(np.asarray(chunks), policy.action_scale)
     found["too_fast"] = float(np.mean(speed > 1.1 * table.max_speed_m_per_s))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serve.test_executors import SOLVER, CountingPolicy, RunningPolicy, observe
+from tests.serve.test_executors import SOLVER, CountingPolicy, DrawingPolicy, RunningPolicy, observe
 from vla_jax.serve.executors import ExecutorConfig, Overlapping
 from vla_jax.serve.executors.background import Background
 
@@ -162,3 +162,66 @@ def test_a_real_thread_never_stops_the_robot():
 def test_only_asynchronous_kinds_run_in_the_background():
     with pytest.raises(ValueError, match="use one of async, rtc"):
         Background(CountingPolicy(), ExecutorConfig(kind="receding"), solver=SOLVER, key=KEY)
+
+
+def test_a_thread_keeps_what_it_was_asked_with():
+    """The robot refills its buffers while the policy still looks: asked at 3, it must not see 5."""
+    gate, started, seen = threading.Event(), threading.Event(), []
+
+    class Gated(CountingPolicy):
+        def act(self, observation, key, **how):
+            if self.calls:
+                started.set()
+                assert gate.wait(30)
+                seen.append((observation.state.copy(), observation.images["top"].copy()))
+            return super().act(observation, key, **how)
+
+    buffers = observe(np.zeros((2, 1)))
+    config = ExecutorConfig(kind="async", execute=1)
+    with Background(Gated(horizon=64), config, solver=SOLVER, key=KEY) as executor:
+        executor.reset(buffers)
+        executor.step(buffers)
+        buffers.state[:], buffers.images["top"][:] = 3, 3
+        executor.step(buffers)
+        assert started.wait(30)
+        buffers.state[:], buffers.images["top"][:] = 5, 5
+        gate.set()
+        executor._pending.result(timeout=30)
+    assert (seen[0][0] == 3).all() and (seen[0][1] == 3).all()
+
+
+def test_the_returned_action_may_be_written_to():
+    executor = Background(
+        CountingPolicy(horizon=4), ExecutorConfig(kind="async", execute=4), solver=SOLVER, key=KEY, keeps=[True],
+        pool=SlowPool(0, 99),
+    )  # fmt: skip
+    executor.reset(observe(np.zeros((1, 1))))
+    first = [executor.step(observe(np.zeros((1, 1)))) for _ in range(4)][-1]
+    first[:] = 99
+    assert executor.step(observe(np.zeros((1, 1)))) == 4  # it waits with the action that was run
+
+
+def test_after_actions_that_are_not_finite_the_old_chunk_goes_on():
+    policy = DrawingPolicy(horizon=6, broken=1)
+    config = ExecutorConfig(kind="async", execute=2)
+    executor = Background(policy, config, solver=SOLVER, key=KEY, pool=SlowPool(0, 1))
+    observation = observe(np.zeros((2, 1)))
+    executor.reset(observation)
+    chunk = executor._chunk.copy()
+    got = [executor.step(observation) for _ in range(3)]  # at step 2 it asks
+    with pytest.raises(FloatingPointError, match="robot 1"):
+        executor.step(observation)
+    got.append(executor.step(observation))  # the same period, from the old chunk; asks again
+    np.testing.assert_array_equal(np.stack(got, axis=1), chunk[:, :4])
+    assert np.isfinite(executor.step(observation)).all() and executor.starved == 0
+
+
+def test_a_failed_reset_leaves_no_chunk_to_run():
+    policy = DrawingPolicy(horizon=6, broken=1)
+    executor = Background(policy, ExecutorConfig(kind="async"), solver=SOLVER, key=KEY, pool=SlowPool(0))
+    observation = observe(np.zeros((1, 1)))
+    executor.reset(observation)
+    with pytest.raises(FloatingPointError):
+        executor.reset(observation)
+    with pytest.raises(ValueError, match="call reset"):
+        executor.step(observation)

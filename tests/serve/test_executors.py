@@ -261,3 +261,85 @@ def test_delays_that_cannot_be_bridged_are_refused():
         ExecutorConfig(kind="fast")
     assert isinstance(executor_of("async", CountingPolicy(), execute=3, delay=3), Overlapping)
     executor_of("receding", CountingPolicy(), execute=6, delay=9)
+
+
+@dataclasses.dataclass
+class DrawingPolicy(CountingPolicy):
+    """Chunks are what each robot draws; prediction number `broken` is not finite."""
+
+    broken: int = -1
+
+    def act(self, observation, key, *, running=None, **how):
+        super().act(observation, key, **how)
+        chunks = np.array(jax.vmap(lambda one: jax.random.normal(one, (self.horizon, 1)))(key))
+        chunks[-1] = np.nan if len(self.calls) - 1 == self.broken else chunks[-1]
+        return chunks
+
+
+KINDS = ("receding", "async", "ensemble", "rtc")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_episodes_noise_depends_on_neither_the_others_nor_their_number(kind):
+    keys = jax.random.split(jax.random.key(5), 3)
+    config = ExecutorConfig(kind=kind, execute=2)
+
+    def run(rows, active):
+        executor = make_executor(DrawingPolicy(), config, solver=SOLVER, key=keys[np.array(rows)])
+        observation = observe(np.zeros((len(rows), 1)))
+        executor.reset(observation)
+        return np.concatenate([executor(observation), executor(observation, active=np.array(active))], axis=1)
+
+    together = run([0, 1, 2], [True, True, True])
+    np.testing.assert_array_equal(run([0, 1, 2], [False, True, True])[1:], together[1:])  # one has ended
+    np.testing.assert_array_equal(run([2, 1], [True, True]), together[[2, 1]])
+    np.testing.assert_array_equal(run([1], [True]), together[[1]])
+    assert np.abs(together[:, :2] - together[:, 2:]).min() > 1e-6  # and differs from step to step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_returned_may_be_written_to(kind):
+    """A robot that clips in place changes neither the rest of the chunk nor what it waits with."""
+
+    def run(spoil):
+        executor = executor_of(kind, RunningPolicy(horizon=6), execute=2, delay=2, keeps=[True])
+        executor.reset(observe(np.zeros((2, 1))))
+        made = []
+        for _ in range(3):
+            actions = executor(observe(np.zeros((2, 1))))
+            made.append(actions.copy())
+            if spoil:
+                actions[:] = 99
+        return np.concatenate(made, axis=1)
+
+    np.testing.assert_array_equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_actions_that_are_not_finite_are_not_run_and_the_executor_goes_on(kind):
+    observation, config = observe(np.zeros((2, 1))), ExecutorConfig(kind=kind, execute=2, delay=1)
+    how = {"solver": SOLVER, "key": jax.random.key(3)}
+    executor, whole = (make_executor(DrawingPolicy(broken=n), config, **how) for n in (1, -1))
+    for one in (executor, whole):
+        one.reset(observation)
+        one(observation)
+    with pytest.raises(FloatingPointError, match="actions for robot 1 are not finite"):
+        executor(observation)
+    np.testing.assert_array_equal(executor(observation), whole(observation))
+    assert executor.switches == whole.switches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_observations_that_no_robot_can_have_are_refused_at_the_door(kind):
+    executor, good = executor_of(kind, RunningPolicy(), execute=2), observe(np.zeros((2, 1)))
+    with pytest.raises(ValueError, match="call reset"):
+        executor(good)
+    executor.reset(good)
+    for wrong, message in (
+        (dataclasses.replace(good, images={"top": good.images["top"] / 255}), r"images\['top'\] is float64"),
+        (observe(np.array([[0.0], [np.nan]])), r"state\[1, 0\] is nan"),
+        (dataclasses.replace(good, instruction="go"), "instruction is a text"),
+        (observe(np.zeros((3, 1))), "3 texts; the episode began with 2 robots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            executor(wrong)

@@ -127,10 +127,20 @@ def test_pieces_are_nearly_equal_and_keep_the_order():
     assert [seed for piece in pieces for seed in piece] == list(range(10))
 
 
-def test_the_last_frame_of_noise_keys_is_never_reused():
-    runner = evaluate.Runner(scripted.ExpertPolicy(), CONFIG, SolverConfig(), evaluate.silent)
-    keys = [tuple(jax.random.key_data(runner.key()).tolist()) for _ in range(5)]
-    assert len(set(keys)) == 5
+def test_an_episodes_noise_is_its_own_whatever_runs_beside_it():
+    """By seed and step: other episodes, their order, the pieces and the other uses do not change it."""
+    one, other = (
+        evaluate.Runner(scripted.ExpertPolicy(), config, SolverConfig(), evaluate.silent)
+        for config in (CONFIG, dataclasses.replace(CONFIG, execute=2))
+    )
+    data = jax.random.key_data(one.episode_keys("episodes", [1_000_007, 1_000_003, 1_000_005]))
+    other.key("plans")
+    np.testing.assert_array_equal(
+        jax.random.key_data(other.episode_keys("episodes", [1_000_005, 1_000_007])), data[np.array([2, 0])]
+    )
+    assert len({str(row) for row in data.tolist()}) == 3
+    uses = ("episodes", "plans", "diversity", "latency")
+    assert len({str(jax.random.key_data(one.key(use))) for use in uses}) == 4
 
 
 @pytest.mark.parametrize("executor", ["receding", "async", "ensemble"])

@@ -48,6 +48,12 @@ def robot_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(robots))
 
 
+@jax.jit
+def noise_keys(keys: PRNGKeyArray, step: int) -> PRNGKeyArray:
+    """Of episodes' keys [b], those of the prediction that looks at control step `step`."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
 @functools.partial(jax.jit, static_argnames="robots")
 def draws(key: PRNGKeyArray, robots: int) -> Draws:
     """What `act` draws from: the plan's key or keys as `plan` takes them, and the actions' keys [b]."""

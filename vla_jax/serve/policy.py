@@ -30,7 +30,7 @@ from vla_jax.flow.processes import make_process
 from vla_jax.layers import lora
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA, portable
-from vla_jax.serve.executors.base import Running
+from vla_jax.serve.executors.base import Running, check_finite
 from vla_jax.serve.noise import check_keys, draws, robot_keys
 from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
 from vla_jax.sharding.rules import path_name
@@ -242,7 +242,9 @@ class Policy:
             )
             pieces.append(chunks[: len(rows)])
         chunks = np.concatenate([np.asarray(piece) for piece in pieces])
-        return self.bundle.robot_actions(chunks[:, 0] if samples == 1 else chunks, observation)
+        actions = self.bundle.robot_actions(chunks[:, 0] if samples == 1 else chunks, observation)
+        check_finite(actions, range(robots))
+        return actions
 
     @functools.cached_property
     def grammar(self) -> ActionGrammar:

@@ -7,7 +7,7 @@ that do not apply are absent; `details` holds what the pictures and tables add.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -24,6 +24,10 @@ from vla_jax.types import Observation
 
 SEEDS_APART = 1_000_000
 """Distance between the first episodes of two evaluation seeds, so that they share none."""
+
+Use = Literal["episodes", "plans", "diversity", "latency"]
+"""What draws noise. All runs of an episode (its own instruction, another, a forced plan) share one, so that they can be
+compared in pairs."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, how many episodes it has, and how many more have ended."""
@@ -114,13 +118,15 @@ class Runner:
         if config.execute is None:
             config = dataclasses.replace(config, execute=policy.execute)
         self.policy, self.config, self.solver, self.progress = policy, config, solver, progress
-        self._uses = 0
-        self._executor()  # refuses what cannot be executed before anything is run
+        self._executor(self.key("episodes"))  # refuses what cannot be executed before anything is run
 
-    def key(self) -> jax.Array:
-        """A key that was not used before."""
-        self._uses += 1
-        return jax.random.fold_in(jax.random.key(self.config.seed), self._uses)
+    def key(self, use: Use) -> jax.Array:
+        """The key of one use: other uses, or settings that leave one out, do not change it."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), get_args(Use).index(use))
+
+    def episode_keys(self, use: Use, seeds: Sequence[int]) -> jax.Array:
+        """One key per episode, by its seed: its noise is the same whatever runs beside it and under any setting."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key(use), np.asarray(seeds, np.uint32))
 
     def run(
         self,
@@ -134,14 +140,14 @@ class Runner:
         """One rollout of the configured executor."""
         return rollout(
             env,
-            self._executor(env),
+            self._executor(self.episode_keys("episodes", seeds), env),
             seeds,
             plan=plan,
             record=record,
             progress=lambda ended: self.progress(name, len(seeds), ended),
         )
 
-    def _executor(self, env: VectorEnv | None = None) -> ChunkExecutor:
+    def _executor(self, key: jax.Array, env: VectorEnv | None = None) -> ChunkExecutor:
         config = ExecutorConfig(
             kind=self.config.executor,
             execute=self.config.execute,
@@ -152,36 +158,36 @@ class Runner:
             guidance=self.config.guidance,
         )
         keeps = None if env is None else env.spec.kept
-        return make_executor(self.policy, config, solver=self.solver, key=self.key(), keeps=keeps)
+        return make_executor(self.policy, config, solver=self.solver, key=key, keeps=keeps)
 
-    def plan(self, observation: Observation) -> list[str]:
-        """One decoded text per robot."""
-        return self.policy.plan(observation, self.key(), self.config.temperature)
+    def plan(self, observation: Observation, seeds: Sequence[int]) -> list[str]:
+        """One decoded text per robot, whose episodes have these seeds."""
+        return self.policy.plan(observation, self.episode_keys("plans", seeds), self.config.temperature)
 
     @property
     def _guided(self) -> dict[str, float]:
         return {} if self.config.guidance is None else {"guidance": self.config.guidance}
 
-    def diversity(self, observation: Observation) -> float:
+    def diversity(self, observation: Observation, seeds: Sequence[int]) -> float:
         """Mean pairwise distance of chunks sampled for the first observation of some episodes."""
         chunks = self.policy.act(
             observation,
-            self.key(),
+            self.episode_keys("diversity", seeds),
             solver=self.solver,
-            plan=self.plan(observation) if self.config.see_plan else None,
+            plan=self.plan(observation, seeds) if self.config.see_plan else None,
             see_plan=self.config.see_plan,
             samples=self.config.samples,
             **self._guided,
         )
         return metrics.chunk_diversity(np.asarray(chunks), self.policy.action_scale)
 
-    def latency_ms(self, observation: Observation) -> dict[str, float]:
+    def latency_ms(self, observation: Observation, seed: int) -> dict[str, float]:
         """Median and 95th percentile of one `act` for one robot: images in, actions on the host out.
 
         Compilation and warm-up come first. With `see_plan` the plan is given, as it is held in an episode.
         """
-        plan = self.plan(observation) if self.config.see_plan else None
-        keys = list(jax.random.split(self.key(), self.config.latency_calls + 3))
+        plan = self.plan(observation, [seed]) if self.config.see_plan else None
+        keys = list(jax.random.split(self.key("latency"), self.config.latency_calls + 3))
         taken = []
         for key in keys:
             start = time.perf_counter()

@@ -46,8 +46,8 @@ def evaluate_metaworld(
                 if not own:
                     observation = env.reset(seeds)
                     few = min(config.diversity_scenes, len(seeds))
-                    report["chunk_diversity"] = runner.diversity(take(observation, range(few)))
-                    report |= runner.latency_ms(take(observation, [0]))
+                    report["chunk_diversity"] = runner.diversity(take(observation, range(few)), seeds[:few])
+                    report |= runner.latency_ms(take(observation, [0]), seeds[0])
                 record = max(1, config.record // len(tasks)) if piece == 0 else 0
                 own.append(runner.run(task, env, seeds, record=record))
             finally:

@@ -46,12 +46,13 @@ def evaluate_tabletop(
     for seeds in pieces_of(config.seeds(), TABLES):
         observation = env.reset(seeds)
         if policy.writes_plans:
-            judged += _judge_plans(env, runner.plan(observation))
+            judged += _judge_plans(env, runner.plan(observation, seeds))
         if not pieces:
             kinds = [env.scene_summary(i)["kind"] for i in range(len(seeds))]
             rows = [i for i, kind in enumerate(kinds) if kind == "symmetric"] or list(range(len(seeds)))
-            report["chunk_diversity"] = runner.diversity(take(observation, rows[: config.diversity_scenes]))
-            report |= runner.latency_ms(take(observation, rows[:1]))
+            few = rows[: config.diversity_scenes]
+            report["chunk_diversity"] = runner.diversity(take(observation, few), [seeds[i] for i in few])
+            report |= runner.latency_ms(take(observation, rows[:1]), seeds[rows[0]])
         pieces.append(runner.run("own instruction", env, seeds, record=0 if pieces else config.record))
     own = join(pieces)
 

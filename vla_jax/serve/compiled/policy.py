@@ -32,7 +32,7 @@ from vla_jax.serve.compiled.preprocess import scaling_of
 from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
 from vla_jax.serve.compiled.prompts import Prompts, null, used
 from vla_jax.serve.compiled.weights import rewrite
-from vla_jax.serve.executors.base import Running
+from vla_jax.serve.executors.base import Running, check_finite
 from vla_jax.serve.noise import check_keys, draws
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.sampling import Overlap
@@ -169,6 +169,7 @@ class CompiledPolicy:
                 how["overlap"] = Overlap.of(running, known)
             pieces.append(self.run(piece, data[some], numbers=numbers[some], **how))
         chunks = np.concatenate(pieces)
+        check_finite(chunks, range(robots))
         return chunks[:, 0] if samples == 1 else chunks
 
     def encode(
@@ -240,7 +241,7 @@ class CompiledPolicy:
             out, left = out
             copies = tuple(image.copy() for image in images.values())
             self._kept = _Kept(shape.cameras, copies, present, text, shape.length, left)
-        chunks = np.asarray(out)[:real]
+        chunks = np.array(out)[:real]  # not a read-only view of the device's buffer
         return chunks if units is None else units.robot_actions(chunks, states[:real, None])
 
     def inputs(

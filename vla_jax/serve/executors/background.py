@@ -18,6 +18,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray
 
+from vla_jax.data.observations import owned
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.executors.base import CONTINUATIONS, ChunkExecutor, ChunkPolicy, ExecutorConfig
 from vla_jax.serve.executors.overlapping import running, shifted
@@ -63,14 +64,27 @@ class Background(ChunkExecutor):
             self._pending = None
         super().reset(observation, plan)
         self.starved, self._asked = 0, 0
-        self._chunk, self._origin = self._pool.submit(self._first, observation).result(), 0
+        robots, self._robots = (
+            self._robots,
+            0,
+        )  # the last episode's chunk must not go on, should this one's not come
+        self._chunk, self._origin = self._pool.submit(self._first, owned(observation)).result(), 0
+        self._robots = robots
         self._last = np.zeros_like(self._chunk[:, 0])
 
     def step(self, observation: Observation) -> Float[np.ndarray, "b a"]:
-        """The action of this control period. Raises what a prediction raised."""
+        """The action of this control period.
+
+        Raises what a prediction raised. Such a call does not count: the robot may stop, or call again in the same
+        period for what the old chunk plans, while a new prediction is asked for.
+        """
+        observation = self._look(observation)
         if self._pending is not None and self._pending.done():
             pending, self._pending = self._pending, None
-            self._chunk, self._origin = pending.result(), self._asked
+            self._chunk, self._origin = (
+                pending.result(),
+                self._asked,
+            )  # where it raises, the old chunk goes on
             self.delays.append(self._steps - self._asked)
             self.switches.append(self._steps)
         if self._pending is None and self._steps - self._asked >= self._config.execute:
@@ -82,7 +96,7 @@ class Background(ChunkExecutor):
             self.starved += 1
             self._last = self._wait(self._last, 1)[:, 0]
         self._steps += 1
-        return self._last
+        return self._last.copy()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -100,11 +114,10 @@ class Background(ChunkExecutor):
         A continuation is a program of its own. Compiled at its first use, which takes longer than a chunk lasts, it
         would leave the robot without actions in the middle of the episode.
         """
-        chunk, calls, robots = self._predict(observation, None), self._calls, len(observation.instruction)
+        chunk, robots = self._predict(observation, None), len(observation.instruction)
         told = running(self._config, chunk, self._expected(), self._policy.horizon)
         if told is not None and robots not in self._warm:
             self._predict(observation, None, told)
-            self._calls = calls  # its noise is for the first continuation that counts
             self._warm.add(robots)
         return chunk
 
@@ -113,7 +126,8 @@ class Background(ChunkExecutor):
         rest, end = shifted(self._chunk, passed), max(0, self._policy.horizon - passed)
         told = running(self._config, rest, self._expected(), end)
         self._asked = self._steps
-        self._pending = self._pool.submit(self._predict, observation, None, told)
+        # The thread reads it while the robot fills its buffers anew.
+        self._pending = self._pool.submit(self._predict, owned(observation), None, told, self._steps)
 
     def _expected(self) -> int:
         if not self.delays:

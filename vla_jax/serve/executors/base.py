@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from vla_jax.data.observations import take
+from vla_jax.data.observations import check_observation, check_texts, take
 from vla_jax.finite import finite
 from vla_jax.flow.config import SolverConfig
+from vla_jax.serve.noise import check_keys, draws, noise_keys, robot_keys, typed
 from vla_jax.types import Observation
 
 ExecutorKind = Literal["receding", "async", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix"]
@@ -40,6 +40,7 @@ class Running:
 class ChunkPolicy(Protocol):
     """What an executor asks of a policy; `vla_jax.serve.policy.Policy` is one, a scripted expert another.
 
+    `key` is one key per robot, [b]: what is drawn for a robot is not to depend on who is asked beside it.
     `act` gets `guidance` and `running` only where the executor's configuration asks for them.
     """
 
@@ -144,6 +145,12 @@ class ExecutorConfig:
 class ChunkExecutor:
     """The plan that episodes began with, noise of its own for each prediction, and the count of steps.
 
+    `key`: one for each robot's episode, [b], or one of which each robot has a part by its row. An episode's noise is a
+    function of its key and the step alone, so that two settings can be compared episode by episode.
+
+    What is given and returned is owned by whoever has it: observations may be filled anew and actions written to after
+    the call. An observation that no robot can have is a ValueError, actions that are not finite are a
+    FloatingPointError; after both the executor is as it was before the call.
     `keeps` says which action dimensions keep their last value while a robot waits (a gripper, positions); the others
     (rates) are then zero. Default: none keeps it.
     """
@@ -157,24 +164,23 @@ class ChunkExecutor:
         key: PRNGKeyArray,
         keeps: Bool[np.ndarray, " a"] | Sequence[bool] | None = None,
     ):
-        self._policy, self._config, self._solver, self._key = policy, config.of(policy), solver, key
+        self._policy, self._config, self._solver, self._key = policy, config.of(policy), solver, typed(key)
         self._keeps = None if keeps is None else np.asarray(keeps, bool)
-        self._calls = self._steps = 0
+        self._steps, self._robots = 0, 0
         self.held_plan: tuple[str, ...] | None = None
         self.switches: list[int] = []
         """Steps of the episode at which a new chunk took over."""
 
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
         """Begins an episode; a given `plan` (one text per robot) is held in place of a decoded one."""
-        self._calls = self._steps = 0
-        self.switches = []
+        self._robots = 0  # no episode, should what follows fail
+        observation = check_observation(observation)
+        robots = len(observation.instruction)
+        drawn = draws(check_keys(self._key, robots), robots)
         if plan is None and self._config.see_plan:
-            plan = self._policy.plan(observation, self._next_key(), self._config.temperature)
-        if plan is not None and len(plan) != len(observation.instruction):
-            raise ValueError(
-                f"{len(plan)} plans for {len(observation.instruction)} robots: give one for each"
-            )
-        self.held_plan = None if plan is None else tuple(plan)
+            plan = self._policy.plan(observation, robot_keys(drawn.plan, robots), self._config.temperature)
+        self.held_plan = None if plan is None else check_texts("plan", plan, robots)
+        self._steps, self.switches, self._robots, self._keys = 0, [], robots, drawn.actions
 
     def __call__(
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
@@ -185,14 +191,30 @@ class ChunkExecutor:
         """
         raise NotImplementedError  # each kind of executor has its own; this class is what they share
 
+    def _look(self, observation: Observation) -> Observation:
+        """What the robots see, checked. Raises ValueError."""
+        observation = check_observation(observation)
+        if not self._robots:
+            raise ValueError("no episode has begun: call reset(observation) first")
+        if len(observation.instruction) != self._robots:
+            raise ValueError(
+                f"instruction has {len(observation.instruction)} texts; the episode began with {self._robots} robots: "
+                "give the same ones, and say in `active` which still move"
+            )
+        return observation
+
     def _predict(
         self,
         observation: Observation,
         active: Bool[np.ndarray, " b"] | None,
         running: Running | None = None,
+        step: int | None = None,
     ) -> Float[np.ndarray, "b k a"]:
-        """A chunk per robot, zeros for those that are not active."""
-        robots = len(observation.instruction)
+        """A chunk per robot, zeros for those that are not active, with the noise of a step (default: the present one).
+
+        Raises FloatingPointError where it is not finite: nothing of it reaches a robot.
+        """
+        robots, step = len(observation.instruction), self._steps if step is None else step
         rows = np.arange(robots) if active is None else np.flatnonzero(active)
         options: dict[str, Any] = {}
         if self._config.guidance is not None:
@@ -201,13 +223,14 @@ class ChunkExecutor:
             options["running"] = dataclasses.replace(running, actions=running.actions[rows])
         chunk = self._policy.act(
             take(observation, rows),
-            self._next_key(),
+            noise_keys(self._keys, step)[rows],
             solver=self._solver,
             plan=None if self.held_plan is None else [self.held_plan[row] for row in rows],
             see_plan=self.held_plan is not None,
             **options,
         )
         chunk = np.asarray(chunk)
+        check_finite(chunk, rows)
         chunks = np.zeros((robots, *chunk.shape[1:]), chunk.dtype)
         chunks[rows] = chunk
         return chunks
@@ -222,12 +245,7 @@ class ChunkExecutor:
         if self._steps:
             self.switches.append(self._steps + switch)
         self._steps += actions.shape[1]
-        return actions
-
-    def _next_key(self) -> Array:
-        key = jax.random.fold_in(self._key, self._calls)
-        self._calls += 1
-        return key
+        return actions.copy()
 
 
 class RecedingHorizon(ChunkExecutor):
@@ -242,9 +260,20 @@ class RecedingHorizon(ChunkExecutor):
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
     ) -> Float[np.ndarray, "b steps a"]:
         """The wait (not before the first chunk), and the first actions of a new chunk."""
-        actions = self._predict(observation, active)[:, : self._config.execute]
+        actions = self._predict(self._look(observation), active)[:, : self._config.execute]
         waits = 0 if self._last is None else self._config.delay
         if waits:
             actions = np.concatenate([self._wait(self._last, waits), actions], axis=1)
         self._last = actions[:, -1]
         return self._count(actions, waits)
+
+
+def check_finite(chunks: Float[np.ndarray, "b ..."], robots: Sequence[int] | Int[np.ndarray, " b"]) -> None:
+    """Raises FloatingPointError, which names the robots, where actions are NaN or infinite."""
+    finite = np.isfinite(chunks).reshape(len(chunks), -1).all(axis=1)
+    if not finite.all():
+        which = ", ".join(str(int(robots[row])) for row in np.flatnonzero(~finite)[:8])
+        raise FloatingPointError(
+            f"the policy's actions for robot {which} are not finite, so none is given to a robot: check the checkpoint "
+            "(a diverged run, a damaged file) and the number format that it is run in"
+        )

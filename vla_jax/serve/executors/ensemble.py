@@ -24,7 +24,7 @@ class TemporalEnsemble(ChunkExecutor):
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
     ) -> Float[np.ndarray, "b execute a"]:
         """The averages for the next `execute` steps."""
-        now, config = self._steps, self._config
+        observation, now, config = self._look(observation), self._steps, self._config
         delay = config.delay if self._chunks else 0
         self._chunks.append((now, now + delay, self._predict(observation, active)))
         self._chunks = [entry for entry in self._chunks if entry[0] + self._policy.horizon > now]

@@ -27,7 +27,8 @@ class Overlapping(ChunkExecutor):
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
     ) -> Float[np.ndarray, "b execute a"]:
         """The old chunk's next `delay` actions, then those of the new chunk."""
-        config, rest = self._config, self._rest
+        observation, config = self._look(observation), self._config
+        rest = self._rest
         delay = 0 if rest is None else config.delay
         chunk = self._predict(observation, active, self._running(rest, delay))
         actions = chunk[:, : config.execute]

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from vla_jax.data.observations import owned
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
 from vla_jax.serve.compiled.policy import CompiledPolicy
@@ -123,6 +124,7 @@ class Engine:
             state=request.state[None],
             instruction=(request.prompt,),
         )
+        observation = owned(observation)  # it waits for its call, whatever becomes of the request
         try:
             encoded, length = self._backend.encode(observation, request.plan, request.guidance)
         except ValueError as error:  # a text that does not fit, an instruction without statistics
