@@ -19,6 +19,8 @@ import pytest
 
 from tests.data import toy as toy_data
 from vla_jax.checkpoint import load, read_meta
+from vla_jax.checkpoint.manifest import write_manifest
+from vla_jax.checkpoint.paths import run_path
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).parents[2]
@@ -189,8 +191,11 @@ def test_killed_processes_are_named_and_the_run_ends_with_the_same_bytes(start, 
 
     whole_ones = [path for path in (tmp_path / "checkpoints").glob("*/params") if path.parent.name.isdigit()]
     newest = max(whole_ones, key=lambda path: int(path.parent.name))
-    shutil.copytree(newest.parent, newest.parent.with_name("11"))
-    for file in (newest.parent.with_name("11") / "params").rglob("d/*"):
+    later = shutil.copytree(newest.parent, newest.parent.with_name("11"))
+    meta = json.loads((later / "meta" / "metadata").read_text())
+    (later / "meta" / "metadata").write_text(json.dumps(meta | {"step": 11}))
+    write_manifest(run_path(later), 11)
+    for file in (later / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:50])
     ended = start(tmp_path)
     ok(ended)
