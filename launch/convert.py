@@ -7,6 +7,9 @@ python -m launch.convert --from openpi --path pi0_base --out runs/pi0 --dtype bf
 python -m launch.convert --from openpi --path pi05_droid --out runs/droid --tokenizer paligemma_tokenizer.model \\
     --robot droid
 
+python -m launch.convert --from openpi --path pi0_fast_droid --out runs/fast --tokenizer paligemma_tokenizer.model \\
+    --fast fast --horizon 10 --robot droid_fast
+
 python -m launch.convert --from vla_jax --path runs/pi0 --to pi0_hf --out exported
 
 python -m launch.convert --from vla_jax --path runs/lora --to vla_jax --out runs/merged
@@ -48,7 +51,8 @@ class ConvertArgs:
     cameras: tuple[str, ...] = ()
     """Names of the cameras in the order of their tokens, for weights that come in; default: the format's usual ones."""
     horizon: int | None = None
-    """Actions of a chunk, for weights that come in and whose files do not say it, as openpi's; default: 50."""
+    """Actions of a chunk, for weights that come in and whose files do not say it, as openpi's; default: 50, but a
+    π0-FAST policy has none."""
     names: Literal["legacy", "4.5x", "5.x"] | None = None
     """Generation of names that paligemma_hf writes; default: legacy, which every transformers reads."""
     max_file_gb: float | None = None
@@ -71,6 +75,9 @@ class ConvertArgs:
     state_in_prompt: bool = True
     """With --tokenizer, for a π0.5: whether its prompt holds the state. Not for openpi's pi05_libero
     (discrete_state_input=False), which no file says either."""
+    fast: Path | None = None
+    """With --tokenizer, for a π0-FAST: the folder of its FAST tokenizer, tokenizer.json and processor_config.json as in
+    physical-intelligence/fast. --horizon is needed too where they name none."""
     value: bool = True
     """Whether the leaves written for openpi end in /value, as those it saves itself."""
 
@@ -114,6 +121,7 @@ class ConvertArgs:
                 bool(self.robot),
                 "a described robot; give its --robot too",
             ),
+            ("fast", self.fast, policy, "a policy; give its --tokenizer too"),
             ("control-hz", self.control_hz, policy, "a policy; give its --tokenizer too"),
             ("no-state-in-prompt", not self.state_in_prompt, policy, "a policy; give its --tokenizer too"),
         ]
@@ -137,6 +145,7 @@ def main() -> None:
             robot=args.robot,
             default_prompt=args.default_prompt,
             state_in_prompt=args.state_in_prompt,
+            fast=args.fast,
         )
     options = Options(
         cameras=args.cameras,

@@ -137,9 +137,9 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
     data = public_data(opened.model) if policy else DataConfig()
     config = TrainConfig(model=opened.model, data=data, objective=public_objective(opened.model))
     if options.policy is not None:
-        if not opened.expert:
+        if not policy:
             raise ValueError(f"{opened.where} has no expert, so a tokenizer does not make it a policy")
-        config, bundle = policy_data(opened.model, opened.assets, options.policy)
+        config, bundle = policy_data(opened.model, opened.assets, options.policy, options.horizon)
         record["data"] = bundle.to_json()
     _check_space(out, arrays)
     write_run(out, arrays, config, record)

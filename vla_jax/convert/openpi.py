@@ -19,8 +19,15 @@ from vla_jax.convert.openpi_lora import MergedSource, has_lora
 from vla_jax.convert.sources import OrbaxSource, read_json
 from vla_jax.convert.stream import write_orbax
 from vla_jax.convert.time_flip import flips
+from vla_jax.data.robots.table import find_robot
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.presets import PI0_CAMERAS
+
+#: Cameras in the order of their tokens, in openpi's robots (policies/*.py); the second is π0-FAST's of DROID.
+CAMERAS = (
+    ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+    ("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
+)
 
 #: Modules of the decoder that the expert has a second one of.
 TOWER = r"(final_norm|q_einsum|kv_einsum|attn_vec_einsum|mlp|pre_attention_norm|pre_ffw_norm)"
@@ -63,7 +70,7 @@ def open_weights(path: Path, options: Options) -> Opened:
         raise ValueError(f"--lora-scale {options.lora_scale} would do nothing: {path} has no LoRA")
     bare = {name: name.removeprefix("params/").removesuffix("/value") for name in source.specs}
     specs = {from_openpi(bare[name]): spec for name, spec in source.specs.items()}
-    cameras = options.cameras or PI0_CAMERAS
+    cameras = options.cameras or _cameras_of(options)
     model, expert = config_from(specs, where=path, cameras=cameras, horizon=options.chunk())
     if not expert:  # of openpi's, only π0-FAST has none: the decoder writes its actions
         model = dataclasses.replace(model, expert=dataclasses.replace(model.expert, kind="tokens"))
@@ -82,6 +89,16 @@ def open_weights(path: Path, options: Options) -> Opened:
         assets={"norm_stats": assets} if assets else {},
         merged=source.merged if isinstance(source, MergedSource) else (),
     )
+
+
+def _cameras_of(options: Options) -> tuple[str, ...]:
+    """The order of openpi's cameras for a described robot that has them; else the usual names."""
+    if options.policy is not None and options.policy.robot:
+        named = set(find_robot(options.policy.robot).model_cameras)
+        for cameras in CAMERAS:
+            if named == set(cameras):
+                return cameras
+    return PI0_CAMERAS
 
 
 def table(model: VLAConfig, expert: bool, front: str, behind: str) -> list[Entry]:

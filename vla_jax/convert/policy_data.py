@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.config import TrainConfig, prompt_form
+from vla_jax.convert.fast_policy import read_fast, sized, tokenize_actions
 from vla_jax.convert.lerobot_processor import STATE_IN_PROMPT, affine, read_preprocessing
 from vla_jax.convert.statistics import openpi_method
 from vla_jax.data import transforms as tf
@@ -57,6 +58,8 @@ class PolicyOptions:
     state_in_prompt: bool = True
     """Whether a π0.5 reads the state in its prompt. openpi's pi05_libero does not (discrete_state_input=False): it
     reads the instruction alone, and nothing tells it the state."""
+    fast: Path | None = None
+    """π0-FAST: the folder of its FAST tokenizer (tokenizer.json, processor_config.json)."""
 
 
 def public_data(model: VLAConfig) -> DataConfig:
@@ -81,9 +84,13 @@ def public_objective(model: VLAConfig) -> ObjectiveConfig:
 
 
 def policy_data(
-    model: VLAConfig, assets: Mapping[str, Any], options: PolicyOptions
+    model: VLAConfig, assets: Mapping[str, Any], options: PolicyOptions, horizon: int | None = None
 ) -> tuple[TrainConfig, DataBundle]:
-    """The configuration and the transforms of a π0 or π0.5. Raises ValueError or FileNotFoundError."""
+    """The configuration and the transforms of a π0, π0.5 or π0-FAST. Raises ValueError or FileNotFoundError.
+
+    `horizon`: the actions of a chunk, where it was given; a π0-FAST's weights do not say it.
+    """
+    fast = read_fast(options.fast, model)
     data = public_data(model)
     method = data.normalization
     name, raw = _choose(assets, options.statistics)
@@ -105,14 +112,27 @@ def policy_data(
         fields = {f: _of_robot(f, pair, robot, name) for f, pair in fields.items()}
         data = dataclasses.replace(data, robot=options.robot, cameras=())
     if not options.state_in_prompt:
-        if not data.prompt_form.uses_state:
+        if data.prompt != "pi05":
             raise ValueError(
-                "--no-state-in-prompt is for a π0.5; this model's prompt holds no state, a token of its own does"
+                "--no-state-in-prompt is for a π0.5; "
+                + (
+                    "this model's prompt always holds the state"
+                    if fast
+                    else "this model's prompt holds no state, a token of its own does"
+                )
             )
         data = dataclasses.replace(
             data, prompt="pi0", ignore_state=True
         )  # the limit and quantiles stay π0.5's
     statistics = Statistics(state=_statistics(*fields["state"]), action=_statistics(*fields["actions"]))
+    if fast is not None:
+        model = sized(
+            model,
+            fast,
+            horizon=horizon,
+            state_dim=statistics.state.dims,
+            action_dim=statistics.action.dims,
+        )
     sizes = {"state": (statistics.state.dims, model.expert.state_dim)}
     sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
     for field, (found, most) in sizes.items():
@@ -127,6 +147,10 @@ def policy_data(
             f"{options.tokenizer} has {tokenizer.vocab_size} entries, the model's embedding {model.text.vocab}: it is "
             "not this model's tokenizer"
         )
+    as_tokens = None
+    if fast is not None:
+        as_tokens = tokenize_actions(model, tokenizer, fast)
+        data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=as_tokens.max_tokens))
     size = model.vision.image_size
     schema = _schema(model, statistics, options, robot, name)
     units = () if robot is None else (RobotUnits(robot),)
@@ -137,6 +161,7 @@ def policy_data(
         tf.ResizeImages(size, size, fit="openpi"),
         # Their formula has an epsilon of its own in place of our least scale.
         Normalize(method=method, group="dataset", statistics={"": statistics}, floor=False),
+        *(() if as_tokens is None else (as_tokens,)),
         tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
             state_dim=model.expert.state_dim,

@@ -172,7 +172,7 @@ _TYPES: Mapping[str, type] = {
     for kind in (RobotUnits, SelectCameras, ResizeImages, Normalize, TokenizeActions, PadDims, Tokenize)
 }
 
-LATER = ("fills", "black", "unscaled")
+LATER = ("fills", "black", "unscaled", "limit")
 """Fields that older checkpoints do not have."""
 
 

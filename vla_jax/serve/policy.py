@@ -259,9 +259,11 @@ class Policy:
 
     @property
     def max_chunk_tokens(self) -> int:
-        """Tokens after which a chunk is cut: four times the longest of the data, and what always suffices if less."""
+        """Tokens after which a chunk is cut: four times the longest of the data (imported weights: openpi's limit), and
+        what always suffices if less."""
         actions = self.bundle.tokenize_actions
-        return min(actions.total or 4 * actions.longest, 4 * actions.longest)
+        limit = actions.limit or 4 * actions.longest
+        return min(actions.total or limit, limit)
 
     def read_chunks(self, written: ActionTokens) -> Float[np.ndarray, "b S k a"]:
         """Sampled tokens as normalised chunks; says in the log how many were no chunk and had to be completed."""

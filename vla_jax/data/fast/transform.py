@@ -31,6 +31,8 @@ class TokenizeActions:
     """Of a row, begin and end included."""
     keep_actions: bool
     """Whether the continuous actions stay beside the tokens (for an expert) or go (the tokens are the policy)."""
+    limit: int = 0
+    """Tokens after which a sampled chunk is cut, where the data are not known. 0: four times `longest`."""
 
     def inputs(self, sample: Sample) -> Sample:
         """Sets `action_tokens`. Raises ValueError where they do not fit."""
