@@ -53,7 +53,7 @@ def save_tokenizer(folder):
 
 
 def save_fast(folder, **settings):
-    """As physical-intelligence/fast ships it: byte-level BPE over characters, no horizon and no dims in its settings."""
+    """As physical-intelligence/fast ships it: byte-level BPE over characters, no horizon and no dims in the settings."""
     chunks = np.cumsum(np.random.default_rng(0).normal(size=(500, HORIZON, DIMS)) * 0.3, axis=1)
     values = np.around(fft.dct(chunks, axis=1, norm="ortho") * SCALE).astype(int) - LOW
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -184,8 +184,13 @@ def actions_by_hand(theirs, ids):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
-    spelled = "".join(bpe.id_to_token(257_023 - i) for i in ids)
-    text = bytes(byte_of[char] for char in spelled).decode("utf-8", errors="ignore")
+    spelled = b""
+    for token in (bpe.id_to_token(257_023 - i) for i in ids):
+        plain = (
+            not set(token) <= byte_of.keys()
+        )  # a character of the alphabet itself, as the public files hold too
+        spelled += token.encode() if plain else bytes(byte_of[char] for char in token)
+    text = spelled.decode("utf-8", errors="ignore")
     coefficients = np.zeros(HORIZON * DIMS)
     values = np.asarray([ord(char) + LOW for char in text])[: HORIZON * DIMS]
     coefficients[: len(values)] = values
@@ -256,7 +261,7 @@ def test_what_is_missing_is_one_line_that_names_the_option(theirs, tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     argv = ["--from", "openpi", "--path", "a", "--out", "b", "--fast", "c"]
     with pytest.raises(
-        (UsageError, ValueError), match="--fast would do nothing here.*give its --tokenizer too"
+        (UsageError, ValueError), match=r"--fast would do nothing here.*give its --tokenizer too"
     ):
         cli(ConvertArgs, description=None, argv=argv)
 
