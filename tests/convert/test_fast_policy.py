@@ -53,7 +53,7 @@ def save_tokenizer(folder):
 
 
 def save_fast(folder, **settings):
-    """As physical-intelligence/fast ships it: byte-level BPE over characters, no horizon and no dims in the settings."""
+    """As physical-intelligence/fast ships it: byte-level BPE over characters, no sizes in its settings."""
     chunks = np.cumsum(np.random.default_rng(0).normal(size=(500, HORIZON, DIMS)) * 0.3, axis=1)
     values = np.around(fft.dct(chunks, axis=1, norm="ortho") * SCALE).astype(int) - LOW
     bpe = tokenizers.ByteLevelBPETokenizer()
