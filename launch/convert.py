@@ -68,6 +68,11 @@ class ConvertArgs:
     """With --tokenizer: the robot that the policy acts on, droid, droid_joint_position, droid_fast, aloha, aloha_sim,
     libero, libero_relative, libero_fast, or a path to a .json file (docs/robots.md): its own keys, its units, its
     dimensions, relative actions. Without, states and actions are as the statistics have them."""
+    state_dims: int | None = None
+    """With --tokenizer and without --robot: dims of the robot's state, the first ones of the statistics. Asked for
+    where these look padded (as long as the model's, or trailing dims that never move)."""
+    action_dims: int | None = None
+    """The same of its actions."""
     default_prompt: str = ""
     """With --robot: the instruction of requests that bring none."""
     control_hz: float | None = None
@@ -88,6 +93,10 @@ class ConvertArgs:
             raise ValueError(f"horizon={self.horizon}: a chunk needs at least one action")
         if self.max_file_gb is not None and self.max_file_gb <= 0:
             raise ValueError(f"max_file_gb={self.max_file_gb}: must be positive")
+        for name in ("state_dims", "action_dims"):
+            dims = getattr(self, name)
+            if dims is not None and dims < 1:
+                raise ValueError(f"{name}={dims}: at least 1")
         self._check_used()
         if self.tokenizer is not None and (self.source == "vla_jax" or self.to != "vla_jax"):
             raise ValueError("a tokenizer is for weights of others that come in; a run has its own")
@@ -114,6 +123,18 @@ class ConvertArgs:
             ("lora-scale", self.lora_scale, self.source == "openpi", "--from openpi"),
             ("no-value", not self.value, self.to == "openpi", "--to openpi"),
             ("statistics", self.statistics, policy, "a policy; give its --tokenizer too"),
+            (
+                "state-dims",
+                self.state_dims,
+                policy and not self.robot,
+                "a policy of a robot without a description; give its --tokenizer, and no --robot",
+            ),
+            (
+                "action-dims",
+                self.action_dims,
+                policy and not self.robot,
+                "a policy of a robot without a description; give its --tokenizer, and no --robot",
+            ),
             ("robot", self.robot, policy, "a policy; give its --tokenizer too"),
             (
                 "default-prompt",
@@ -143,6 +164,8 @@ def main() -> None:
             statistics=args.statistics,
             control_hz=args.control_hz,
             robot=args.robot,
+            state_dims=args.state_dims,
+            action_dims=args.action_dims,
             default_prompt=args.default_prompt,
             state_in_prompt=args.state_in_prompt,
             fast=args.fast,

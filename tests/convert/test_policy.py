@@ -152,7 +152,9 @@ def lerobot_policy(folder, kind, norm_map, state_in_prompt=True, **changes):
     (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
     save_file(statistics, folder / "normalizer.safetensors")
     train_tokenizer(["Task: pick up the block, State: 0123456789;"], 300).save(folder / "tokenizer")
-    asset = {"config": {"type": kind, "max_state_dim": 8}, **read_processors(folder)}
+    seen = {"input_features": {"observation.state": {"type": "STATE", "shape": [6]}}}
+    seen["output_features"] = {"action": {"type": "ACTION", "shape": [5]}}
+    asset = {"config": {"type": kind, "max_state_dim": 8, **seen}, **read_processors(folder)}
     expert = {"pi0": {}, "pi05": {"time": "adarms", "state_token": False}}[kind]
     model = VLAConfig(
         text=TextConfig(vocab=300), expert=ExpertConfig(action_dim=8, state_dim=8, **expert), cameras=("top",)
@@ -249,6 +251,70 @@ def test_lerobots_unknown_steps(step, message):
         return
     with pytest.raises(ValueError, match=message):
         read_preprocessing(asset)
+
+
+def padded(robot, dims, spread=0.0):
+    """Statistics of a robot's dims that were filled up, as openpi's are where it pads before it measures."""
+    found = {}
+    for field, own in robot.items():
+        moving = np.arange(dims) < own
+        values = {"mean": 0.0, "std": 0.5, "q01": -1.0 - spread, "q99": 1.0 + spread}
+        found[field] = {kind: np.where(moving, value, 0.0).tolist() for kind, value in values.items()}
+    return found
+
+
+def model_of(kind, dims=8):
+    expert = {"pi0": {}, "pi05": {"time": "adarms", "state_token": False}}[kind]
+    expert = ExpertConfig(action_dim=dims, state_dim=dims, **expert)
+    return VLAConfig(text=TextConfig(vocab=300), expert=expert, cameras=("top",))
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_padded_statistics_are_not_taken_for_the_robots(weights, kind):
+    """As long as the model's, or a little shorter; where state and actions differ, each has a line of its own."""
+    options = PolicyOptions(tokenizer=weights / "tokenizer")
+    for length, why in ((8, "the last 2 of them never move and the model has as many"), (7, "the last 1 of")):
+        assets = {"norm_stats": {"lab": padded({"state": 6, "actions": 5}, length)}}
+        with pytest.raises(ValueError, match=rf"{length} dims of state, but {why}.* with --state-dims"):
+            policy_data(model_of(kind), assets, options)
+        half = dataclasses.replace(options, state_dims=6)
+        with pytest.raises(
+            ValueError, match=rf"{length} dims of actions, but .* with --action-dims"
+        ) as error:
+            policy_data(model_of(kind), assets, half)
+        assert "\n" not in str(error.value)
+        _, bundle = policy_data(model_of(kind), assets, dataclasses.replace(half, action_dims=5))
+        assert (len(bundle.schema.state_names), len(bundle.schema.action_names)) == (6, 5)
+        seen = Observation(images={}, state=STATE, instruction=("pick up the block",))
+        assert bundle.robot_actions(np.zeros((1, 4, 8), np.float32), seen).shape == (1, 4, 5)
+    full = {"norm_stats": {"lab": padded({"state": 8, "actions": 8}, 8)}}
+    with pytest.raises(ValueError, match="8 dims of state, but the model has as many"):
+        policy_data(model_of(kind), full, options)
+    _, bundle = policy_data(model_of(kind), full, dataclasses.replace(options, state_dims=8, action_dims=8))
+    assert len(bundle.schema.action_names) == 8
+    with pytest.raises(ValueError, match="--action-dims 9: the statistics have 8 dims of actions"):
+        policy_data(model_of(kind), full, dataclasses.replace(options, state_dims=8, action_dims=9))
+
+
+def test_lerobots_features_say_the_robots_dims(weights):
+    stats = padded({"state": 6, "actions": 5}, 8)
+    features = {
+        "observation.state": {"type": "STATE", "shape": [6]},
+        "action": {"type": "ACTION", "shape": [5]},
+    }
+    step = {"registry_name": "normalizer_processor", "config": {"norm_map": {"STATE": "MEAN_STD"}}}
+    step["config"]["features"] = features
+    asset = {
+        "config": {"type": "pi0"},
+        "preprocessor": {"steps": [step]},
+        "statistics": {"observation.state": stats["state"], "action": stats["actions"]},
+    }
+    options = PolicyOptions(tokenizer=weights / "tokenizer")
+    _, bundle = policy_data(model_of("pi0"), {"lerobot": asset}, options)
+    assert (len(bundle.schema.state_names), len(bundle.schema.action_names)) == (6, 5)
+    step["config"]["features"] = {}
+    with pytest.raises(ValueError, match=r"8 dims of state, .* with --state-dims"):
+        policy_data(model_of("pi0"), {"lerobot": asset}, options)
 
 
 def test_refused(weights, tmp_path):

@@ -211,6 +211,8 @@ IN, OUT = ("--from", "openpi"), ("--from", "vla_jax", "--to")
         ((*IN, "--max-file-gb", "5"), "--max-file-gb .* --to paligemma_hf or pi0_hf"),
         ((*IN, "--no-value"), "--no-value .* --to openpi"),
         ((*IN, "--control-hz", "20"), "--control-hz .* give its --tokenizer too"),
+        ((*IN, "--state-dims", "6"), "--state-dims .* give its --tokenizer, and no --robot"),
+        ((*IN, "--action-dims", "0"), "action_dims=0: at least 1"),
         ((*IN, "--statistics", "lab"), "--statistics .* give its --tokenizer too"),
         ((*IN, "--no-state-in-prompt"), "--no-state-in-prompt .* give its --tokenizer too"),
         ((*OUT, "openpi", "--cameras", "top"), "--cameras .* a run names its own"),

@@ -15,6 +15,7 @@ import numpy as np
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.convert.fast_policy import read_fast, sized, tokenize_actions
 from vla_jax.convert.lerobot_processor import STATE_IN_PROMPT, affine, read_preprocessing
+from vla_jax.convert.robot_dims import lerobot_dims, robot_dims
 from vla_jax.convert.statistics import openpi_method
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
@@ -53,6 +54,11 @@ class PolicyOptions:
     robot: str = ""
     """The robot that the policy acts on, by name or by a .json file (`data.robots.table`): its entries of messages, its
     units, its dimensions. Empty: states and actions as the statistics have them."""
+    state_dims: int | None = None
+    """Dims of the robot's state, where no robot is named; the statistics behind them are of padding. None: a file's
+    word, or all that the statistics have where they don't look padded."""
+    action_dims: int | None = None
+    """The same of its actions."""
     default_prompt: str = ""
     """The robot's instruction where a request has none; empty: its description's."""
     state_in_prompt: bool = True
@@ -111,6 +117,10 @@ def policy_data(
             robot = dataclasses.replace(robot, default_prompt=options.default_prompt)
         fields = {f: _of_robot(f, pair, robot, name) for f, pair in fields.items()}
         data = dataclasses.replace(data, robot=options.robot, cameras=())
+    else:
+        fields = _of_dims(
+            fields, raw, model, options, lerobot_dims(assets[LEROBOT]) if name == LEROBOT else {}
+        )
     if not options.state_in_prompt:
         if data.prompt != "pi05":
             raise ValueError(
@@ -198,6 +208,25 @@ def _schema(
         action_names=labels["actions"],
         control_hz=options.control_hz or (robot.control_hz if robot else 0) or 20.0,
     )
+
+
+def _of_dims(
+    fields: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    raw: Mapping[str, Any],
+    model: VLAConfig,
+    options: PolicyOptions,
+    said: Mapping[str, int | None],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Offsets and scales of the dims that a robot without a description has."""
+    given = {"state": options.state_dims, "actions": options.action_dims}
+    most = {"state": model.expert.state_dim, "actions": model.expert.action_dim}
+    cut = {}
+    for field, (offset, scale) in fields.items():
+        dims = robot_dims(
+            field, raw[field], len(offset), given=given[field], said=said.get(field), model=most[field]
+        )
+        cut[field] = (offset[:dims], scale[:dims])
+    return cut
 
 
 def _of_robot(
