@@ -11,10 +11,12 @@ from vla_jax.convert.account import account
 from vla_jax.convert.entry import Entry, Source, row_slices
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.policy_data import PolicyOptions
+from vla_jax.finite import finite
 from vla_jax.models.config import VLAConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite("")
 class Options:
     """What files do not say, and what a writer may choose."""
 
