@@ -9,9 +9,7 @@ import pytest
 from tests.serve import toy
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
-from vla_jax.serve.executors import ExecutorConfig, make_executor
-from vla_jax.serve.executors.background import Background
+from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.engine import Engine
@@ -37,14 +35,6 @@ def compiled(policy) -> CompiledPolicy:
 @pytest.fixture(scope="module")
 def engine(policy) -> Engine:
     return Engine(policy, solver=SOLVER, buckets=(1,))
-
-
-def executors(policy) -> dict:
-    made = {
-        kind: make_executor(policy, ExecutorConfig(kind=kind, execute=2), solver=SOLVER, key=KEY)
-        for kind in ("receding", "async", "ensemble")
-    }
-    return made | {"background": Background(policy, ExecutorConfig(kind="async"), solver=SOLVER, key=KEY)}
 
 
 def state(value: float) -> np.ndarray:
@@ -127,3 +117,24 @@ def test_a_state_far_from_the_data_is_taken(policy):
         policy.bundle.check(dataclasses.replace(SEEN, state=state(far.mean[0] + 1e13 * far.std[0])))
     blank = policy.bundle.blank()
     assert isinstance(policy.bundle.check(blank), Observation)
+
+
+def test_actions_that_are_not_finite_leave_no_policy(policy):
+    broken = dataclasses.replace(policy, params=jax.tree.map(lambda p: p * np.nan, policy.params))
+    for one in (broken, CompiledPolicy(broken, CompileConfig(buckets=(2,), prompts=(32,)))):
+        with pytest.raises(FloatingPointError, match="actions for robot 0, 1 are not finite"):
+            one.act(SEEN, KEY, solver=SOLVER)
+
+
+def test_returned_actions_are_the_callers(policy, compiled):
+    """Written to, they change no later answer; those of one program call are no view of a device's buffer."""
+    rows, keys = compiled.encode(SEEN), keys_of([1, 2])
+    for call in (
+        lambda: policy.act(SEEN, KEY, solver=SOLVER),
+        lambda: compiled.act(SEEN, KEY, solver=SOLVER),
+        lambda: compiled.run(rows, keys, solver=SOLVER),
+    ):
+        first = call()
+        kept = first.copy()
+        first[:] = 99
+        np.testing.assert_array_equal(call(), kept)

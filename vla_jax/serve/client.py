@@ -103,7 +103,16 @@ class Client:
             raise
         if isinstance(frame, str):
             raise errors.parse(frame) or ServerError(frame)
-        return codec.decode(frame, items=1_000_000)
+        return _own(codec.decode(frame, items=1_000_000))
+
+
+def _own(message: Any) -> Any:
+    """The same with arrays that the robot may write to; decoded ones are read-only views of the frame."""
+    if isinstance(message, dict):
+        return {key: _own(value) for key, value in message.items()}
+    if isinstance(message, list):
+        return [_own(value) for value in message]
+    return message.copy() if isinstance(message, np.ndarray) else message
 
 
 def _request(observation: Observation, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,12 @@ def test_one_robot_alone_does_not_wait_for_others():
         assert time.monotonic() - began < 1.5
 
 
+def test_a_client_may_write_to_the_actions_that_it_got():
+    with serving(Echo()) as server, server.client() as client:
+        for actions in (client.infer(observe())["actions"], client.infer_batch([observe()])[0]["actions"]):
+            actions[:, 0] = 7
+
+
 def test_a_batch_in_one_message_keeps_its_order_and_seeds():
     with serving(Echo()) as server, server.client() as client:
         replies = client.infer_batch([observe(x) for x in (3, 1, 2)], [{"seed": 7}, {}, {"seed": 9}])
