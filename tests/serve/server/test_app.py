@@ -59,7 +59,7 @@ def test_rows_of_many_clients_share_calls_and_nobody_gets_anothers():
                     return client.infer(observe(number))["actions"][0, 0]
 
             answers = [pool.submit(ask, number) for number in range(8)]
-            eventually(lambda: server.app.metrics.value("vla_pending_rows") == 9)
+            eventually(lambda: server.app.metrics.value("vla_queued_rows") == 8)
             engine.gate.set()
             assert [answer.result() for answer in answers] == list(range(8))
             blocked.result()
@@ -78,7 +78,7 @@ def test_programs_are_not_mixed_in_a_call():
                 client.infer(observe(), samples=samples)
 
         waiting = [pool.submit(ask, samples) for samples in (1, 2, 1, 2)]
-        eventually(lambda: server.app.metrics.value("vla_pending_rows") == 5)
+        eventually(lambda: server.app.metrics.value("vla_queued_rows") == 4)
         engine.gate.set()
         [each.result() for each in waiting]
     assert engine.calls == [1, 2, 2]
@@ -126,7 +126,7 @@ def test_an_exception_reaches_its_client_only_and_closes_as_openpi_does():
         bad = server.raw()
         bad.send(codec.encode(observe(0, "raise")))
         good, poisoned = pool.submit(ask, "go"), pool.submit(ask, "nan")
-        eventually(lambda: server.app.metrics.value("vla_pending_rows") == 4)
+        eventually(lambda: server.app.metrics.value("vla_queued_rows") == 3)
         engine.gate.set()
         text = bad.recv()
         assert text.startswith("Traceback") and "ArithmeticError: the arm has fallen off" in text
@@ -219,8 +219,9 @@ def test_rows_of_clients_that_have_gone_are_not_computed():
         engine.running.wait(20)
         goner = server.raw()
         goner.send(codec.encode(observe(1)))
-        eventually(lambda: server.app.metrics.value("vla_pending_rows") == 2)
+        eventually(lambda: server.app.metrics.value("vla_queued_rows") == 1)
         goner.close()
+        eventually(lambda: server.app.metrics.value("vla_queued_rows") == 0)
         engine.gate.set()
         blocked.result()
         eventually(lambda: server.app.metrics.value("vla_pending_rows") == 0)

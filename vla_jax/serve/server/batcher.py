@@ -67,6 +67,7 @@ class Batcher:
         self._run, self._metrics, self._clients = run, metrics, clients
         self._max_batch, self._max_wait_s, self._max_queue = max_batch, max_wait_s, max_queue
         self._waiting: dict[_Waiting, None] = {}
+        metrics.queued.set_function(lambda: len(self._waiting))
         self._computed: list[_Waiting] = []
         self._admitted = 0
         self._arrived = asyncio.Event()

@@ -36,6 +36,7 @@ class Metrics:
             "vla_batch_split", "Calls that raised and were repeated by row", registry=registry
         )
         self.pending = Gauge("vla_pending_rows", "Rows that wait or are computed", registry=registry)
+        self.queued = Gauge("vla_queued_rows", "Rows that are ready and wait for a call", registry=registry)
         self.connections = Gauge("vla_connections", "Open connections", registry=registry)
         self.recorded = Counter(
             "vla_recorded", "Requests by what became of their record", ["outcome"], registry=registry
