@@ -44,7 +44,7 @@ HOST = {
     "paths.time_dtype", "predictions.undefined", "processes.make_process", "processes.make_schedule",
     "processes.make_times", "solvers.time_grid", "step_schedules.StepSchedule.betas",
     "step_schedules.StepSchedule.log_alpha_bar", "step_schedules.LinearSteps.betas",
-    "step_schedules.CosineSteps.betas",
+    "step_schedules.CosineSteps.betas", "stop_early.StopEarly.adapt_step_size",
 }  # fmt: skip
 
 KEY = jax.random.key(0)
@@ -128,6 +128,7 @@ CASES = {
     ("oracle.GaussianMixture",): mixture,
     ("paths.AffinePath", "paths.align"): lambda x: AffinePath(Cosine()).sample(x, x[::-1], times(x)),
     ("base.noise_and_time", "base.start", "processes.Flow"): process(Flow()),
+    ("base.normal", "base.split"): lambda x: x * base.normal(base.split(KEY, 2), x.shape, x.dtype),
     ("processes.Regression", "base.elementwise"): process(Regression(criterion="l1")),
     ("diffusion.Diffusion",): process(Diffusion(schedule=CosineSteps(20))),
     ("diffusion.Diffusion.data_and_noise",): diffusion_methods,

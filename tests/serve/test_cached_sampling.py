@@ -20,10 +20,10 @@ def test_cached_sampling_equals_uncached(time, method, num_steps):
     cfg = small.config(time=time)
     data = small.batch(cfg)
     model, params = small.init(cfg, data)
-    key = jax.random.key(4)
+    keys = jax.random.split(jax.random.key(4), data.actions.shape[0])
     got = jax.jit(
         lambda params: sample_plain(
-            params, data, key=key, model=model, process=make_process(ProcessConfig()),
+            params, data, keys=keys, model=model, process=make_process(ProcessConfig()),
             solver=SolverConfig(method=method, num_steps=num_steps), samples=1, see_target=False,
         )[:, 0]
     )(params)  # fmt: skip
@@ -32,7 +32,7 @@ def test_cached_sampling_equals_uncached(time, method, num_steps):
     def velocity(x, t):
         return joint_forward(cfg, params, data, x, jnp.full(x.shape[0], t))[0]
 
-    x = noise = jax.random.normal(key, data.actions.shape)
+    x = noise = jax.vmap(lambda key: jax.random.normal(key, data.actions.shape[1:]))(keys)
     grid = np.linspace(0, 1, num_steps + 1, dtype=np.float32)
     for t, end in itertools.pairwise(grid):
         dt = end - t  # float32: the network's clock turns by 1570 rad, so the times' last bits count

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.sim import scripted
+from vla_jax.files import write_json
 from vla_jax.flow.config import SolverConfig
 from vla_jax.sim import evaluate, evaluate_tabletop
 from vla_jax.sim.sources import EVALUATION_SEEDS_FROM
@@ -46,7 +47,7 @@ def test_the_expert_is_perfect_in_every_respect(tmp_path):
     symmetric = [r for r in result.rollout.records if r["kind"] == "symmetric"]
     assert report["details"]["symmetric_episodes"] == len(symmetric) > 5
     assert report["left_share"] == np.mean([r["side"] == "left" for r in symmetric])
-    evaluate.write_json(report, tmp_path / "sub" / "report.json")
+    write_json(report, tmp_path / "sub" / "report.json")
     assert json.loads((tmp_path / "sub" / "report.json").read_text()) == report
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["report.json"]
 

@@ -4,8 +4,12 @@ diffrax's own takes such a value for too long a step and tries ever shorter ones
 that has answered NaN once answers it for shorter steps too.
 """
 
+from typing import Any
+
 import diffrax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 NOT_FINITE = diffrax.RESULTS.dt_min_reached
 """What a solution says then: no other cause has it, since no least step is set."""
@@ -14,8 +18,18 @@ NOT_FINITE = diffrax.RESULTS.dt_min_reached
 class StopEarly(diffrax.PIDController):
     """A PID controller that ends the solution with `NOT_FINITE`."""
 
-    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state):
-        """As diffrax's, see there."""
+    def adapt_step_size(
+        self,
+        t0: ArrayLike,
+        t1: ArrayLike,
+        y0: Array,
+        y1_candidate: Array,
+        args: Any,
+        y_error: Array,
+        error_order: ArrayLike,
+        controller_state: Any,
+    ) -> tuple[Any, ...]:
+        """As diffrax's, see there, of one state [b ...] at the times t0 and t1."""
         keep, *rest, result = super().adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
         )
