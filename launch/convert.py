@@ -190,6 +190,10 @@ def main() -> None:
     )
     for name in report.left_out:
         print(f"left out: {name} (unused, or a copy of a tied weight)")
+    if report.without_expert:
+        print(
+            f"left out: the action expert, {report.without_expert} arrays; {args.to} holds the backbone alone"
+        )
     if report.merged:
         scale = 1.0 if args.lora_scale is None else args.lora_scale
         print(f"merged: LoRA of {report.merged} matrices, with alpha / rank = {scale:g}, into float32")

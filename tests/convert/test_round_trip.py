@@ -297,3 +297,18 @@ def test_sizes_of_the_configuration(tmp_path):
         padding="noise",
     )
     assert model.vision.image_size == 8 and model.vision.heads == 16 and model.text.vocab == TINY.vocab
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_the_backbone_of_a_pi0_alone(tmp_path, kind):
+    """All but the action expert, which is read for the checksums all the same, and is said to be left out."""
+    layouts.save_openpi(tmp_path / "theirs", layouts.random(layouts.openpi(TINY, kind)), value=True)
+    convert(tmp_path / "theirs", tmp_path / "ours", source="openpi", target="vla_jax", dtype="float32")
+    report = convert(tmp_path / "ours", tmp_path / "out", source="vla_jax", target="paligemma_hf")
+    convert(tmp_path / "out", tmp_path / "again", source="paligemma_hf", target="vla_jax")
+    ours, again = (flat(load(tmp_path / run, "params")) for run in ("ours", "again"))
+    expert = {name for name in ours if name.startswith("expert/")}
+    assert report.without_expert == len(expert) > 5 and report.silenced == 0
+    assert set(again) == set(ours) - expert
+    for name, array in again.items():
+        np.testing.assert_array_equal(array, ours[name], err_msg=name)

@@ -13,7 +13,7 @@ import numpy as np
 from vla_jax.checkpoint.read import first_line
 from vla_jax.config import LoraConfig, TrainConfig, config_hash
 from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
-from vla_jax.convert.entry import Entry, Lazy, exported, imported
+from vla_jax.convert.entry import Entry, Lazy, exported, imported, row_slices
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.padding import Silenced, padded_dims
@@ -39,6 +39,8 @@ TARGETS: dict[str, tuple[Callable[..., list[Entry]], Callable[..., None]]] = {
     "pi0_hf": (pi0_hf.export_table, pi0_hf.write_weights),
     "openpi": (openpi.export_table, openpi.write_weights),
 }
+#: Of these, those that hold backbones alone: of a π0 they get all but its action expert.
+BACKBONES = ("paligemma_hf",)
 #: Of these, the one that holds statistics of state and actions.
 WITH_STATISTICS = "openpi"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "keep": None}
@@ -57,6 +59,8 @@ class Report:
     """Matrices that LoRA was merged into."""
     lost: tuple[str, ...] = ()
     """Whose statistics of state and actions the format has no place for."""
+    without_expert: int = 0
+    """Arrays of the action expert, where the format holds backbones alone."""
     silenced: int = 0
     """Action dims of the model that the run's robot does not have, written as zeros; see `padding`."""
 
@@ -169,19 +173,26 @@ def _export(
     make_table, write = TARGETS[target]
     entries = _table(make_table, run, target, options)
     left_out = set(run.specs) - {entry.ours for entry in entries}
-    if left_out:
+    expert = {name for name in left_out if name.startswith("expert/")} if target in BACKBONES else set()
+    if left_out - expert:
         raise ValueError(
-            f"{target} has no place for {len(left_out)} of {path}'s arrays ({sorted(left_out)[0]}, …)"
+            f"{target} has no place for {len(left_out - expert)} of {path}'s arrays "
+            f"({sorted(left_out - expert)[0]}, …)"
         )
-    silenced = padded_dims(run)
+    silenced = range(0) if expert else padded_dims(run)
     arrays = exported(entries, Silenced(run, silenced), dtype)
     assets = run.assets
     _check_space(out, arrays)
     with Whole(out) as partial:
         write(partial, arrays, run.model, options, assets)
+        for name in expert:  # the checksums are of everything that the run has
+            for rows in row_slices(run.specs[name].shape, run.specs[name].dtype.itemsize):
+                run.read(name, rows)
         run.verify()
     lost = () if target == WITH_STATISTICS else tuple(assets.get("norm_stats", ()))
-    return dataclasses.replace(_report(arrays, run.model, set()), lost=lost, silenced=len(silenced))
+    return dataclasses.replace(
+        _report(arrays, run.model, set()), lost=lost, silenced=len(silenced), without_expert=len(expert)
+    )
 
 
 def _table(

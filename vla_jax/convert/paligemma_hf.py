@@ -100,7 +100,7 @@ def write_weights(
 
 def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[Entry]:
     """The table that is written."""
-    del expert  # one that is there is refused by its names, which this table lacks
+    del expert  # one that is there is left out, as `convert` says
     if options.names not in GENERATIONS:
         raise ValueError(f"names={options.names!r}: there are {', '.join(GENERATIONS)}")
     return table(GENERATIONS[options.names], model, padded_rows(model))
