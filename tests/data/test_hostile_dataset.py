@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import struct
 import sys
+import zlib
 
+import numpy as np
 import pytest
 
 from launch import train
 from tests.data import toy
 from vla_jax.data.fast.codec import FastTokenizer
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.source import EncodedEpisode, EpisodeSource
 from vla_jax.data.tokenizer import Tokenizer
 from vla_jax.sharding import distributed
 
@@ -203,3 +206,19 @@ def test_a_fast_tokenizer_that_is_none_is_one_line(files):
 def test_toy_classes_are_read_again(tmp_path):
     """What is written by this version opens: the check refuses nothing of ours."""
     assert len(EpisodeSource(toy.write(tmp_path / "own", [toy.make_episode(0)], shards=1))) == 1
+
+
+def test_an_image_that_would_fill_the_memory_is_one_line():
+    """A PNG of a few bytes that says it has 4 billion pixels."""
+    size = struct.pack(">II5B", 65_000, 65_000, 8, 2, 0, 0, 0)
+    head = struct.pack(">I", len(size)) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    state = np.zeros((1, 2), np.float32)
+    episode = EncodedEpisode(
+        number=3, state=state, action=state, png={"top": (b"\x89PNG\r\n\x1a\n" + head,)},
+        language_instruction="", text_target=("",), metadata={},
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="episode 3 step 0: the image of camera top cannot be decoded"
+    ) as refused:
+        episode.frame("top", 0)
+    assert "\n" not in str(refused.value)

@@ -40,7 +40,7 @@ class EncodedEpisode:
         """One camera's image at one step."""
         try:
             return np.asarray(Image.open(io.BytesIO(self.png[camera][step])))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"episode {self.number} step {step}: the image of camera {camera} cannot be decoded ({error})"
             ) from None

@@ -2,6 +2,7 @@
 
 import threading
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -77,3 +78,22 @@ def test_another_policys_record_is_not_continued(tmp_path):
         recorder(tmp_path, metadata={"horizon": 4})
     with pytest.raises(FileNotFoundError, match="holds no requests"):
         list(read(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        msgpack.packb([1, 2]),
+        msgpack.packb({"time": 0.0, "request": b"", "reply": b"", "more": 1}),
+        msgpack.packb({"time": 0.0, "request": "text", "reply": b""}),
+        msgpack.packb(msgpack.ExtType(5, b"cposix\nsystem\n")),
+        msgpack.packb({"time": 0.0, "request": b"", "reply": msgpack.Timestamp(1)}),
+        b"\xc1",
+        b"\x81" * 2000,
+    ],
+)
+def test_a_record_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / "requests-00000.msgpack").write_bytes(content)
+    with pytest.raises(ValueError, match="is no record of a server") as refused:
+        list(read(tmp_path))
+    assert "\n" not in str(refused.value)

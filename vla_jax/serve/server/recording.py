@@ -130,11 +130,35 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Iterator[Recorded]:
-    """All records in the order of their writing; the torn end of a file (a server that was killed) is left out."""
+    """All records in the order of their writing; the torn end of a file (a server that was killed) is left out.
+
+    Raises ValueError, in one line, where a file holds anything else.
+    """
     files = sorted(folder.glob("requests-*.msgpack"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no requests-*.msgpack; give a directory that --record wrote")
     for path in files:
         with path.open("rb") as file:
-            for values in msgpack.Unpacker(file, max_buffer_size=2**31 - 1):
-                yield Recorded(**values)
+            records = msgpack.Unpacker(file, max_buffer_size=2**31 - 1, ext_hook=_no_extension)
+            while True:
+                try:
+                    record = _checked(next(records, None))
+                except (ValueError, TypeError, msgpack.UnpackException) as error:
+                    raise ValueError(f"{path} is no record of a server: {error or 'it is damaged'}") from None
+                if record is None:
+                    break
+                yield record
+
+
+def _checked(values: Any) -> Recorded | None:
+    """A record as it was written; None at the end of the file. Raises TypeError."""
+    if values is None:
+        return None
+    record = Recorded(**values)
+    if not (isinstance(record.request, bytes) and isinstance(record.reply, bytes)):
+        raise TypeError("a request or a reply is not of bytes")
+    return record
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"it holds a value of extension type {code}")
