@@ -91,6 +91,10 @@ def test_a_policy_on_two_slices_with_every_axis(tmp_path):
         (("--mesh.fsdp", "3"), "3 does not divide the 16 devices"),
         (("--train.batch-size", "24"), "use train.batch_size=32"),
         (("--slices", "2", "--mesh.data", "1", "--mesh.fsdp", "32"), "is not divisible by the 2 slices"),
+        (
+            ("--program", "sample", "--solver.method", "tsit5"),
+            "so nothing can be predicted; compile with a method",
+        ),
         (("--program", "sample", "--train.batch-size", "4194304", "--solver.num-steps", "1"), "GiB too much"),
     ],
 )

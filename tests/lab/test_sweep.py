@@ -1,8 +1,10 @@
 """A sweep from the command's arguments to the report: against single runs, killed, continued, refused."""
 
 import base64
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
@@ -56,15 +58,27 @@ def go(store, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A sweep that nothing happened to."""
-    store = Store(tmp_path_factory.mktemp("whole"))
-    go(store)
-    return store
+def undisturbed(tmp_path_factory):
+    """A sweep that nothing happened to, and what it said."""
+    store, said = Store(tmp_path_factory.mktemp("whole")), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        go(store)
+    return store, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    return undisturbed[0]
 
 
 def lines(store, name):
     return [json.loads(line) for line in (store.cell(name) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_says_that_it_compiles_before_it_is_silent(undisturbed):
+    said = undisturbed[1]
+    compiling, compiled = "as one program; nothing else is said until that is done", "as one program in "
+    assert 0 < said.index(compiling) < said.index(compiled), said
 
 
 def test_every_cell_has_a_whole_result(whole):
