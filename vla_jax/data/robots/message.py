@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vla_jax.data.fields import kind
 from vla_jax.data.robots.description import Camera, RobotDescription
 from vla_jax.data.robots.values import nearest
 
@@ -63,12 +64,12 @@ def _image(key: str, camera: Camera, value: Any) -> UInt8[np.ndarray, "h w 3"] |
     }[camera.pixels]
     expected = f"{types} with {wanted} is expected"
     if not isinstance(value, np.ndarray) or value.ndim != 3 or value.shape[0 if chw else 2] != 3:
-        raise ValueError(f"{key} is {_kind(value)}; {expected}")
+        raise ValueError(f"{key} is {kind(value)}; {expected}")
     floats = value.dtype.kind == "f"
     if (floats and camera.pixels == "uint8") or not (floats or value.dtype == np.uint8):
-        raise ValueError(f"{key} is {_kind(value)}; {expected}")
+        raise ValueError(f"{key} is {kind(value)}; {expected}")
     if not floats and camera.pixels == "unit":
-        raise ValueError(f"{key} is {_kind(value)}; {expected}")
+        raise ValueError(f"{key} is {kind(value)}; {expected}")
     image = np.ascontiguousarray(np.moveaxis(value, 0, -1)) if chw else value
     if not floats:
         return image
@@ -85,12 +86,6 @@ def _numbers(key: str, value: Any, size: int) -> Float[np.ndarray, " size"]:
         array = array[None]
     if array is None or array.dtype.kind not in "fiu" or array.shape != (size,):
         raise ValueError(
-            f"{key} is {_kind(value)}; {size} number{'s' * (size != 1)} are expected: float32[{size}]"
+            f"{key} is {kind(value)}; {size} number{'s' * (size != 1)} are expected: float32[{size}]"
         )
     return array
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
-    return {type(None): "None", str: "a text", dict: "a map"}.get(type(value), type(value).__name__)
