@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from benchmarks._openpi_reference import Reference
-from launch import _roofline
-from launch._random_policy import observe, random_policy
+from vla_jax.cli import roofline
+from vla_jax.cli.random_policy import observe, random_policy
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import SolverConfig
@@ -62,7 +62,7 @@ def main(side: str, settings: dict[str, Any]) -> dict[str, Any]:
     if side == "rewrites":
         return head | {"variants": variants(policy, settings, solver)}
     weight_bytes = head["parameters"] * jax.numpy.dtype(settings["dtype"]).itemsize
-    best = _roofline.peak(jax.devices()[0], dtype=settings["dtype"], weight_bytes=weight_bytes)
+    best = roofline.peak(jax.devices()[0], dtype=settings["dtype"], weight_bytes=weight_bytes)
     head["peak"] = None if best is None else dataclasses.asdict(best)
     infer, length_of = _infer(side, policy, settings, solver)
     cases = [_case(infer, policy, settings, *case) for case in settings["cases"]]
@@ -82,12 +82,12 @@ def make_policy(settings: dict[str, Any]) -> Policy:
 
 
 def _least(
-    best: _roofline.Peak, policy: Policy, settings: dict[str, Any], row: dict[str, Any], solver: SolverConfig
+    best: roofline.Peak, policy: Policy, settings: dict[str, Any], row: dict[str, Any], solver: SolverConfig
 ) -> float:
     """Milliseconds that the device needs for what the row's cameras and text ask."""
     itemsize = {"float32": 4, "bfloat16": 2}[settings["dtype"]]
     shape = {"batch": row["batch"], "cameras": row["cameras"], "length": row["text_tokens"]}
-    work = _roofline.work(policy.config.model, **shape, samples=1, evaluations=solver.nfe, itemsize=itemsize)
+    work = roofline.work(policy.config.model, **shape, samples=1, evaluations=solver.nfe, itemsize=itemsize)
     return 1e3 * sum(best.seconds(part) for part in work.values())
 
 

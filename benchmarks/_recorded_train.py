@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 
-from launch import train
-from launch._main import run
+from vla_jax.cli import train
+from vla_jax.cli.command import run
 from vla_jax.data.loader import Loader
 from vla_jax.sharding import distributed
 from vla_jax.types import Batch

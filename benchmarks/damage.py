@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 BLOCK = 4096
 

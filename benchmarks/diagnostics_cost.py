@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launch._main import load_config
+from vla_jax.cli.config_file import load_config
 from vla_jax.objectives.config import DiagnosticsConfig
 from vla_jax.sharding import activate, batch_sharding, make_mesh
 from vla_jax.train.prefetch import to_device

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 if TYPE_CHECKING:
     from vla_jax.serve.policy import Policy
@@ -87,7 +87,7 @@ def main() -> None:
 
 def measure(policy: "Policy", args: ExecutionArgs, kind: str, delay: int) -> dict[str, Any]:
     """Success and smoothness of one executor at one delay."""
-    from launch._report import tabletop_of
+    from vla_jax.cli.policy_report import tabletop_of
     from vla_jax.flow.config import SolverConfig
     from vla_jax.sim import metrics
     from vla_jax.sim.evaluate import EvaluateConfig, Runner, motion_of, pieces_of, silent

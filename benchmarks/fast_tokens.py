@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from launch._main import cli, load_config, run
+from vla_jax.cli.command import cli, run
+from vla_jax.cli.config_file import load_config
 from vla_jax.data.bundle import prepare
 from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.dataset import draw_chunks, report

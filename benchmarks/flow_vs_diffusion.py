@@ -28,7 +28,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from benchmarks._chunks import take_detours
-from launch._main import UsageError, cli, run
+from vla_jax.cli.command import UsageError, cli, run
 from vla_jax.flow.base import Samples
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.flow.couplings import exact_pairs

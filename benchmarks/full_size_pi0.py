@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 FORMATS = ("pi0_hf", "openpi")
 Phase = Literal["all", "build", "sample", "to_pi0_hf", "from_pi0_hf", "to_openpi", "from_openpi"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 if TYPE_CHECKING:
     from vla_jax.serve.policy import Policy
@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure(policy: "Policy", args: GuidanceArgs, weight: float) -> dict[str, Any]:
     """What one weight makes of both kinds of instructions."""
-    from launch._report import tabletop_of
+    from vla_jax.cli.policy_report import tabletop_of
     from vla_jax.flow.config import SolverConfig
     from vla_jax.sim import metrics
     from vla_jax.sim.evaluate import EvaluateConfig, Runner, motion_of, silent

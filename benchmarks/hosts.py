@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._processes import Group
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 LAYOUTS = ((1, 8), (2, 4), (4, 2))
 

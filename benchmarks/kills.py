@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks._processes import Ended, Group
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 TOY = "tests.multiprocess.toy"
 

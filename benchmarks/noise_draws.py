@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 from vla_jax.config import TrainConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.models import presets

@@ -9,8 +9,8 @@
 openpi's side is written from its description (benchmarks/_openpi_reference.py). `quarter` is π0 with every width a
 quarter and all depths, heads and token counts its own. Each side runs in a process of its own; they alternate, round by
 round. A ratio is openpi's time over ours, of the medians over all calls. The two sides' actions are compared. Our
-roofline (launch/_roofline.py) is for our program's own text length, openpi's for its padded prompt; fraction: roofline
-over p50. π0.5's prompt holds the state in words, so that openpi pads it to 200 tokens.
+roofline (`vla_jax.cli.roofline`) is for our program's own text length, openpi's for its padded prompt; fraction:
+roofline over p50. π0.5's prompt holds the state in words, so that openpi pads it to 200 tokens.
 Programs are kept on disk between rounds, so that only the first one compiles. Writes
 benchmarks/results/openpi_policy_SIZE.json (…_rewrites.json) and prints tables.
 """
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks._peer_cases import ROOT
-from launch._main import UsageError, cli, run
+from vla_jax.cli.command import UsageError, cli, run
 
 GOALS = {2: 1.5, 3: 1.1}
 

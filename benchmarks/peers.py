@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._peer_cases import CASES, ROOT
-from launch._main import UsageError, cli, run
+from vla_jax.cli.command import UsageError, cli, run
 
 LIBRARIES = {"ours": "benchmarks._peer_ours", "theirs": "benchmarks._peer_torch"}
 GOALS = {"euler": {1: 1.3, 256: 1.0}, "midpoint": {1: 1.3, 256: 1.0}, "dopri5": {1: 1.2, 256: 1.2}}

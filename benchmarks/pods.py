@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 
 RESULTS = Path("benchmarks/results")
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch._main import cli, run
 from vla_jax.checkpoint import Checkpoints
+from vla_jax.cli.command import cli, run
 from vla_jax.types import PyTree
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 from vla_jax.serve.server import codec
 
 if TYPE_CHECKING:

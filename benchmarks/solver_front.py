@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 
-from launch import _report
-from launch._benchmark import in_float32
-from launch._main import UsageError, cli, run
+from vla_jax.cli import policy_report
+from vla_jax.cli.command import UsageError, cli, run
+from vla_jax.cli.latency import in_float32
 from vla_jax.data.observations import take
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
@@ -106,14 +106,14 @@ def measure(args: FrontArgs) -> None:
     """One policy."""
     solvers = args.chosen()
     policy = Policy.load(args.checkpoint, batch_size=32)
-    kind, tasks = _report.environment_of(policy, args.env)
+    kind, tasks = policy_report.environment_of(policy, args.env)
     name = args.name or kind
     out, plot = (
         given or RESULTS / f"solver_front_{name}.{end}"
         for given, end in ((args.json, "json"), (args.plot, "png"))
     )
     for path in (out, plot):
-        _report.check_writable(path)
+        policy_report.check_writable(path)
     compiled = CompiledPolicy(
         policy, CompileConfig(rewrites=Rewrites(reuse=False), buckets=policy.call_sizes)
     )
@@ -146,10 +146,10 @@ def measure(args: FrontArgs) -> None:
 def make_env(policy: Policy, kind: str, task: str | None, robots: int) -> VectorEnv:
     """The environment, of one task."""
     if kind == "tabletop":
-        return TabletopEnv(_report.tabletop_of(policy))
+        return TabletopEnv(policy_report.tabletop_of(policy))
     from vla_jax.sim.metaworld import MetaWorldEnv  # needs the extra `sim`
 
-    return MetaWorldEnv([task] * robots, _report.camera_size(policy, "corner2"))
+    return MetaWorldEnv([task] * robots, policy_report.camera_size(policy, "corner2"))
 
 
 def errors(

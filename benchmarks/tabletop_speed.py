@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launch._main import cli, run
+from vla_jax.cli.command import cli, run
 from vla_jax.sim.tabletop import TabletopConfig, demos, generate
 from vla_jax.sim.tabletop.episode import kind_weights
 

@@ -15,7 +15,7 @@ import statistics
 import time
 from pathlib import Path
 
-from launch._main import cli_with_config, run
+from vla_jax.cli.command import cli_with_config, run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

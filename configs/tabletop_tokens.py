@@ -8,14 +8,15 @@ The state has no token of its own here: it stands in the prompt, as numbers.
 """
 
 import dataclasses
+from pathlib import Path
 
-from configs import tabletop
+from vla_jax.cli.config_file import load_config
 from vla_jax.config import TrainConfig
 from vla_jax.data.fast.config import FastConfig
 
 
 def get_config() -> TrainConfig:
-    base = tabletop.get_config()
+    base = load_config(Path(__file__).with_name("tabletop.py"))
     expert = dataclasses.replace(base.model.expert, kind="tokens")
     return dataclasses.replace(
         base,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch._main import UsageError, cli
+from vla_jax.cli.command import UsageError, cli
 from vla_jax.config import TrainConfig, from_json, to_json
 
 ROOT = Path(__file__).parents[1]

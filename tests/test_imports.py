@@ -33,6 +33,7 @@ PACKAGES = {
         "serve", "sim", "files",
     },
 }  # fmt: skip
+PACKAGES["cli"] = set(PACKAGES)
 """Who may import whom; `finite`, a check of numbers, is everybody's. config and train know each other: config composes
 train/config.py, train reads the root."""
 

@@ -25,7 +25,7 @@ def test_flipped_bits_and_exchanged_blocks(truth):
 FAILING = """
 import resource, shutil, sys
 from pathlib import Path
-from launch._main import run
+from vla_jax.cli.command import run
 
 def main():
     import jax.numpy as jnp

@@ -12,9 +12,9 @@ import tokenizers
 from scipy import fft
 from tokenizers import trainers
 
-from launch._main import UsageError, cli
-from launch.convert import ConvertArgs
 from tests.convert import layouts
+from vla_jax.cli.command import UsageError, cli
+from vla_jax.cli.convert import ConvertArgs
 from vla_jax.convert import Options, PolicyOptions, convert
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.flow.config import SolverConfig

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from launch._main import UsageError, cli
-from launch.convert import ConvertArgs
 from tests.convert import layouts
 from tests.convert.test_round_trip import STATISTICS
+from vla_jax.cli.command import UsageError, cli
+from vla_jax.cli.convert import ConvertArgs
 from vla_jax.convert import Options, PolicyOptions, convert
 from vla_jax.convert.lerobot import read_processors
 from vla_jax.convert.lerobot_processor import read_preprocessing

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from launch._main import cli
-from launch.convert import ConvertArgs
 from tests.convert import layouts
 from tests.convert.layouts import TINY
 from tests.convert.test_round_trip import paligemma_config, pi0_hf_files, save_lerobot, save_statistics
 from vla_jax.checkpoint import load
+from vla_jax.cli.command import cli
+from vla_jax.cli.convert import ConvertArgs
 from vla_jax.convert import Options, convert
 from vla_jax.convert.convert import open_weights
 from vla_jax.convert.run import RunSource

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from launch import convert as launcher
 from tests.convert import layouts
 from tests.data import toy
 from vla_jax.checkpoint import Checkpoints, load, read_meta
+from vla_jax.cli import convert as launcher
 from vla_jax.config import from_json, to_json
 from vla_jax.convert import Options, PolicyOptions, convert
 from vla_jax.convert.policy_data import policy_data

@@ -9,8 +9,8 @@ import tokenizers
 from scipy import fft
 from tokenizers import trainers
 
-from launch import train_fast as train_fast_launcher
 from tests.data import toy
+from vla_jax.cli import train_fast as train_fast_launcher
 from vla_jax.data.bundle import prepare
 from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.codec import FastTokenizer

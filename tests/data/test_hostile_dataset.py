@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 import pytest
 
-from launch import train
 from tests.data import toy
+from vla_jax.cli import train
 from vla_jax.data.fast.codec import FastTokenizer
 from vla_jax.data.source import EncodedEpisode, EpisodeSource
 from vla_jax.data.tokenizer import Tokenizer

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from launch._main import one_line, run
 from tests.data import toy
+from vla_jax.cli.command import one_line, run
 from vla_jax.data.bundle import prepare
 from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.codec import FastTokenizer
@@ -99,7 +99,7 @@ def test_the_systems_errors_say_what_was_done(monkeypatch, capsys):
 
 
 def test_an_interrupted_collection_says_that_it_goes_on(monkeypatch, capsys, tmp_path):
-    from launch import collect
+    from vla_jax.cli import collect
 
     def stopped(config):
         raise KeyboardInterrupt

@@ -49,8 +49,8 @@ def base(path: str) -> TrainConfig:
 
 
 def main() -> None:
-    from launch import sweep
-    from launch._main import run
+    from vla_jax.cli import sweep
+    from vla_jax.cli.command import run
 
     left, save = int(sys.argv.pop(1)), Checkpoints.save
 

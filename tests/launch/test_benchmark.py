@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from launch import _benchmark, _main, _roofline, benchmark
 from tests.serve import toy
+from vla_jax.cli import benchmark, command, latency, roofline
 from vla_jax.models import presets
 from vla_jax.train.flops import model_flops
 
 
 def run(monkeypatch, *options: object) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, options)])
-    _main.run(benchmark.main)
+    command.run(benchmark.main)
 
 
 @pytest.mark.parametrize("cameras", [2, 3])
@@ -24,7 +24,7 @@ def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(camer
     model = dataclasses.replace(presets.pi0(), cameras=("a", "b", "c")[:cameras])
     text, expert = model.text, model.expert
     flops = model_flops(model, text_tokens=48, target_tokens=1)
-    work = _roofline.work(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
+    work = roofline.work(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
     assert work["vision"].flops == 2 * flops.vision
     last = (
         2
@@ -47,7 +47,7 @@ def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(camer
 def test_int8_is_for_weights_and_the_cache_keeps_its_type():
     model = presets.pi0()
     sizes = {"batch": 8, "cameras": 3, "length": 48, "samples": 1, "evaluations": 10}
-    same, less = (_roofline.work(model, **sizes, itemsize=itemsize, cache_itemsize=2) for itemsize in (2, 1))
+    same, less = (roofline.work(model, **sizes, itemsize=itemsize, cache_itemsize=2) for itemsize in (2, 1))
     cache = 8 * (3 * 256 + 48) * 18 * 2 * 256 * 2
     for part, reads in {"vision": 0, "prefill": cache, "denoise": 10 * cache}.items():
         assert less[part].bytes - reads == (same[part].bytes - reads) / 2, part
@@ -55,14 +55,14 @@ def test_int8_is_for_weights_and_the_cache_keeps_its_type():
 
 def test_published_roofline_of_pi0_on_an_h200():
     """About 5.3 ms at 3 cameras, 48 text tokens, 10 steps (counted independently elsewhere)."""
-    work = _roofline.work(presets.pi0(), batch=1, cameras=3, length=48, samples=1, evaluations=10, itemsize=2)
-    best = _roofline.Peak(9.89e14, 4.8e12, "data sheet")
+    work = roofline.work(presets.pi0(), batch=1, cameras=3, length=48, samples=1, evaluations=10, itemsize=2)
+    best = roofline.Peak(9.89e14, 4.8e12, "data sheet")
     assert 1e3 * sum(best.seconds(part) for part in work.values()) == pytest.approx(5.3, rel=0.05)
 
 
 def test_it_measures_a_checkpoint_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
     toy.save(tmp_path / "run", toy.config())
-    monkeypatch.setattr(_benchmark, "_peak", lambda *_: _roofline.Peak(1e10, 1e9, "given"))
+    monkeypatch.setattr(latency, "_peak", lambda *_: roofline.Peak(1e10, 1e9, "given"))
     files = ("--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
     run(
         monkeypatch, "--checkpoint", tmp_path / "run", "--batch", "1,2", "--cameras", "1", "--solver", "euler",
@@ -96,10 +96,10 @@ def test_it_measures_a_checkpoint_and_writes_what_it_found(tmp_path, monkeypatch
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(_benchmark, "_policy", lambda args: None)
-    monkeypatch.setattr(_benchmark, "CompiledPolicy", lambda *given, **how: None)
-    monkeypatch.setattr(_benchmark, "_report_head", lambda *given: {})
-    monkeypatch.setattr(_benchmark, "_head", lambda report: "")
+    monkeypatch.setattr(latency, "_policy", lambda args: None)
+    monkeypatch.setattr(latency, "CompiledPolicy", lambda *given, **how: None)
+    monkeypatch.setattr(latency, "_report_head", lambda *given: {})
+    monkeypatch.setattr(latency, "_head", lambda report: "")
     with pytest.raises(SystemExit):
         run(monkeypatch, *options)
     assert message in capsys.readouterr().err
@@ -109,13 +109,13 @@ def test_peaks_of_this_machine_and_of_one_that_is_not_known():
     class Device:
         platform, device_kind = "gpu", "abacus"
 
-    assert _roofline.peak(Device()) is None
+    assert roofline.peak(Device()) is None
     Device.device_kind = "NVIDIA H200"
-    assert _roofline.peak(Device(), 2) == _roofline.Peak(
+    assert roofline.peak(Device(), 2) == roofline.Peak(
         1.978e15, 9.6e12, "data sheet of 2 × NVIDIA H200, bf16"
     )
-    assert _roofline.peak(Device(), dtype="float32").flops == 9.89e14 / 2  # as TF32
+    assert roofline.peak(Device(), dtype="float32").flops == 9.89e14 / 2  # as TF32
     Device.platform, Device.device_kind = "tpu", "TPU v5e"
-    assert _roofline.peak(Device(), dtype="float32").flops == 1.97e14  # in one pass of bfloat16
-    here = _roofline.peak(jax.devices("cpu")[0], weight_bytes=3 * 2**20)
+    assert roofline.peak(Device(), dtype="float32").flops == 1.97e14  # in one pass of bfloat16
+    here = roofline.peak(jax.devices("cpu")[0], weight_bytes=3 * 2**20)
     assert here.source.endswith("products of 3 MiB") and np.isfinite([here.flops, here.bandwidth]).all()

@@ -217,6 +217,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from launch._main import run
+    from vla_jax.cli.command import run
 
     run(main)

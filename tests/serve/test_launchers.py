@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import _main, evaluate, quickstart, sample
 from tests.serve import toy
+from vla_jax.cli import command, evaluate, quickstart, sample
 
 KEYS = {
     "episodes", "success", "success_ci", "collision", "path_error", "chunk_diversity", "latency_ms_p50",
@@ -30,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
 
 def launch(monkeypatch, module, *argv) -> None:
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
-    _main.run(module.main)
+    command.run(module.main)
 
 
 def refused(monkeypatch, capsys, module, *argv) -> str:
@@ -113,6 +113,7 @@ def test_quickstart_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         fails = int(name == "second")
         (tmp_path / f"stage_{name}.py").write_text(code.format(log=log, name=name, bad=bad, fails=fails))
     stages = [quickstart.Stage(name, f"stage_{name}", ("--x", "1")) for name in ("first", "second")]
+    monkeypatch.setattr(quickstart, "program", lambda command: [sys.executable, "-m", command])
     monkeypatch.setattr(quickstart, "stages", lambda args: stages)
     monkeypatch.setattr(quickstart, "write_results", lambda out: "the table")
     argv = ("--out", tmp_path / "out", "--config", toy.__file__)
@@ -128,18 +129,18 @@ def test_quickstart_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
 def test_quickstart_stages_are_commands_that_parse(monkeypatch):
     """Every option of every stage is one that its launcher knows."""
-    from launch.train import TrainArgs
+    from vla_jax.cli.train import TrainArgs
     from vla_jax.sim.collect import CollectConfig
 
     kinds = {
-        "launch.collect": CollectConfig,
-        "launch.evaluate": evaluate.EvaluateArgs,
-        "launch.sample": sample.SampleArgs,
+        "collect": CollectConfig,
+        "evaluate": evaluate.EvaluateArgs,
+        "sample": sample.SampleArgs,
     }
     for fast in (False, True):
         for stage in quickstart.stages(quickstart.QuickstartArgs(fast=fast)):
-            if stage.module == "launch.train":
-                args, config = _main.cli_with_config(TrainArgs, description="", argv=list(stage.options))
+            if stage.command == "train":
+                args, config = command.cli_with_config(TrainArgs, description="", argv=list(stage.options))
                 assert config.process.kind == Path(args.run_dir).name
             else:
-                _main.cli(kinds[stage.module], description="", argv=list(stage.options))
+                command.cli(kinds[stage.command], description="", argv=list(stage.options))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs.images import cifar10, shapes
-from launch import _main
-from launch import images as launcher
+from vla_jax.cli import command
+from vla_jax.cli import images as launcher
 from vla_jax.models.unet import UNet, UNetConfig, sinusoid
 from vla_jax.toy.images import RECORD, draw_shapes, feature_distance, read_cifar10
 from vla_jax.toy.train_images import ImagesConfig, ImageTrainer
@@ -145,7 +145,7 @@ def test_loss_falls():
 
 def launch(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["images", *map(str, argv)])
-    _main.run(launcher.main)
+    command.run(launcher.main)
 
 
 def test_launcher_on_cifar_files(tmp_path, monkeypatch, capsys):

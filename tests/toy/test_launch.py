@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from launch import _main
-from launch import toy as launcher
+from vla_jax.cli import command
+from vla_jax.cli import toy as launcher
 
 QUICK = ("--steps", "3", "--batch-size", "16", "--width", "8", "--depth", "1")
 
@@ -33,7 +33,7 @@ def small(monkeypatch):
 
 def launch(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["toy", *map(str, argv)])
-    _main.run(launcher.main)
+    command.run(launcher.main)
 
 
 def test_report_and_pictures(tmp_path, monkeypatch, capsys):

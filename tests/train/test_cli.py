@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from launch._main import UsageError, cli, cli_with_config, load_config, option_names
-from launch.train import TrainArgs
+from vla_jax.cli.command import UsageError, cli, cli_with_config, option_names
+from vla_jax.cli.config_file import load_config
+from vla_jax.cli.train import TrainArgs
 from vla_jax.config import TrainConfig
 
 CONFIG = """

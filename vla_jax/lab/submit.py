@@ -30,19 +30,25 @@ exec srun {command} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}"
 
 
 def write_jobs(
-    scheduler: Scheduler, cells: Sequence[Cell], argv: Sequence[str], out: Path, extra: str
+    scheduler: Scheduler,
+    cells: Sequence[Cell],
+    program: Sequence[str],
+    argv: Sequence[str],
+    out: Path,
+    extra: str,
 ) -> tuple[Path, list[str]]:
     """Writes the script; returns it and the command that submits it.
 
     **Arguments:**
 
+    - `program`: the words that start a sweep, without options, e.g. ``python -m launch.sweep``.
     - `argv`: the options of the submitting command; every job runs it for one cell. A job that is started again
       goes on where it stopped.
     - `extra`: further options of sbatch or of ``xpk workload create`` (there: cluster and device type).
     """
     folder = out / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "launch.sweep", *own_options(argv), "--group", "1"])
+    command = shlex.join([*program, *own_options(argv), "--group", "1"])
     if scheduler == "slurm":
         script = folder / "sweep.sbatch"
         options = "\n".join(f"#SBATCH {option}" for option in shlex.split(extra))

@@ -20,11 +20,15 @@ class Fingerprint:
 
 
 def code_hash() -> Fingerprint:
-    """The fingerprint of this package's sources and of the libraries that decide what they compute."""
+    """The fingerprint of this package's sources and of the libraries that decide what they compute.
+
+    Without commands and experiments, whose result is the configuration: that is compared by itself.
+    """
     root = Path(vla_jax.__file__).parent
     parts = {
         str(path.relative_to(root.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         for path in sorted(root.rglob("*.py"))
+        if path.relative_to(root).parts[0] not in ("cli", "configs")
     }
     parts |= versions()
     return _whole(parts)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch._random_policy import random_params
 from tests.serve import toy
+from vla_jax.cli.random_policy import random_params
 from vla_jax.data.observations import take
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites, batch_bucket

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks._openpi_reference import Reference
-from launch._random_policy import observe, random_policy
+from vla_jax.cli.random_policy import observe, random_policy
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.data.normalize import Normalize

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch._random_policy import random_params
 from tests.serve import toy
+from vla_jax.cli.random_policy import random_params
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.policy import CompiledPolicy

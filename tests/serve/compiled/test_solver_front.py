@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import solver_front
-from launch import _main
+from vla_jax.cli import command
 
 
 def row(solver, steps, ms, error, success):
@@ -50,10 +50,10 @@ def test_reports_are_joined_in_one_picture(tmp_path, monkeypatch, capsys):
         plot = tmp_path / f"{number}.png"
         argv = ["solver_front.py", "--join", *files[:number], "--plot", plot]
         monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
-        _main.run(solver_front.main)
+        command.run(solver_front.main)
         sizes.append(int.from_bytes(plot.read_bytes()[20:24]))
     assert sizes[1] == pytest.approx(2 * sizes[0], abs=2)
     monkeypatch.setattr(sys, "argv", ["solver_front.py"])
     with pytest.raises(SystemExit):
-        _main.run(solver_front.main)
+        command.run(solver_front.main)
     assert "give one of --checkpoint and --join" in capsys.readouterr().err

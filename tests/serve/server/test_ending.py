@@ -21,7 +21,7 @@ from vla_jax.serve.server.errors import Refused
 ROOT = Path(__file__).parents[3]
 HANGS = """
     import sys, time, types
-    from launch import _report, serve
+    from vla_jax.cli import policy_report, serve
     from tests.serve.server.harness import Echo
     from vla_jax.flow.config import SolverConfig
     from vla_jax.serve import policy
@@ -36,7 +36,7 @@ HANGS = """
             time.sleep(600)
 
     policy.Policy.load = lambda *path, **how: types.SimpleNamespace(step=0, config_hash="")
-    _report.solver_of = lambda *choices: SolverConfig()
+    policy_report.solver_of = lambda *choices: SolverConfig()
     engine.Engine = lambda *policy, **how: Hangs()
     serve.main()
 """

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from benchmarks import _serve_policies
-from launch import _main, replay
 from tests.convert import robot_examples
 from tests.serve.server.harness import Echo, serving
+from vla_jax.cli import command, replay
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.client import Client
 from vla_jax.serve.compiled.policy import CompiledPolicy
@@ -199,7 +199,7 @@ def test_openpi_client_gets_the_policys_actions_bit_for_bit(
 def replayed(monkeypatch, capsys, *options: object) -> str:
     """What launch.replay prints; raises SystemExit where actions differ."""
     monkeypatch.setattr(sys, "argv", ["replay.py", *map(str, options)])
-    _main.run(replay.main)
+    command.run(replay.main)
     return capsys.readouterr().out
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import _serve_policies
-from launch import _main, replay
 from tests.serve.server.harness import serving
+from vla_jax.cli import command, replay
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED
@@ -42,17 +42,17 @@ def test_a_bfloat16_server_of_some_cameras_is_replayed_bit_for_bit(tmp_path, mon
 
     argv = ["replay.py", "--record", str(folder), "--checkpoint", str(run)]
     monkeypatch.setattr(sys, "argv", argv)
-    _main.run(replay.main)
+    command.run(replay.main)
     said = capsys.readouterr()
     assert "2 observations: 2 equal bit for bit" in said.out and "another policy" not in said.err
 
     metadata["compiled"]["dtype"] = "float32"  # as if the setting had not been kept
     (folder / "server.json").write_text(json.dumps(metadata))
     with pytest.raises(SystemExit) as stop:
-        _main.run(replay.main)
+        command.run(replay.main)
     assert stop.value.code == 1 and "2 observations: 0 equal" in capsys.readouterr().out
 
     metadata["compiled"]["dtype"], metadata["step"] = "bfloat16", 11
     (folder / "server.json").write_text(json.dumps(metadata))
-    _main.run(replay.main)
+    command.run(replay.main)
     assert "the record is of another policy: step 11, here" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import WebSocketException
 
-from launch import _main, replay, serve
 from tests.serve.server.harness import Echo, observe, serving
+from vla_jax.cli import command, replay, serve
 from vla_jax.serve.client import Client
 from vla_jax.serve.server.app import App
 from vla_jax.serve.server.config import ServeConfig
@@ -22,7 +22,7 @@ def refused(monkeypatch, capsys, module, *argv: str) -> str:
     """The one line on stderr with which a launcher refuses."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
     with pytest.raises(SystemExit) as stop:
-        _main.run(module.main)
+        command.run(module.main)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1
     return lines[0]

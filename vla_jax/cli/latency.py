@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from launch import _roofline
-from launch._main import UsageError, load_config
-from launch._mesh import mesh_of
-from launch._random_policy import observe, random_policy
-from launch._report import check_writable, tabletop_of
+from vla_jax.cli import roofline
+from vla_jax.cli.command import UsageError
+from vla_jax.cli.config_file import load_config
+from vla_jax.cli.mesh_option import mesh_of
+from vla_jax.cli.policy_report import check_writable, tabletop_of
+from vla_jax.cli.random_policy import observe, random_policy
 from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.data.observations import take
@@ -34,7 +35,7 @@ from vla_jax.sim.tabletop import TabletopEnv
 from vla_jax.types import Observation
 
 if TYPE_CHECKING:
-    from launch.benchmark import BenchmarkArgs
+    from vla_jax.cli.benchmark import BenchmarkArgs
 
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
 PARTS = ("vision", "prefill", "denoise")
@@ -78,7 +79,7 @@ def benchmark(args: "BenchmarkArgs") -> None:
         write_json(report, args.json)
         print(f"\nwrote {args.json}")
     if args.plot is not None:
-        from launch._benchmark_plot import draw
+        from vla_jax.cli.latency_plot import draw
 
         print(f"wrote {draw(report, args.plot)}")
 
@@ -230,7 +231,7 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
     if best is None:
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    work = _roofline.work(
+    work = roofline.work(
         model,
         batch=case.batch,
         cameras=case.cameras,
@@ -249,9 +250,9 @@ def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: 
 
 
 @functools.cache
-def _peak(devices: int, dtype: str, weight_bytes: int) -> _roofline.Peak | None:
+def _peak(devices: int, dtype: str, weight_bytes: int) -> roofline.Peak | None:
     """Measured once; simulated devices share the cores of one machine."""
-    return _roofline.peak(jax.devices()[0], devices, dtype, weight_bytes=weight_bytes)
+    return roofline.peak(jax.devices()[0], devices, dtype, weight_bytes=weight_bytes)
 
 
 class _Seen(NamedTuple):
@@ -316,7 +317,7 @@ def _report_head(args: "BenchmarkArgs", policy: Policy, compiled: CompiledPolicy
 def _head(report: dict[str, Any]) -> str:
     best = report["peak"]
     roof = (
-        "no roofline: this device is not in launch/_roofline.py"
+        "no roofline: this device is not in vla_jax/cli/roofline.py"
         if best is None
         else f"peak {best['flops'] / 1e12:.3g} TFLOP/s, {best['bandwidth'] / 1e9:.3g} GB/s ({best['source']})"
     )

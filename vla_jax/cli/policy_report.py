@@ -24,8 +24,8 @@ WITHOUT_SOLVER = ("regression", "tokens")
 """Kinds of policies that predict without integrating anything."""
 
 if TYPE_CHECKING:
-    from launch.evaluate import EvaluateArgs
-    from launch.sample import SampleArgs
+    from vla_jax.cli.evaluate import EvaluateArgs
+    from vla_jax.cli.sample import SampleArgs
 
 
 def evaluate(args: "EvaluateArgs") -> None:

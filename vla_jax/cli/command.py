@@ -1,19 +1,17 @@
-"""What all entry points share: the command line, and errors in one line.
+"""What all commands share: the command line, and errors in one line.
 
-A launcher is
+A command is a module with
 
     def main() -> None:
         args = cli(Args, description=__doc__)
         ...
 
-    if __name__ == "__main__":
-        run(main)
+that `entry` and the stubs in `launch` start by ``run(main)``.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import logging
 import os
@@ -26,9 +24,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from vla_jax.cli import config_file
+
+PROGRAM = "vla-jax"
+"""The installed program. Where it was started, `sys.argv[0]` is its name and the command's, e.g. ``vla-jax train``."""
+
 FAILED = 2
 """Exit code where the user can mend it."""
-
 
 _DOING = {
     "collect": "collecting demonstrations",
@@ -39,7 +41,7 @@ _DOING = {
     "train": "training",
     "train_fast": "training the FAST tokenizer",
 }
-"""What each launcher does, for errors that name no more than a file."""
+"""What each command does, for errors that name no more than a file."""
 
 
 class UsageError(ValueError):
@@ -47,7 +49,7 @@ class UsageError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a launcher; an expected error becomes one line on stderr and exit code 2.
+    """Runs a command; an expected error becomes one line on stderr and exit code 2.
 
     ``--traceback``, or VLA_TRACEBACK=1 in the environment, shows where it comes from.
     """
@@ -76,9 +78,35 @@ def one_line(error: ValueError | OSError) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and text.startswith("[Errno "):
         files = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        doing = _DOING.get(Path(sys.argv[0]).stem, "running")
+        doing = _DOING.get(_started()[-1], "running")
         text = f"while {doing}: {files + ': ' if files else ''}{error.strerror}"
-    return " ".join(text.split())
+    return " ".join(as_typed(text).split())
+
+
+def typed(command: str) -> list[str]:
+    """The words that start a command in the way in which the running one was started."""
+    if _started()[0] == PROGRAM:
+        return [PROGRAM, command.replace("_", "-")]
+    return ["python", "-m", f"launch.{command}"]
+
+
+def as_typed(text: str) -> str:
+    """A text in which the commands of a checkout are those that the user can type.
+
+    Texts speak of ``launch.train`` or ``python -m launch.train``; an installed vla_jax has no `launch`.
+    """
+    if _started()[0] != PROGRAM:
+        return text
+    return re.sub(r"(?:python -m )?\blaunch\.([a-z_]+)\b", lambda found: " ".join(typed(found[1])), text)
+
+
+def _started() -> tuple[str, str]:
+    """Who runs: ``("vla-jax", "train_fast")``, or package and module of ``python -m launch.train_fast``."""
+    program, _, command = sys.argv[0].partition(" ")
+    if program == PROGRAM and command:
+        return program, command.replace("-", "_")
+    path = Path(sys.argv[0])
+    return path.parent.name, path.stem
 
 
 def cli(
@@ -97,9 +125,9 @@ def cli(
             value, unknown = tyro.cli(
                 kind,
                 args=argv,
-                description=description,
+                description=as_typed(description or ""),
                 return_unknown_args=True,
-                prog=f"python -m launch.{Path(sys.argv[0]).stem}",
+                prog=_prog(),
                 config=(tyro.conf.FlagCreatePairsOff,),
                 **defaults,
             )
@@ -111,6 +139,12 @@ def cli(
     if unknown:
         raise UsageError(_unknown(unknown[0], list(option_names(kind))))
     return value
+
+
+def _prog() -> str:
+    """What ``usage:`` begins with."""
+    package, module = _started()
+    return " ".join(typed(module)) if package == PROGRAM else f"python -m {package}.{module}"
 
 
 def cli_with_config(
@@ -131,13 +165,14 @@ def cli_with_config(
     argv = list(sys.argv[1:] if argv is None else argv)
     path = value_of("--config", argv)
     if path is None and not {"-h", "--help"} & set(argv):
-        raise UsageError(f"--config FILE is needed{_known_configs()}")
-    config = adapt(TrainConfig() if path is None else load_config(path), argv)
+        known = ", ".join(config_file.known_configs())
+        raise UsageError(f"--config FILE is needed; there are {known}")
+    config = adapt(TrainConfig() if path is None else config_file.load_config(path), argv)
     command = dataclasses.make_dataclass(
         "Command",
         [
             ("args", Annotated[kind, tyro.conf.arg(name="")]),
-            ("config", Annotated[Path | None, tyro.conf.arg(help="Python file with get_config().")], None),
+            ("config", Annotated[Path | None, tyro.conf.arg(help=config_file.HELP)], None),
             ("values", Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff], config),
         ],
         frozen=True,
@@ -145,24 +180,6 @@ def cli_with_config(
     )
     parsed = cli(command, description=description, argv=argv)
     return parsed.args, parsed.values
-
-
-def load_config(path: str | Path) -> Any:
-    """What `get_config()` of a Python file returns; raises FileNotFoundError, ValueError."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}{_known_configs()}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None:
-        raise ValueError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, NameError, TypeError, ImportError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if "get_config" not in vars(module):
-        raise ValueError(f"{path} has no get_config()")
-    return module.get_config()
 
 
 def option_names(kind: Any) -> Iterator[str]:
@@ -209,8 +226,3 @@ def value_of(option: str, argv: Sequence[str]) -> str | None:
         if arg.startswith(f"{option}="):
             return arg.partition("=")[2]
     return None
-
-
-def _known_configs() -> str:
-    found = sorted(str(path) for path in Path("configs").glob("*.py") if not path.name.startswith("_"))
-    return f"; there are {', '.join(found)}" if found else ""

@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from launch._main import UsageError
+from vla_jax.cli.command import UsageError
 from vla_jax.sharding import MeshConfig, make_mesh
 
 
