@@ -274,7 +274,10 @@ def test_a_job_per_cell(scheduler, tmp_path):
         "--grid",
         "a=1,2",
     ]
-    script, command = write_jobs(scheduler, cells(), argv, tmp_path / "out", "--partition=gpu --time=1:00:00")
+    program = ["python", "-m", "launch.sweep"]
+    script, command = write_jobs(
+        scheduler, cells(), program, argv, tmp_path / "out", "--partition=gpu --time=1:00:00"
+    )
     said = tmp_path / "said"
     fake = {"slurm": "srun", "xpk": "xpk"}[scheduler]
     (tmp_path / fake).write_text(
