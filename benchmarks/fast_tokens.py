@@ -20,7 +20,7 @@ from vla_jax.data.config import DataConfig
 from vla_jax.data.fast.dataset import draw_chunks, report
 from vla_jax.data.fast.train import train_fast
 from vla_jax.data.index import index_dataset, split_episodes
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.sources.source import EpisodeSource
 
 SETTINGS = ((5.0, 1024), (10.0, 512), (10.0, 1024), (10.0, 2048), (20.0, 1024))
 """Scale and vocabulary."""

@@ -12,7 +12,7 @@ import pytest
 from tests.data import toy
 from vla_jax.cli import train
 from vla_jax.data.fast.codec import FastTokenizer
-from vla_jax.data.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
 from vla_jax.data.tokenizer import Tokenizer
 from vla_jax.sharding import distributed
 
@@ -116,7 +116,7 @@ def test_a_dry_run_of_training_says_which_class(evil, monkeypatch):
 
 
 def test_the_classes_that_are_read_are_those_that_are_written(dataset):
-    from vla_jax.data.stored_features import CLASSES
+    from vla_jax.data.sources.stored_features import CLASSES
 
     def classes(feature):
         yield feature["pythonClassName"]

@@ -15,8 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.data import toy
-from vla_jax.data import rlds
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.sources import rlds
+from vla_jax.data.sources.source import EpisodeSource
 
 
 def test_round_trip_is_bit_exact(dataset, episodes):
@@ -155,7 +155,7 @@ class TestHalfWritten:
         program = f"""
             import os, signal
             from tests.data import toy
-            from vla_jax.data import rlds
+            from vla_jax.data.sources import rlds
             def episodes():
                 yield toy.make_episode(0)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -180,7 +180,7 @@ class TestHalfWritten:
         program = f"""
             import resource, signal
             from tests.data import toy
-            from vla_jax.data import rlds
+            from vla_jax.data.sources import rlds
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             rlds.prepare_directory({str(tmp_path)!r}, toy.SCHEMA, 1)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vla_jax.data import rlds
 from vla_jax.data.schema import DatasetSchema, Episode
+from vla_jax.data.sources import rlds
 
 SCHEMA = DatasetSchema(
     name="toy",

@@ -22,13 +22,13 @@ from vla_jax.data.bundle import prepare
 from vla_jax.data.config import DataConfig
 from vla_jax.data.loader import make_loader
 from vla_jax.sharding import MeshConfig, distributed, local_rows, make_mesh
+from vla_jax.train.cluster.interrupt import Vote
+from vla_jax.train.cluster.watchdog import Watchdog
 from vla_jax.train.config import LoopConfig, OptimConfig
-from vla_jax.train.interrupt import Vote
 from vla_jax.train.loop import Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.overlap import settled
 from vla_jax.train.state import TrainState, state_builder
-from vla_jax.train.watchdog import Watchdog
 
 DATA = {"val_episodes": 2, "image_size": 8, "vocab_size": 300}
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.config import TrainConfig, to_json
-from vla_jax.data import rlds
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.config import DataConfig
 from vla_jax.data.schema import DatasetSchema, Episode
+from vla_jax.data.sources import rlds
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
 from vla_jax.models.vla import VLA

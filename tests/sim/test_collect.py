@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import tf_example_pb2
 
-from vla_jax.data import rlds
+from vla_jax.data.sources import rlds
 from vla_jax.sim import collect as collecting
 from vla_jax.sim import sources, tabletop
 from vla_jax.sim.collect import CollectConfig, collect, make_source, parse_tasks, shard_ranges, write_shard

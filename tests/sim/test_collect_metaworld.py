@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from vla_jax.data import rlds
+from vla_jax.data.sources import rlds
 from vla_jax.sim import sources
 from vla_jax.sim.collect import CollectConfig, make_source, write_shard
 from vla_jax.sim.metaworld import TASKS, demonstrate, headless

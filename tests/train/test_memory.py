@@ -9,10 +9,10 @@ import pytest
 from tests.train.toy import make_job, small_loop
 from vla_jax.sharding import MeshConfig
 from vla_jax.sharding.report import human
-from vla_jax.train.beats import COMPILING, RESTORING
+from vla_jax.train.cluster.beats import COMPILING, RESTORING
+from vla_jax.train.cluster.watchdog import Watchdog, _broken_collective
 from vla_jax.train.loop import fit
 from vla_jax.train.memory import OutOfMemory, explained, out_of_memory
-from vla_jax.train.watchdog import Watchdog, _broken_collective
 
 GIB = 2**30
 

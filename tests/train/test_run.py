@@ -32,9 +32,9 @@ from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding import MeshConfig, make_mesh
 from vla_jax.train import run
+from vla_jax.train.cluster.hosts import code_hash
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.flops import model_flops
-from vla_jax.train.hosts import code_hash
 from vla_jax.train.optim import make_optimizer
 from vla_jax.train.run import count_flops, sample_tokens, train, train_flops
 from vla_jax.train.step import make_train_step
@@ -222,7 +222,7 @@ def test_other_statistics_tokenizers_or_splits_are_refused(config, whole, monkey
 def test_what_a_host_makes_of_the_data_is_compared(config, tmp_path, monkeypatch):
     """Two tokenizer files of one name on two hosts, say: the configuration and the data are the same."""
     from vla_jax.data.tokenizer import train_tokenizer
-    from vla_jax.train.hosts import bundle_hash
+    from vla_jax.train.cluster.hosts import bundle_hash
 
     found = []
     for i, texts in enumerate((["push the red block"] * 2, ["open a drawer"] * 2)):

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from vla_jax.sharding import distributed
-from vla_jax.train.beats import STEP, Beat
-from vla_jax.train.watchdog import Watchdog
+from vla_jax.train.cluster.beats import STEP, Beat
+from vla_jax.train.cluster.watchdog import Watchdog
 
 # A thread that would have ended the process ends itself.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

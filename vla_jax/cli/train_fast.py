@@ -30,7 +30,7 @@ def main() -> None:
     from vla_jax.data.bundle import prepare  # after parsing: --help need not wait
     from vla_jax.data.fast.dataset import draw_chunks, report
     from vla_jax.data.index import index_dataset, split_episodes
-    from vla_jax.data.source import EpisodeSource
+    from vla_jax.data.sources.source import EpisodeSource
 
     if not config.data.path:
         raise ValueError("data.path is not set; give --data.path DIR, a data set of launch.collect")

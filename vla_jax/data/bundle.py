@@ -24,7 +24,7 @@ from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.sources.source import EpisodeSource
 from vla_jax.data.statistics import constant_dims
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vla_jax.data import rlds
+from vla_jax.data.sources import rlds
 
 DIRECTORY = "derived"
 

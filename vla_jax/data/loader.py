@@ -21,7 +21,7 @@ from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.sample import Sample
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.sources.source import EpisodeSource
 from vla_jax.types import Batch
 
 

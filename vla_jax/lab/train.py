@@ -23,8 +23,8 @@ from vla_jax.lab.plan import Group
 from vla_jax.lab.together import Cells, Together, padding
 from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
-from vla_jax.train.hosts import bundle_hash
-from vla_jax.train.interrupt import StopSignal
+from vla_jax.train.cluster.hosts import bundle_hash
+from vla_jax.train.cluster.interrupt import StopSignal
 from vla_jax.train.loop import FREE_TO_CHANGE
 from vla_jax.train.metrics import JsonLines, truncate
 from vla_jax.train.optim import learning_rate, make_optimizer

@@ -30,7 +30,7 @@ _GRACE = 60
 """Seconds that JAX may wait longer than we do: its own timeout ends the process with a C++ stack trace."""
 
 _HEARTBEAT_TIMEOUT = 1800
-"""JAX's own detection of dead processes ends them without a word about which; ours (train/watchdog.py) is far
+"""JAX's own detection of dead processes ends them without a word about which; ours (train/cluster/watchdog.py) is far
 quicker. It stays on, for the case that ours is gone too."""
 
 _BARRIER_TIMEOUT = 24 * 3600

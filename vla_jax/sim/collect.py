@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
-from vla_jax.data import rlds
 from vla_jax.data.schema import Episode
+from vla_jax.data.sources import rlds
 from vla_jax.files import read_json
 from vla_jax.finite import finite
 from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource

@@ -25,11 +25,12 @@ from vla_jax.checkpoint import Checkpoints
 from vla_jax.checkpoint.paths import Path, is_remote, write_atomically
 from vla_jax.checkpoint.shared import make_shared
 from vla_jax.sharding import activate, batch_sharding, check_batch, distributed
-from vla_jax.train.beats import COMPILING, RESTORING, STEP
+from vla_jax.train.cluster.beats import COMPILING, RESTORING, STEP
+from vla_jax.train.cluster.interrupt import StopSignal, Vote
+from vla_jax.train.cluster.watchdog import Watchdog
 from vla_jax.train.compiled import jit_train_step
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.flops import total_peak
-from vla_jax.train.interrupt import StopSignal, Vote
 from vla_jax.train.ledger import Ledger
 from vla_jax.train.memory import explained
 from vla_jax.train.metrics import MetricsLog
@@ -38,7 +39,6 @@ from vla_jax.train.prefetch import Prefetch
 from vla_jax.train.profile import Profiler, Steps
 from vla_jax.train.progress import Progress, StepClock, memory_in_use
 from vla_jax.train.state import StateBuilder, TrainState
-from vla_jax.train.watchdog import Watchdog
 from vla_jax.types import Batch, PyTree
 
 IN_FLIGHT = 2

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 
 from vla_jax.sharding.report import human
-from vla_jax.train.beats import RESTORING
-from vla_jax.train.watchdog import Watchdog
+from vla_jax.train.cluster.beats import RESTORING
+from vla_jax.train.cluster.watchdog import Watchdog
 
 _SIZE = r"([\d.]+) ?([KMGT]?)(?:iB|B|bytes)?"
 _NEEDED_AND_AVAILABLE = (

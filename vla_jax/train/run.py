@@ -37,10 +37,11 @@ from vla_jax.sharding import (
     replicated,
 )
 from vla_jax.train import spikes
+from vla_jax.train.cluster.hosts import bundle_hash, code_hash
+from vla_jax.train.cluster.interrupt import StopSignal
+from vla_jax.train.cluster.watchdog import Watchdog
 from vla_jax.train.flops import Flops, model_flops
-from vla_jax.train.hosts import bundle_hash, code_hash
 from vla_jax.train.init_from import check_start, read_start
-from vla_jax.train.interrupt import StopSignal
 from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.overlap import settled
@@ -48,7 +49,6 @@ from vla_jax.train.parts import factor_sizes, make_parts, trained_shares
 from vla_jax.train.profile import Steps
 from vla_jax.train.state import InitParams, StateBuilder, TrainState, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
-from vla_jax.train.watchdog import Watchdog
 from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch, PyTree
 

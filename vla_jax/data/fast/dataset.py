@@ -14,7 +14,7 @@ from vla_jax.data.fast.train import train_fast
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.sample import Sample
-from vla_jax.data.source import EpisodeSource
+from vla_jax.data.sources.source import EpisodeSource
 
 _VERSION = 1
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import jax
 
 from vla_jax.sharding import distributed
-from vla_jax.train.beats import STARTING, Beat, failed, gone, stuck
+from vla_jax.train.cluster.beats import STARTING, Beat, failed, gone, stuck
 
 FAILED = 2
 """Exit code where this process failed in a way that a person can mend."""

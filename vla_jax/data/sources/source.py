@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from vla_jax.data import rlds
 from vla_jax.data.schema import METADATA, DatasetSchema
-from vla_jax.data.stored_features import one_line, open_records
+from vla_jax.data.sources import rlds
+from vla_jax.data.sources.stored_features import one_line, open_records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 from tensorflow_datasets.core.proto import feature_pb2
 
-from vla_jax.data import rlds
 from vla_jax.data.schema import DatasetSchema
+from vla_jax.data.sources import rlds
 
 FEATURES_FILE = "features.json"
 MAX_BYTES = 64 * 2**20

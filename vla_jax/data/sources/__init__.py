@@ -1,0 +1,1 @@
+"""Episodes on the disk: how they are written, opened and read."""
