@@ -68,7 +68,7 @@ class Reference:
     def infer(self, observation: Observation, key: Array) -> np.ndarray:
         """Actions [b k a] in the robot's units."""
         robots = len(observation.instruction)
-        size = self.policy.config.model.vision.image_size
+        size = self.policy.config.model.backbone.vision.image_size
         state = ((observation.state - self._offset) * self._inverse).astype(np.float32)
         padding = self.policy.config.model.expert.state_dim - state.shape[-1]
         seen = [
@@ -134,7 +134,7 @@ def _embed_prefix(
         tokens.append(encoded)
         masks.append(jnp.repeat(mask[:, None], encoded.shape[1], axis=1))
     table = params["backbone"]["llm"]["embedder"]["input_embedding"]
-    text = table[seen.tokens].astype(dtype) * jnp.asarray(cfg.text.width**0.5, dtype)
+    text = table[seen.tokens].astype(dtype) * jnp.asarray(cfg.backbone.text.width**0.5, dtype)
     return jnp.concatenate([*tokens, text], axis=1), jnp.concatenate([*masks, seen.token_mask], axis=1)
 
 
@@ -170,7 +170,7 @@ def _attention_mask(valid: Bool[Array, "b t"], starts: Bool[Array, " t"]) -> Boo
 
 def _tower(cfg: VLAConfig, w: PyTree, x: Array, positions: Array, mask: Array, cache: Any, condition: Any):
     """Scanned layers; with a cache its keys and values are concatenated in front in each of them."""
-    n, m, e = cfg.text.heads, cfg.text.kv_heads, cfg.text.head_dim
+    n, m, e = cfg.backbone.text.heads, cfg.backbone.text.kv_heads, cfg.backbone.text.head_dim
 
     def layer(x, inputs):
         p, past = inputs
@@ -219,7 +219,7 @@ def _rope(x: Array, positions: Array) -> Array:
 
 def _siglip(cfg: VLAConfig, w: PyTree, image: Array, dtype: str) -> Float[Array, "b p d"]:
     """One camera; position table and patches in float32, blocks in `dtype`, scanned."""
-    vision = cfg.vision
+    vision = cfg.backbone.vision
     x = jax.lax.conv_general_dilated(
         image, w["embedding"]["kernel"].astype(jnp.float32), (vision.patch,) * 2, "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

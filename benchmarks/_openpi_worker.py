@@ -21,7 +21,11 @@ from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import SolverConfig
 from vla_jax.models import presets
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.serve.compiled.cache import keep_programs
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.policy import CompiledPolicy
@@ -34,9 +38,11 @@ CAMERAS = ("base", "left_wrist", "right_wrist")
 def quarter() -> VLAConfig:
     """π0 with every width (and the vocabulary) a quarter, and every depth, head count and token count its own."""
     return VLAConfig(
-        vision=VisionConfig(image_size=224, patch=14, width=288, depth=27, mlp=1076, heads=16),
-        text=TextConfig(vocab=64_288, width=512, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=64),
-        expert=ExpertConfig(width=256, mlp=1024, horizon=50, action_dim=32, state_dim=32),
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=224, patch=14, width=288, depth=27, mlp=1076, heads=16),
+            text=TextConfig(vocab=64_288, width=512, depth=18, mlp=4096, heads=8, kv_heads=1, head_dim=64),
+        ),
+        expert=JointConfig(width=256, mlp=1024, horizon=50, action_dim=32, state_dim=32),
     )
 
 

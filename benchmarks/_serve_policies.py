@@ -21,7 +21,11 @@ from vla_jax.data.normalize import Normalize
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
 from vla_jax.data.tokenizer import train_tokenizer
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.models.vla import VLA
 from vla_jax.types import Observation
 
@@ -98,9 +102,11 @@ def _bundle(shape: str, cameras: tuple[str, ...], dims: int, horizon: int, text:
 
 def _config(cameras: tuple[str, ...], dims: int, horizon: int, text: bool, depth: int) -> TrainConfig:
     model = VLAConfig(
-        vision=VisionConfig(image_size=IMAGE, patch=8, width=16, depth=1, mlp=24, heads=2),
-        text=TextConfig(width=24, depth=depth, mlp=32, heads=4, kv_heads=1, head_dim=8),
-        expert=ExpertConfig(width=16, mlp=24, horizon=horizon),
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=IMAGE, patch=8, width=16, depth=1, mlp=24, heads=2),
+            text=TextConfig(width=24, depth=depth, mlp=32, heads=4, kv_heads=1, head_dim=8),
+        ),
+        expert=JointConfig(width=16, mlp=24, horizon=horizon),
         cameras=cameras,
     )
     base = TrainConfig(model=model)

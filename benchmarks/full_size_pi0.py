@@ -88,8 +88,14 @@ def model_of(preset: str):
     model = PRESETS[preset]()
     return (
         model
-        if model.text.vocab
-        else dataclasses.replace(model, text=dataclasses.replace(model.text, vocab=300), dtype="bfloat16")
+        if model.backbone.text.vocab
+        else dataclasses.replace(
+            model,
+            backbone=dataclasses.replace(
+                model.backbone, text=dataclasses.replace(model.backbone.text, vocab=300)
+            ),
+            dtype="bfloat16",
+        )
     )
 
 
@@ -151,13 +157,13 @@ def sample(args: Args) -> dict[str, Any]:
     with Peak() as loaded:
         params = load_params(args.folder / "ours").params
         jax.block_until_ready(params)
-    rng, size = np.random.default_rng(0), model.vision.image_size
+    rng, size = np.random.default_rng(0), model.backbone.vision.image_size
     valid = np.ones((1, args.text_tokens), bool)
     batch = Batch(
         images={n: rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for n in model.cameras},
         image_mask={n: np.ones(1, bool) for n in model.cameras},
         state=rng.normal(size=(1, model.expert.state_dim)).astype(np.float32),
-        tokens=rng.integers(4, model.text.vocab, valid.shape).astype(np.int32),
+        tokens=rng.integers(4, model.backbone.text.vocab, valid.shape).astype(np.int32),
         token_mask=valid,
         token_causal=~valid,
         token_loss=~valid,

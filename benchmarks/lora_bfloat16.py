@@ -26,15 +26,21 @@ STEPS = (1, 20, 200)
 def config(width: int, remat: str):
     """A model of some width whose base is exact in bfloat16, LoRA on all it adapts by default."""
     from vla_jax.config import TrainConfig
-    from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+    from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+    from vla_jax.models.config import VLAConfig
+    from vla_jax.models.encoders.siglip import VisionConfig
+    from vla_jax.models.experts.joint import JointConfig
+    from vla_jax.models.gemma import TextConfig
     from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 
     model = VLAConfig(
-        vision=VisionConfig(image_size=32, patch=8, width=width, depth=4, mlp=4 * width, heads=4),
-        text=TextConfig(
-            vocab=512, width=width, depth=4, mlp=4 * width, heads=4, kv_heads=1, head_dim=width // 4
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=32, patch=8, width=width, depth=4, mlp=4 * width, heads=4),
+            text=TextConfig(
+                vocab=512, width=width, depth=4, mlp=4 * width, heads=4, kv_heads=1, head_dim=width // 4
+            ),
         ),
-        expert=ExpertConfig(width=width // 2, mlp=2 * width, horizon=8, action_dim=7, state_dim=7),
+        expert=JointConfig(width=width // 2, mlp=2 * width, horizon=8, action_dim=7, state_dim=7),
         cameras=("base",),
         dtype="bfloat16",
         remat=remat,

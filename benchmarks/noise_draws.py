@@ -73,9 +73,12 @@ def reduced(width: int, depth: int, dtype: str) -> VLAConfig:
 
     return dataclasses.replace(
         model,
-        vision=divide(model.vision, width=width, mlp=width, depth=depth),
-        text=dataclasses.replace(
-            divide(model.text, width=width, mlp=width, head_dim=width, depth=depth), vocab=512
+        backbone=dataclasses.replace(
+            model.backbone,
+            vision=divide(model.backbone.vision, width=width, mlp=width, depth=depth),
+            text=dataclasses.replace(
+                divide(model.backbone.text, width=width, mlp=width, head_dim=width, depth=depth), vocab=512
+            ),
         ),
         expert=divide(model.expert, width=width, mlp=width),
         dtype=dtype,
@@ -85,7 +88,7 @@ def reduced(width: int, depth: int, dtype: str) -> VLAConfig:
 def example(model: VLAConfig, b: int, text_tokens: int) -> Batch:
     """Random observations and actions, all of them valid."""
     rng = np.random.default_rng(0)
-    size, e = model.vision.image_size, model.expert
+    size, e = model.backbone.vision.image_size, model.expert
     no, yes = np.zeros((b, text_tokens), bool), np.ones((b, text_tokens), bool)
     return jax.tree.map(
         jnp.asarray,

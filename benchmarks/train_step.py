@@ -145,7 +145,7 @@ def random_batch(config, mesh):
         elif shape.dtype == bool:
             value = np.ones(shape.shape, bool)
         elif np.issubdtype(shape.dtype, np.integer):
-            top = 256 if shape.dtype == np.uint8 else config.model.text.vocab
+            top = 256 if shape.dtype == np.uint8 else config.model.backbone.text.vocab
             value = rng.integers(0, top, shape.shape, dtype=shape.dtype)
         else:
             value = rng.normal(size=shape.shape).astype(shape.dtype)

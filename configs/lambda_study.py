@@ -8,7 +8,11 @@ python -m launch.report --sweep runs/lambda_study
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
@@ -16,9 +20,11 @@ from vla_jax.train.config import LoopConfig, OptimConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=32, patch=8, width=32, depth=1, mlp=64, heads=2),
-            text=TextConfig(width=32, depth=2, mlp=64, heads=2, kv_heads=2, head_dim=16),
-            expert=ExpertConfig(width=32, mlp=64, horizon=8),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=32, patch=8, width=32, depth=1, mlp=64, heads=2),
+                text=TextConfig(width=32, depth=2, mlp=64, heads=2, kv_heads=2, head_dim=16),
+            ),
+            expert=JointConfig(width=32, mlp=64, horizon=8),
             cameras=("top",),
         ),
         objective=ObjectiveConfig(

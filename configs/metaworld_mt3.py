@@ -13,7 +13,11 @@ from vla_jax.config import TrainConfig
 from vla_jax.data.augment import AugmentConfig
 from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import SolverConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
@@ -21,9 +25,11 @@ from vla_jax.train.config import LoopConfig, OptimConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=64, patch=16, width=128, depth=3, mlp=384, heads=4),
-            text=TextConfig(width=128, depth=2, mlp=384, heads=4, kv_heads=1, head_dim=32),
-            expert=ExpertConfig(width=128, mlp=384, horizon=8),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=64, patch=16, width=128, depth=3, mlp=384, heads=4),
+                text=TextConfig(width=128, depth=2, mlp=384, heads=4, kv_heads=1, head_dim=32),
+            ),
+            expert=JointConfig(width=128, mlp=384, horizon=8),
             unroll=3,
         ),
         solver=SolverConfig(method="euler", num_steps=10),

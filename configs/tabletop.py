@@ -20,9 +20,10 @@ def model() -> VLAConfig:
     tiny = presets.tiny(horizon=16)
     return dataclasses.replace(
         tiny,
-        vision=dataclasses.replace(tiny.vision, patch=16),
-        text=dataclasses.replace(
-            tiny.text, kv_heads=4
+        backbone=dataclasses.replace(
+            tiny.backbone,
+            vision=dataclasses.replace(tiny.backbone.vision, patch=16),
+            text=dataclasses.replace(tiny.backbone.text, kv_heads=4),
         ),  # at this width one head is too narrow to look things up
     )
 

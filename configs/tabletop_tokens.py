@@ -13,11 +13,12 @@ from pathlib import Path
 from vla_jax.cli.config_file import load_config
 from vla_jax.config import TrainConfig
 from vla_jax.data.fast.config import FastConfig
+from vla_jax.models.kinds import of_kind
 
 
 def get_config() -> TrainConfig:
     base = load_config(Path(__file__).with_name("tabletop.py"))
-    expert = dataclasses.replace(base.model.expert, kind="tokens")
+    expert = of_kind(base.model.expert, "tokens", "model.expert")
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, expert=expert),

@@ -11,7 +11,12 @@ from vla_jax.config import TrainConfig, config_hash, from_json, to_json
 from vla_jax.data.config import DataConfig
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models import presets
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.experts.tokens import TokensConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.objectives.config import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +34,7 @@ def test_configs_survive_json(name):
     assert config_hash(changed) != config_hash(config)
 
 
-STATELESS = {"tokens": ExpertConfig(kind="tokens"), "pi05": ExpertConfig(state_token=False)}
+STATELESS = {"tokens": TokensConfig(), "pi05": JointConfig(state_token=False)}
 
 
 @pytest.mark.parametrize("kind", STATELESS)
@@ -67,7 +72,7 @@ def test_how_many_actions_are_run_is_the_configurations_or_a_quarter_of_the_chun
 
 def test_the_data_set_fills_in_what_is_open():
     model = TrainConfig(model=presets.tiny()).resolve(**SIZES).model
-    assert (model.cameras, model.expert.state_dim, model.expert.action_dim, model.text.vocab) == (
+    assert (model.cameras, model.expert.state_dim, model.expert.action_dim, model.backbone.text.vocab) == (
         ("top", "wrist"), 3, 4, 300,
     )  # fmt: skip
     larger = dataclasses.replace(presets.pi0(), cameras=("wrist",))
@@ -86,7 +91,10 @@ def test_without_noise_there_is_one_draw():
     ("model", "message"),
     [
         (VLAConfig(cameras=("left",)), "names 'left', but the data set"),
-        (VLAConfig(text=TextConfig(vocab=20)), "model.text.vocab=20 is smaller"),
+        (
+            VLAConfig(backbone=PaliGemmaConfig(text=TextConfig(vocab=20))),
+            "model.backbone.text.vocab=20 is smaller",
+        ),
     ],
 )
 def test_sizes_that_cannot_hold_the_data(model, message):

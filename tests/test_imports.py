@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "finite": set(),
-    "types": set(),
+    "types": {"layers"},
     "files": set(),
     "layers": set(),
     "flow": {"types"},

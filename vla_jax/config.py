@@ -14,6 +14,8 @@ from vla_jax.data.prompt_forms import PromptForm
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.flow.config import check as check_solver
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.base import ExpertConfig
+from vla_jax.models.kinds import TABLES, class_of
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
@@ -44,6 +46,11 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        if not (self.objective.text is False or self.model.backbone.has_text):
+            raise ValueError(
+                f"model.backbone.kind={self.model.backbone.kind} has no language model, so there is no text to learn; "
+                "use objective.text=False"
+            )
         if self.kind == "tokens":
             unused = {
                 "process": self.process != ProcessConfig(),
@@ -100,7 +107,7 @@ class TrainConfig:
     @property
     def kind(self) -> str:
         """How actions are predicted: as tokens, or what the process is."""
-        return "tokens" if self.model.expert.kind == "tokens" else self.process.kind
+        return self.process.kind if self.model.expert.is_network else "tokens"
 
     @property
     def executed(self) -> int:
@@ -125,24 +132,26 @@ class TrainConfig:
         chunk_targets: int = 0,
     ) -> "TrainConfig":
         """Fills in what was left to the data set or follows from the rest, and refuses sizes that cannot hold it."""
-        text, expert = self.model.text, self.model.expert
+        backbone, expert = self.model.backbone, self.model.expert
         missing = [name for name in self.model.cameras if name not in cameras]
         if missing:
             raise ValueError(
                 f"model.cameras names '{missing[0]}', but the data set {self.data.path} has {', '.join(cameras)}"
             )
         sizes = {
-            "model.text.vocab": (text.vocab, vocab, "the tokenizer's entries (with action tokens)"),
             "model.expert.action_dim": (expert.action_dim, action_dim, "the data set's action dimensions"),
             "model.expert.state_dim": (expert.state_dim, state_dim, "the data set's state dimensions"),
         }
+        if backbone.has_text:
+            what = "the tokenizer's entries (with action tokens)"
+            sizes |= {f"model.{name}": (given, vocab, what) for name, given in backbone.unknown().items()}
         for name, (given, needed, what) in sizes.items():
             if given and given < needed:
                 raise ValueError(f"{name}={given} is smaller than {what}, {needed}; use {name}=0 or more")
         model = dataclasses.replace(
             self.model,
             cameras=self.model.cameras or cameras,
-            text=dataclasses.replace(text, vocab=text.vocab or vocab),
+            backbone=backbone.with_vocab(backbone.vocab or vocab),
             expert=dataclasses.replace(
                 expert, action_dim=expert.action_dim or action_dim, state_dim=expert.state_dim or state_dim
             ),
@@ -165,9 +174,9 @@ class TrainConfig:
 
 def prompt_form(model: VLAConfig) -> PromptForm:
     """The prompt of the public model that is built like this one: π0-FAST, π0.5 or π0."""
-    if model.expert.kind == "tokens":
+    if not model.expert.is_network:
         return "fast"
-    return "pi0" if model.expert.state_token else "pi05"
+    return "pi0" if model.expert.reads_state else "pi05"
 
 
 def to_json(config: TrainConfig) -> str:
@@ -177,7 +186,7 @@ def to_json(config: TrainConfig) -> str:
 
 def from_json(text: str) -> TrainConfig:
     """The inverse of `to_json`. Raises ValueError on a field that this version does not have."""
-    return _build(TrainConfig, json.loads(text), "")
+    return _build(TrainConfig, _upgraded(json.loads(text)), "")
 
 
 def from_meta(meta: Mapping[str, Any]) -> TrainConfig:
@@ -189,7 +198,7 @@ def from_meta(meta: Mapping[str, Any]) -> TrainConfig:
     config = from_json(json.dumps(meta["config"]))
     saved = meta["config"].get("model", {}).get("expert", {})
     converted = meta.get("converted", {}).get("from") in PUBLIC_EXPERTS
-    if converted and "padding" not in saved and config.model.expert.kind == "joint":
+    if converted and "padding" not in saved and config.model.expert.is_network:
         expert = dataclasses.replace(config.model.expert, padding="noise")
         objective = dataclasses.replace(config.objective, padding_loss=True)
         model = dataclasses.replace(config.model, expert=expert)
@@ -204,6 +213,8 @@ def config_hash(config: TrainConfig) -> str:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Rebuilds frozen dataclasses and tuples from what JSON keeps of them."""
+    if kind in TABLES and isinstance(value, dict):
+        kind = class_of(kind, value.get("kind", ""), where.removesuffix("."))
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
@@ -215,6 +226,24 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             )
         return kind(**{name: _build(hints[name], v, f"{where}{name}.") for name, v in value.items()})
     return _tuples(value)
+
+
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration from before backbones had kinds: its model was a PaliGemma, and its one kind of expert's
+    configuration had fields that an expert without a network did not use."""
+    model = config.get("model", {})
+    if not {"vision", "text"} & model.keys():
+        return config
+    model = dict(model)
+    backbone = {"kind": "paligemma"} | {part: model.pop(part) for part in ("vision", "text") if part in model}
+    expert = dict(model.get("expert", {}))
+    expert.setdefault("kind", "joint")
+    known = {
+        field.name for field in dataclasses.fields(class_of(ExpertConfig, expert["kind"], "model.expert"))
+    }
+    if expert["kind"] == "tokens":
+        expert = {name: value for name, value in expert.items() if name in known}
+    return {**config, "model": {**model, "backbone": backbone, "expert": expert}}
 
 
 def _tuples(value: Any) -> Any:

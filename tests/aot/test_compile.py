@@ -35,7 +35,7 @@ def train(tmp_path_factory):
     """The training step with the splash kernel, on 16 chips."""
     tmp_path = tmp_path_factory.mktemp("train")
     hlo = tmp_path / "step.hlo"
-    kernel = ("--model.attention", "splash", "--model.text.head-dim", "128")
+    kernel = ("--model.attention", "splash", "--model.backbone.text.head-dim", "128")
     done, report = compile_for(tmp_path, "--topology", "v5e:4x4", "--hlo", str(hlo), *kernel)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, report, hlo.read_text()

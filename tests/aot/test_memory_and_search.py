@@ -50,9 +50,15 @@ def test_a_program_that_does_not_fit_says_by_how_much_and_what_to_change(state, 
 def test_sizes_that_only_a_data_set_knows_are_asked_for():
     config = tiny.get_config()
     check_sizes(config)
-    without = dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, vocab=0))
+    without = dataclasses.replace(
+        config.model,
+        backbone=dataclasses.replace(
+            config.model.backbone, text=dataclasses.replace(config.model.backbone.text, vocab=0)
+        ),
+    )
     with pytest.raises(
-        ValueError, match=r"model.text.vocab is left to the data set.*--model.text.vocab 257152"
+        ValueError,
+        match=r"model.backbone.text.vocab is left to the data set.*--model.backbone.text.vocab 257152",
     ):
         check_sizes(dataclasses.replace(config, model=without))
 

@@ -13,7 +13,7 @@ def get_config() -> TrainConfig:
     tiny = presets.tiny()
     model = dataclasses.replace(
         tiny,
-        text=dataclasses.replace(tiny.text, vocab=512),
+        backbone=dataclasses.replace(tiny.backbone, text=dataclasses.replace(tiny.backbone.text, vocab=512)),
         expert=dataclasses.replace(tiny.expert, action_dim=8, state_dim=8),
         cameras=("top",),
         dtype="bfloat16",

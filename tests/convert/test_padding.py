@@ -19,7 +19,8 @@ from vla_jax.convert import Options, PolicyOptions, convert
 from vla_jax.convert.sources import OrbaxSource, SafetensorsSource
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.flow.config import SolverConfig
-from vla_jax.models.config import ExpertConfig, VLAConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.joint import JointConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.compiled.config import CompileConfig
 from vla_jax.serve.compiled.policy import CompiledPolicy
@@ -267,4 +268,4 @@ def test_what_is_trained_from_it_takes_it_over(made):
     with pytest.raises(ValueError, match=r"padding_loss=True: with model.expert.padding=zero"):
         TrainConfig(objective=ObjectiveConfig(padding_loss=True))
     with pytest.raises(ValueError, match=r"expert.padding='none': use zero or noise"):
-        VLAConfig(expert=ExpertConfig(padding="none"))
+        VLAConfig(expert=JointConfig(padding="none"))

@@ -18,7 +18,10 @@ from vla_jax.convert.lerobot_processor import read_preprocessing
 from vla_jax.convert.policy_data import policy_data
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.flow.config import SolverConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.serve.compiled.config import CompileConfig
 from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
@@ -60,7 +63,7 @@ def prompt(policy, seen):
 
 
 def observation(policy):
-    size = policy.config.model.vision.image_size
+    size = policy.config.model.backbone.vision.image_size
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
     return Observation(images={"top": image}, state=STATE, instruction=("pick up_the block",))
 
@@ -157,7 +160,9 @@ def lerobot_policy(folder, kind, norm_map, state_in_prompt=True, **changes):
     asset = {"config": {"type": kind, "max_state_dim": 8, **seen}, **read_processors(folder)}
     expert = {"pi0": {}, "pi05": {"time": "adarms", "state_token": False}}[kind]
     model = VLAConfig(
-        text=TextConfig(vocab=300), expert=ExpertConfig(action_dim=8, state_dim=8, **expert), cameras=("top",)
+        backbone=PaliGemmaConfig(text=TextConfig(vocab=300)),
+        expert=JointConfig(action_dim=8, state_dim=8, **expert),
+        cameras=("top",),
     )
     options = PolicyOptions(tokenizer=folder / "tokenizer", state_in_prompt=state_in_prompt)
     return *policy_data(model, {"lerobot": asset}, options), statistics
@@ -265,8 +270,8 @@ def padded(robot, dims, spread=0.0):
 
 def model_of(kind, dims=8):
     expert = {"pi0": {}, "pi05": {"time": "adarms", "state_token": False}}[kind]
-    expert = ExpertConfig(action_dim=dims, state_dim=dims, **expert)
-    return VLAConfig(text=TextConfig(vocab=300), expert=expert, cameras=("top",))
+    expert = JointConfig(action_dim=dims, state_dim=dims, **expert)
+    return VLAConfig(backbone=PaliGemmaConfig(text=TextConfig(vocab=300)), expert=expert, cameras=("top",))
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

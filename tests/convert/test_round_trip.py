@@ -296,7 +296,11 @@ def test_sizes_of_the_configuration(tmp_path):
         state_dim=5,
         padding="noise",
     )
-    assert model.vision.image_size == 8 and model.vision.heads == 16 and model.text.vocab == TINY.vocab
+    assert (
+        model.backbone.vision.image_size == 8
+        and model.backbone.vision.heads == 16
+        and model.backbone.text.vocab == TINY.vocab
+    )
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

@@ -255,9 +255,10 @@ def test_the_launcher_writes_what_a_run_would_train(tmp_path, monkeypatch, capsy
         "from vla_jax.config import TrainConfig\n"
         "from vla_jax.data.config import DataConfig\n"
         "from vla_jax.data.fast.config import FastConfig\n"
-        "from vla_jax.models.config import ExpertConfig, VLAConfig\n"
+        "from vla_jax.models.config import VLAConfig\n"
+        "from vla_jax.models.experts.joint import JointConfig\n"
         "def get_config():\n"
-        "    return TrainConfig(model=VLAConfig(expert=ExpertConfig(horizon=4)),\n"
+        "    return TrainConfig(model=VLAConfig(expert=JointConfig(horizon=4)),\n"
         "        data=DataConfig(vocab_size=300, val_episodes=2, fast=FastConfig(vocab_size=300)))\n"
     )
     command = ["train_fast", "--config", str(tmp_path / "config.py"), "--data.path", str(tmp_path / "toy")]

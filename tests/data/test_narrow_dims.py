@@ -19,7 +19,8 @@ from vla_jax.data.config import DataConfig
 from vla_jax.data.normalize import Normalize, narrow_dims
 from vla_jax.data.sample import Sample
 from vla_jax.data.statistics import Accumulator, Statistics
-from vla_jax.models.config import ExpertConfig, VLAConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.joint import JointConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.sim.metrics import chunk_diversity
 from vla_jax.train.run import has_floor
@@ -172,7 +173,7 @@ def test_a_run_goes_on_with_the_scales_that_it_began_with(narrow, tmp_path):
 def test_openpi_computes_what_the_run_did(narrow, state_token):
     """By its own formulas, z-scores for π0 (which has a state token) and quantiles for π0.5."""
     bundle = prepare(narrow)
-    model = VLAConfig(expert=ExpertConfig(state_token=state_token))
+    model = VLAConfig(expert=JointConfig(state_token=state_token))
     written = run_statistics(bundle.to_json(), model)["toy"]["actions"]
     s = {name: np.asarray(values)[2] for name, values in written.items()}
     if state_token:

@@ -10,7 +10,11 @@ import sys
 from vla_jax.checkpoint import Checkpoints
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
 
@@ -29,9 +33,11 @@ def get_config():
 def base(path: str) -> TrainConfig:
     return TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
-            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
-            expert=ExpertConfig(width=16, mlp=16, horizon=8),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+                text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            ),
+            expert=JointConfig(width=16, mlp=16, horizon=8),
         ),
         objective=ObjectiveConfig(diagnostics=DiagnosticsConfig(every=2, stride=1, time_bins=2)),
         data=DataConfig(path=path, image_size=16, val_episodes=2),

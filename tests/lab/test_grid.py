@@ -30,7 +30,7 @@ def test_cells_are_all_combinations_and_whole_configurations():
 def test_names_are_as_short_as_they_can_be():
     cells = make_cells(BASE, ["train.steps=5,6"], seeds=1)
     assert [c.name for c in cells] == ["steps=5,seed=4", "steps=6,seed=4"]
-    cells = make_cells(BASE, ["model.text.width=32", "model.expert.width=16"], seeds=1)
+    cells = make_cells(BASE, ["model.backbone.text.width=32", "model.expert.width=16"], seeds=1)
     assert cells[0].name == "text.width=32,expert.width=16,seed=4"
 
 

@@ -22,7 +22,7 @@ def run(monkeypatch, *options: object) -> None:
 @pytest.mark.parametrize("cameras", [2, 3])
 def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(cameras):
     model = dataclasses.replace(presets.pi0(), cameras=("a", "b", "c")[:cameras])
-    text, expert = model.text, model.expert
+    text, expert = model.backbone.text, model.expert
     flops = model_flops(model, text_tokens=48, target_tokens=1)
     work = roofline.work(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
     assert work["vision"].flops == 2 * flops.vision

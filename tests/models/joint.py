@@ -14,7 +14,9 @@ def joint_forward(cfg, params, data, x_t, t):
     bound = model.bind({"params": params})
     prefix, _ = bound.backbone._embed(data)
     data = jax.tree.map(np.asarray, data)  # masks and positions are numpy's, also while this is traced
-    present = np.repeat(np.stack([data.image_mask[n] for n in cfg.cameras], 1), cfg.vision.tokens, axis=1)
+    present = np.repeat(
+        np.stack([data.image_mask[n] for n in cfg.cameras], 1), cfg.backbone.vision.tokens, axis=1
+    )
     prefix_mask = np.concatenate([present, data.token_mask], 1)
     p = params["expert"]
 
@@ -68,7 +70,7 @@ def joint_forward(cfg, params, data, x_t, t):
 
     towers = [(params["backbone"]["llm"], None), (p, condition)]
     xs = [prefix, suffix]
-    for layer in range(cfg.text.depth):
+    for layer in range(cfg.backbone.text.depth):
         w = [jax.tree.map(lambda a: a[layer], tower["layers"]) for tower, _ in towers]
         normed = [norm(x, w[i]["pre_attention_norm"], towers[i][1]) for i, x in enumerate(xs)]
         q = jnp.concatenate(
@@ -85,9 +87,9 @@ def joint_forward(cfg, params, data, x_t, t):
             ],
             2,
         )
-        repeats = cfg.text.heads // cfg.text.kv_heads
+        repeats = cfg.backbone.text.heads // cfg.backbone.text.kv_heads
         keys, values = (jnp.repeat(z, repeats, axis=2) for z in (rope(kv[0]), kv[1]))
-        logits = jnp.einsum("btne,bsne->bnts", rope(q), keys) / np.sqrt(cfg.text.head_dim)
+        logits = jnp.einsum("btne,bsne->bnts", rope(q), keys) / np.sqrt(cfg.backbone.text.head_dim)
         weights = jax.nn.softmax(jnp.where(allowed[:, None], logits, -1e30), -1)
         out = jnp.einsum("bnts,bsne->btne", weights, values)
         for i, part in enumerate([out[:, :s], out[:, s:]]):

@@ -7,19 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
+from vla_jax.models.kinds import of_kind
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch
 
 VOCAB, EOS = 40, 1
 
 
-def config(**expert) -> VLAConfig:
+def config(kind: str = "joint", **expert) -> VLAConfig:
     return VLAConfig(
-        vision=VisionConfig(image_size=16, patch=8, width=24, depth=2, mlp=32, heads=2),
-        text=TextConfig(vocab=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2, head_dim=8),
-        expert=ExpertConfig(
-            **{"width": 24, "mlp": 40, "horizon": 5, "action_dim": 3, "state_dim": 4} | expert
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=16, patch=8, width=24, depth=2, mlp=32, heads=2),
+            text=TextConfig(vocab=VOCAB, width=32, depth=2, mlp=48, heads=4, kv_heads=2, head_dim=8),
+        ),
+        expert=of_kind(
+            JointConfig(**{"width": 24, "mlp": 40, "horizon": 5, "action_dim": 3, "state_dim": 4} | expert),
+            kind,
+            "model.expert",
         ),
         cameras=("top", "wrist"),
     )
@@ -35,7 +44,7 @@ def batch(cfg: VLAConfig, b: int = 3, length: int = 12, seed: int = 0) -> Batch:
     is_target = (index >= prompt[:, None]) & token_mask
     tokens = np.where(token_mask, rng.integers(4, VOCAB, (b, length)), 0)
     tokens[np.arange(b), prompt + target - 1] = EOS
-    size, e = cfg.vision.image_size, cfg.expert
+    size, e = cfg.backbone.vision.image_size, cfg.expert
     present = {name: np.ones(b, bool) for name in cfg.cameras}
     if "wrist" in present:
         present["wrist"][-1] = False

@@ -17,6 +17,7 @@ from vla_jax.objectives.transfusion import (
     text_loss,
     transfusion_loss,
 )
+from vla_jax.types import Given
 
 TOTAL = 15  # horizon 5 of 3 dimensions
 COEFFICIENTS = np.zeros(small.VOCAB, np.int32)
@@ -117,18 +118,13 @@ def test_samples_follow_the_softmax(setup, programs):
     prefill, extend, _ = programs
     cache = jax.tree.map(lambda x: x, prefill(data, VISIBLE))
     one = cache.replace(
-        keys=cache.keys[:, :1],
-        values=cache.values[:, :1],
+        kv=jax.tree.map(lambda x: x[:, :1], cache.kv),
         **{name: getattr(cache, name)[:1] for name in ("mask", "visible", "positions")},
     )
     logits = extend(cache, np.tile(GRAMMAR.begin, (3, 1)), np.ones((3, 2), bool))[0, 1]
     want = jax.nn.softmax(jnp.where(COEFFICIENTS > 0, logits, -jnp.inf))
     n = 400
-    many = jax.tree.map(lambda x: x, one).replace(
-        keys=jnp.repeat(one.keys, n, 1),
-        values=jnp.repeat(one.values, n, 1),
-        **{name: jnp.repeat(getattr(one, name), n, 0) for name in ("mask", "visible", "positions")},
-    )
+    many = one.repeat(n)
     keys = jax.random.split(jax.random.key(1), n)
     first = generate_actions(model, params, many, GRAMMAR, keys, max_tokens=1, temperature=1.0).tokens[:, 0]
     found = np.bincount(first, minlength=small.VOCAB) / n
@@ -266,4 +262,4 @@ def test_the_backbone_learns_from_tokens_alone(insulated):
 def test_there_is_nothing_to_denoise_with(setup):
     cfg, data, _, params = setup
     with pytest.raises(ValueError, match=r"expert\.kind=tokens has no expert"):
-        VLA(cfg).apply({"params": params}, None, data.state, data.actions, jnp.zeros(3), method="denoise")
+        VLA(cfg).apply({"params": params}, None, Given.of(data), data.actions, jnp.zeros(3), method="denoise")

@@ -39,12 +39,17 @@ def test_twins_have_the_same_arrays_in_small(name):
     small, large = (
         dataclasses.replace(m, expert=dataclasses.replace(m.expert, **has_expert)) for m in (small, large)
     )
-    small = dataclasses.replace(small, text=dataclasses.replace(small.text, vocab=300))
+    small = dataclasses.replace(
+        small,
+        backbone=dataclasses.replace(
+            small.backbone, text=dataclasses.replace(small.backbone.text, vocab=300)
+        ),
+    )
     found, wanted = (our_shapes(m, expert=m.expert.kind == "joint") for m in (small, large))
     assert {n: len(s) for n, s in found.items()} == {n: len(s) for n, s in wanted.items()}
     assert sum(map(math.prod, found.values())) < 1e6
     assert small.cameras == large.cameras
-    assert 16 * small.vision.tokens == large.vision.tokens
+    assert 16 * small.backbone.vision.tokens == large.backbone.vision.tokens
 
 
 def test_every_preset_is_listed():

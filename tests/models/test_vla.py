@@ -14,7 +14,7 @@ from tests.models.joint import joint_forward
 from vla_jax.models import presets
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
-from vla_jax.types import Batch
+from vla_jax.types import Batch, Given
 
 both_times = pytest.mark.parametrize("setup", ["mlp", "adarms"], indirect=True)
 
@@ -52,7 +52,7 @@ def test_cached_equals_joint(setup):
 
 def velocities(model, params, data, x_t, t):
     cache, _ = apply(model)({"params": params}, data, method="prefill")
-    v = apply(model)({"params": params}, cache, data.state, x_t, t, data.action_mask, method="denoise")
+    v = apply(model)({"params": params}, cache, Given.of(data), x_t, t, method="denoise")
     return np.where(data.action_mask, v, 0)
 
 
@@ -135,10 +135,9 @@ def test_draws_share_one_cache(setup):
     got = apply(model)(
         {"params": params},
         cache,
-        jnp.repeat(data.state, draws, 0),
+        Given.of(data).repeat(draws),
         rows(x_t),
         rows(t),
-        jnp.repeat(data.action_mask, draws, 0),
         method="denoise",
     ).reshape(x_t.shape)
     for i in range(draws):
@@ -163,7 +162,7 @@ def test_target_is_seen_only_when_visible(setup):
 
     def run(batch, visible):
         cache, _ = apply(model)({"params": params}, batch, visible, method="prefill")
-        v = apply(model)({"params": params}, cache, batch.state, x_t, t, data.action_mask, method="denoise")
+        v = apply(model)({"params": params}, cache, Given.of(batch), x_t, t, method="denoise")
         return np.where(data.action_mask, v, 0)
 
     blind, seeing = run(data, jnp.zeros(3, bool)), run(data, jnp.ones(3, bool))
@@ -199,8 +198,8 @@ def test_decoded_text_is_seen_as_the_forced_one(setup):
     _, data, model, params = setup
     made = generate(model, params, data, jax.random.split(jax.random.key(0), 3), max_tokens=5, eos=small.EOS)
     x_t, t = data.actions, jnp.full((3,), 0.3)
-    args = (data.state, x_t, t, data.action_mask)
-    got = apply(model)({"params": params}, made.cache, *args, method="denoise")
+    args = (Given.of(data), x_t, t)
+    got = apply(model)({"params": params}, made.context, *args, method="denoise")
     prompt = np.asarray((data.token_mask & ~data.token_causal).sum(1))
     for row in range(3):
         text = np.asarray(made.tokens[row])[np.asarray(made.mask[row])]
@@ -214,7 +213,9 @@ def test_decoded_text_is_seen_as_the_forced_one(setup):
             token_loss=causal,
         )
         cache, _ = apply(model)({"params": params}, forced, jnp.ones(1, bool), method="prefill")
-        want = apply(model)({"params": params}, cache, *(x[row : row + 1] for x in args), method="denoise")
+        want = apply(model)(
+            {"params": params}, cache, *jax.tree.map(lambda x: x[row : row + 1], args), method="denoise"
+        )
         mask = np.asarray(data.action_mask[row])
         np.testing.assert_allclose(got[row][mask], want[0][mask], **TOLERANCE)
 
@@ -241,7 +242,7 @@ def test_full_size_parameter_counts(preset, parameters):
     """The published models have exactly as many (nothing is allocated here)."""
     cfg = getattr(presets, preset)()
     shape = jax.ShapeDtypeStruct
-    size, e = cfg.vision.image_size, cfg.expert
+    size, e = cfg.backbone.vision.image_size, cfg.expert
     text = shape((1, 8), bool)
     data = Batch(
         images={n: shape((1, size, size, 3), jnp.uint8) for n in cfg.cameras},

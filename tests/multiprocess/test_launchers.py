@@ -141,15 +141,21 @@ def test_shellcheck(name):
 CONFIG = """
 from vla_jax.config import TrainConfig
 from vla_jax.data.config import DataConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.train.config import LoopConfig
 
 def get_config():
     return TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
-            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
-            expert=ExpertConfig(width=16, mlp=16, horizon=4),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+                text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            ),
+            expert=JointConfig(width=16, mlp=16, horizon=4),
         ),
         data=DataConfig(path={path!r}, val_episodes=2, image_size=16, vocab_size=300),
         train=LoopConfig(batch_size=4, steps=100_000, log_every=1, val_every=0, save_every=100_000,

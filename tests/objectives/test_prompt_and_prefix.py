@@ -12,9 +12,11 @@ from vla_jax.config import TrainConfig
 from vla_jax.data.prompts import drop_prompts, null_prompt
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
-from vla_jax.models.config import ExpertConfig, VLAConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.joint import JointConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.transfusion import action_error, count, draw, transfusion_loss
+from vla_jax.types import Given
 
 PROCESS = make_process(ProcessConfig())
 
@@ -89,7 +91,7 @@ def test_the_loss_is_the_mean_over_what_follows_the_prefix(setup):
     @jax.jit
     def predict(x_t, t):
         cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
-        return model.apply({"params": params}, cache, data.state, x_t, t, data.action_mask, method="denoise")
+        return model.apply({"params": params}, cache, Given.of(data), x_t, t, method="denoise")
 
     prediction = predict(draws.x_t[:, 0], t)
     mask = np.asarray(data.action_mask) & ~inside[..., None]
@@ -119,7 +121,7 @@ def test_prefixes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"needs process\.kind=flow"):
         dataclasses.replace(flow, process=ProcessConfig(kind="regression"))
     with pytest.raises(ValueError, match="leaves nothing of chunks of 4"):
-        dataclasses.replace(flow, model=VLAConfig(expert=ExpertConfig(horizon=4)))
+        dataclasses.replace(flow, model=VLAConfig(expert=JointConfig(horizon=4)))
     for wrong in ({"rtc_prefix": -1}, {"prompt_dropout": 1.0}, {"prompt_dropout": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ObjectiveConfig(**wrong)

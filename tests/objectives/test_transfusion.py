@@ -263,7 +263,10 @@ def test_no_logits_elsewhere(kind):
     """Of all that loss and gradient compute, what is as wide as the vocabulary has a row per target, and no more."""
     vocab, b, targets, chunk = 1021, 4, 5, 6
     cfg = small.config(kind=kind)
-    cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab=vocab))
+    cfg = dataclasses.replace(
+        cfg,
+        backbone=dataclasses.replace(cfg.backbone, text=dataclasses.replace(cfg.backbone.text, vocab=vocab)),
+    )
     data, model = with_action_tokens(small.batch(cfg, b), b), VLA(cfg)
     if kind == "tokens":
         data = data.replace(actions=None, action_mask=None)

@@ -1,8 +1,5 @@
 """A model of a few matrices, a process without noise and a batch with ragged masks: steps that compile in no time."""
 
-from typing import Any
-
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +8,9 @@ from vla_jax.config import TrainConfig
 from vla_jax.flow.base import Corrupted
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
-from vla_jax.types import Batch
+from vla_jax.types import Batch, Context, KeysValues
 
 WIDTH, VOCAB, DIM, HORIZON, LENGTH = 8, 11, 3, 4, 6
-
-
-@flax.struct.dataclass
-class ToyCache:
-    keys: Any
-    values: Any
-    features: Any = None
 
 
 class Toy:
@@ -33,13 +23,15 @@ class Toy:
         hidden = jnp.tanh(p["backbone"]["embed"][batch.tokens] @ p["backbone"]["mix"])
         total = jnp.sum(jnp.where(batch.token_mask[..., None], hidden, 0), axis=1)
         seen = total / jnp.maximum(jnp.sum(batch.token_mask, axis=1), 1)[:, None]
-        return ToyCache(seen @ p["backbone"]["key"], seen @ p["backbone"]["value"]), hidden
+        kv = KeysValues(seen @ p["backbone"]["key"], seen @ p["backbone"]["value"])
+        mask = batch.token_mask
+        return Context(kv=kv, mask=mask, visible=mask, positions=jnp.cumsum(mask, axis=1)), hidden
 
     def output_table(self, p):
         return p["backbone"]["embed"]
 
-    def denoise(self, p, cache, state, x_t, t, mask):
-        seen = jnp.tanh(cache.keys + state @ p["expert"]["state"]) * cache.values
+    def denoise(self, p, context, given, x_t, t):
+        seen = jnp.tanh(context.kv.keys + given.state @ p["expert"]["state"]) * context.kv.values
         return x_t @ p["expert"]["x"] + (seen @ p["expert"]["out"])[:, None] + t[:, None, None]
 
 

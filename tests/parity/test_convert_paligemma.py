@@ -23,9 +23,7 @@ BOUND = 1e-4
 @pytest.fixture(scope="module")
 def setup():
     cfg = small.config()
-    cfg = dataclasses.replace(
-        cfg, text=dataclasses.replace(cfg.text, vocab=small.VOCAB + 1)
-    )  # IMAGE is the next
+    cfg = dataclasses.replace(cfg, backbone=cfg.backbone.with_vocab(small.VOCAB + 1))  # IMAGE is the next
     data = small.batch(cfg)
     data = data.replace(image_mask={n: jnp.ones(3, bool) for n in cfg.cameras})
     model, params = small.init(cfg, data)
@@ -49,7 +47,7 @@ def test_what_transformers_saves(setup, tmp_path):
     convert(tmp_path / "theirs", tmp_path / "ours", source="paligemma_hf", target="vla_jax", options=options)
     backbone = load(tmp_path / "ours", "params")["backbone"]
     mask = np.asarray(data.token_mask)
-    wanted = reference_logits(cfg, data, theirs)[..., : cfg.text.vocab]
+    wanted = reference_logits(cfg, data, theirs)[..., : cfg.backbone.text.vocab]
     assert error(logits_of(cfg, data, backbone, params["expert"]), wanted, mask) < BOUND
     swapped = dict(backbone["llm"]["layers"]["mlp"])
     swapped["gating_einsum"] = swapped["gating_einsum"][:, ::-1]  # gate for up: such a mistake would show
@@ -72,6 +70,8 @@ def test_what_transformers_loads(setup, tmp_path, names):
     )
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     found = reference_logits(cfg, data, theirs.eval())
-    assert found.shape[-1] == 64 and not found[..., cfg.text.vocab :].any()  # the rows of fill are zeros
+    assert (
+        found.shape[-1] == 64 and not found[..., cfg.backbone.text.vocab :].any()
+    )  # the rows of fill are zeros
     mask = np.asarray(data.token_mask)
-    assert error(our_logits(model, params, data), found[..., : cfg.text.vocab], mask) < BOUND
+    assert error(our_logits(model, params, data), found[..., : cfg.backbone.text.vocab], mask) < BOUND

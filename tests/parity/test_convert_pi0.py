@@ -22,10 +22,10 @@ from vla_jax.convert.run import RunSource
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Flow
 from vla_jax.layers.attention import prefix_lm
-from vla_jax.models.config import TextConfig
 from vla_jax.models.experts import joint
-from vla_jax.models.gemma import Tower
+from vla_jax.models.gemma import TextConfig, Tower
 from vla_jax.models.vla import VLA
+from vla_jax.types import Given
 
 BOUND = 1e-4
 
@@ -33,7 +33,7 @@ BOUND = 1e-4
 def pi0_config(cfg) -> PI0Config:
     e = cfg.expert
     return PI0Config(
-        vlm_config=dict(model_type="paligemma", **backbone(cfg, image_token=cfg.text.vocab)),
+        vlm_config=dict(model_type="paligemma", **backbone(cfg, image_token=cfg.backbone.text.vocab)),
         dit_config=gemma(cfg, e.width, e.mlp),
         chunk_size=e.horizon,
         max_state_dim=e.state_dim,
@@ -66,8 +66,8 @@ def setup(tmp_path_factory):
 def their_velocity(cfg, data, model, x, s):
     """Their field at their time s, images in front of the prompt."""
     b = data.tokens.shape[0]
-    patches = cfg.vision.tokens * len(cfg.cameras)
-    ids = np.concatenate([np.full((b, patches), cfg.text.vocab), data.tokens], 1)
+    patches = cfg.backbone.vision.tokens * len(cfg.cameras)
+    ids = np.concatenate([np.full((b, patches), cfg.backbone.text.vocab), data.tokens], 1)
     valid = np.concatenate([np.ones((b, patches), np.int64), np.asarray(data.token_mask, np.int64)], 1)
     images = np.stack([data.images[n] for n in cfg.cameras], 1) / 127.5 - 1.0
     with torch.no_grad():
@@ -86,7 +86,7 @@ def our_velocity(cfg, data, params, x, t):
     @jax.jit
     def field(params):
         cache, _ = VLA(cfg).apply({"params": params}, data, method="prefill")
-        return VLA(cfg).apply({"params": params}, cache, data.state, x, t, method="denoise")
+        return VLA(cfg).apply({"params": params}, cache, Given.of(data), x, t, method="denoise")
 
     return np.asarray(field(params))
 
@@ -174,8 +174,11 @@ def test_one_layer_of_full_width():
     cfg = small.config()
     cfg = dataclasses.replace(
         cfg,
-        text=TextConfig(
-            vocab=small.VOCAB, width=2048, depth=1, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+        backbone=dataclasses.replace(
+            cfg.backbone,
+            text=TextConfig(
+                vocab=small.VOCAB, width=2048, depth=1, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+            ),
         ),
         expert=dataclasses.replace(cfg.expert, width=1024, mlp=4096, clock="reversed"),
     )
@@ -187,7 +190,7 @@ def test_one_layer_of_full_width():
     arrays = {
         e.theirs: torch.as_tensor(np.ascontiguousarray(e.to_theirs(ours[e.ours][e.index]))) for e in entries
     }
-    unused = {pi0_hf.UNUSED: torch.zeros(cfg.text.vocab, cfg.expert.width)}
+    unused = {pi0_hf.UNUSED: torch.zeros(cfg.backbone.text.vocab, cfg.expert.width)}
     model, said = PI0ForConditionalGeneration.from_pretrained(
         None, config=pi0_config(cfg), state_dict=arrays | unused, output_loading_info=True
     )
@@ -217,13 +220,13 @@ def test_sampled_chunk(setup, point):
     cfg = small.replace_expert(cfg, clock="reversed")
     noise, _ = point
     params = load(folder / "ours", "params")
-    b, patches = data.tokens.shape[0], cfg.vision.tokens * len(cfg.cameras)
+    b, patches = data.tokens.shape[0], cfg.backbone.vision.tokens * len(cfg.cameras)
     images = np.stack([data.images[n] for n in cfg.cameras], 1) / 127.5 - 1.0
     with torch.no_grad():
         wanted = theirs.sample_actions(
             state=torch.tensor(np.asarray(data.state)),
             input_ids=torch.tensor(
-                np.concatenate([np.full((b, patches), cfg.text.vocab), np.asarray(data.tokens)], 1)
+                np.concatenate([np.full((b, patches), cfg.backbone.text.vocab), np.asarray(data.tokens)], 1)
             ),
             pixel_values=torch.tensor(images, dtype=torch.float32).permute(0, 1, 4, 2, 3),
             noise=torch.tensor(noise),
@@ -239,7 +242,7 @@ def test_sampled_chunk(setup, point):
         cache, _ = VLA(cfg).apply({"params": params}, data, method="prefill")
 
         def field(x, t):
-            return VLA(cfg).apply({"params": params}, cache, data.state, x, t, method="denoise")
+            return VLA(cfg).apply({"params": params}, cache, Given.of(data), x, t, method="denoise")
 
         solver = SolverConfig(num_steps=steps)
         return Flow().sample(field, jax.random.key(0), noise.shape, solver, noise=noise).x

@@ -12,8 +12,10 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from tests.models import small
 from tests.parity.hugging_face import backbone
-from vla_jax.models import paligemma
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig
+from vla_jax.models.backbones import paligemma
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.tokens import TokensConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 
@@ -23,7 +25,7 @@ IMAGE = small.VOCAB + 1  # a token id outside the vocabulary stands for an image
 def to_torch(params, cfg) -> dict[str, torch.Tensor]:
     """Our parameters under transformers' names; every transpose written out."""
     img, llm = params["backbone"]["img"], params["backbone"]["llm"]
-    width = cfg.vision.width
+    width = cfg.backbone.vision.width
     vision, text = "model.vision_tower", "model.language_model"
     out = {
         f"{vision}.embeddings.patch_embedding.weight": img["embedding"]["kernel"].transpose(3, 2, 0, 1),
@@ -37,7 +39,7 @@ def to_torch(params, cfg) -> dict[str, torch.Tensor]:
         "lm_head.weight": llm["embedder"]["input_embedding"],
         f"{text}.norm.weight": llm["final_norm"]["scale"],
     }
-    for i in range(cfg.vision.depth):
+    for i in range(cfg.backbone.vision.depth):
         block = jax.tree.map(lambda x: x[i], img["Transformer"]["encoderblock"])
         name = f"{vision}.encoder.layers.{i}"
         for ours, theirs in (("LayerNorm_0", "layer_norm1"), ("LayerNorm_1", "layer_norm2")):
@@ -55,8 +57,8 @@ def to_torch(params, cfg) -> dict[str, torch.Tensor]:
         for ours, theirs in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
             out[f"{name}.mlp.{theirs}.weight"] = block["MlpBlock_0"][ours]["kernel"].T
             out[f"{name}.mlp.{theirs}.bias"] = block["MlpBlock_0"][ours]["bias"]
-    heads, d = cfg.text.heads * cfg.text.head_dim, cfg.text.width
-    for i in range(cfg.text.depth):
+    heads, d = cfg.backbone.text.heads * cfg.backbone.text.head_dim, cfg.backbone.text.width
+    for i in range(cfg.backbone.text.depth):
         block = jax.tree.map(lambda x: x[i], llm["layers"])
         name = f"{text}.layers.{i}"
         kv = block["attn"]["kv_einsum"]["w"]
@@ -94,7 +96,7 @@ def setup():
 def inputs(cfg, data, image=IMAGE) -> dict[str, torch.Tensor]:
     """Images first, in the order of our cameras, then the text as it stands."""
     b = data.tokens.shape[0]
-    patches = cfg.vision.tokens * len(cfg.cameras)
+    patches = cfg.backbone.vision.tokens * len(cfg.cameras)
     ids = np.concatenate([np.full((b, patches), image), data.tokens], 1)
     valid = np.concatenate([np.ones((b, patches), bool), data.token_mask], 1)
     suffix = np.concatenate([np.zeros((b, patches), bool), data.token_causal], 1)
@@ -158,7 +160,7 @@ def test_padding_on_both_ends(setup):
     given = padded_in_front(inputs(cfg, data), front, total)
     with torch.no_grad():
         all_logits = reference(**given).logits.numpy()
-    patches, length = cfg.vision.tokens * len(cfg.cameras), data.tokens.shape[1]
+    patches, length = cfg.backbone.vision.tokens * len(cfg.cameras), data.tokens.shape[1]
     want = np.stack([row[n + patches : n + patches + length] for row, n in zip(all_logits, front)])
 
     def moved(x):
@@ -187,7 +189,7 @@ def test_twenty_greedy_tokens(setup):
     prompts, keys = small.without_target(data), jax.random.split(jax.random.key(0), 3)
     made = jax.jit(lambda p: generate(model, p, prompts, keys, max_tokens=20, eos=small.VOCAB + 5))(params)
     lengths = np.asarray(prompts.token_mask).sum(1)
-    longest, patches = int(lengths.max()), cfg.vision.tokens * len(cfg.cameras)
+    longest, patches = int(lengths.max()), cfg.backbone.vision.tokens * len(cfg.cameras)
     given = padded_in_front(inputs(cfg, prompts), [longest - n for n in lengths], longest)
     given = {name: x if name == "pixel_values" else x[:, : patches + longest] for name, x in given.items()}
     with torch.no_grad():
@@ -203,11 +205,13 @@ def test_one_layer_of_full_width():
     """SigLIP So400m's and Gemma 2B's layer (width 1152 and 2048, 16 and 8 heads), one each, and their norms."""
     cfg = dataclasses.replace(
         small.config(),
-        vision=VisionConfig(image_size=28, patch=14, width=1152, depth=1, mlp=4304, heads=16),
-        text=TextConfig(
-            vocab=small.VOCAB, width=2048, depth=1, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+        backbone=paligemma.PaliGemmaConfig(
+            vision=VisionConfig(image_size=28, patch=14, width=1152, depth=1, mlp=4304, heads=16),
+            text=TextConfig(
+                vocab=small.VOCAB, width=2048, depth=1, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+            ),
         ),
-        expert=ExpertConfig(kind="tokens", horizon=5, action_dim=3, state_dim=4),
+        expert=TokensConfig(horizon=5, action_dim=3, state_dim=4),
     )
     data = small.batch(cfg)
     data = data.replace(image_mask={n: jnp.ones(3, bool) for n in cfg.cameras})

@@ -11,6 +11,7 @@ from vla_jax.data.observations import take
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.models.vla import VLA
 from vla_jax.serve.policy import Policy
+from vla_jax.types import Given
 
 SOLVER = SolverConfig(num_steps=3)
 KEY = jax.random.key(3)
@@ -27,7 +28,7 @@ def uncached(policy: Policy, batch, x, t, visible: bool):
     """The prediction by a fresh pass through backbone and expert."""
     model, variables = VLA(policy.config.model), {"params": policy.params}
     cache, _ = model.apply(variables, batch, jnp.full(len(t), visible), method="prefill")
-    return model.apply(variables, cache, batch.state, x, t, None, method="denoise")
+    return model.apply(variables, cache, Given(state=batch.state), x, t, method="denoise")
 
 
 @pytest.mark.parametrize("see_plan", [False, True])

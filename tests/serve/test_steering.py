@@ -15,6 +15,7 @@ from vla_jax.models.vla import VLA
 from vla_jax.serve import sampling
 from vla_jax.serve.executors import Running
 from vla_jax.serve.policy import Policy
+from vla_jax.types import Given
 
 SOLVER = SolverConfig(num_steps=3)
 
@@ -82,7 +83,9 @@ def test_other_weights_follow_the_formula_step_by_step(policy, observation, swep
         caches = [model.apply(variables, batch, None, method="prefill")[0] for batch in batches]
         for i in range(3):
             f_c, f_u = (
-                model.apply(variables, cache, batches[0].state, x, jnp.full(4, i / 3), None, method="denoise")
+                model.apply(
+                    variables, cache, Given(state=batches[0].state), x, jnp.full(4, i / 3), method="denoise"
+                )
                 for cache in caches
             )
             x = x + (f_u + 5 * (f_c - f_u)) / 3
@@ -160,7 +163,9 @@ def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observa
             t = i / 3
 
             def data(x, t=t):
-                v = model.apply(variables, cache, batch.state, x, jnp.full(4, t), None, method="denoise")
+                v = model.apply(
+                    variables, cache, Given(state=batch.state), x, jnp.full(4, t), method="denoise"
+                )
                 return x + (1 - t) * v, v
 
             x1, pull, v = jax.vjp(data, x, has_aux=True)

@@ -10,6 +10,7 @@ from tests.serve import toy
 from vla_jax.config import TrainConfig, from_json, to_json
 from vla_jax.data.fast.config import FastConfig
 from vla_jax.flow.config import ProcessConfig, SolverConfig
+from vla_jax.models.kinds import of_kind
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.engine import Engine
@@ -22,7 +23,7 @@ GREEDY, SAMPLED = SolverConfig(), SolverConfig(temperature=1.0)
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    expert = dataclasses.replace(toy.MODEL.expert, kind="tokens")
+    expert = of_kind(toy.MODEL.expert, "tokens", "model.expert")
     return TrainConfig(
         model=dataclasses.replace(toy.MODEL, expert=expert),
         data=toy.data_config(fast=FastConfig(vocab_size=200), prompt="fast", normalization="quantile"),
@@ -42,7 +43,7 @@ def policy(config, tmp_path_factory) -> Policy:
 def test_the_checkpoint_is_all_it_needs(policy, config):
     actions = policy.bundle.tokenize_actions
     assert policy.config.kind == "tokens" and set(policy.params) == {"backbone"}
-    assert policy.config.model.text.vocab == policy.bundle.vocab_size
+    assert policy.config.model.backbone.text.vocab == policy.bundle.vocab_size
     assert policy.config.data.fast.max_tokens == actions.max_tokens > 4
     assert from_json(to_json(policy.config)) == policy.config
     assert len(actions.fast.encode(np.zeros((1, 8, 3)))[0]) <= actions.longest
@@ -106,7 +107,11 @@ def test_tokens_beside_an_insulated_expert(tmp_path):
     policy = Policy.load(tmp_path / "run")
     tokens, fast = policy.bundle.tokenize_actions, policy.config.data.fast
     assert policy.config.kind == "flow" and set(policy.params) == {"backbone", "expert"}
-    assert policy.config.model.text.vocab == policy.bundle.vocab_size > policy.bundle.tokenizer.vocab_size
+    assert (
+        policy.config.model.backbone.text.vocab
+        == policy.bundle.vocab_size
+        > policy.bundle.tokenizer.vocab_size
+    )
     assert (fast.max_tokens, fast.max_targets) == (
         tokens.max_tokens,
         tokens.max_tokens - len(tokens.ids.begin),

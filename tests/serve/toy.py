@@ -18,16 +18,22 @@ from vla_jax.data.config import DataConfig
 from vla_jax.data.schema import DatasetSchema, Episode
 from vla_jax.data.sources import rlds
 from vla_jax.flow.config import ProcessConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.models.vla import VLA
 from vla_jax.sim.tabletop.language import PHRASINGS, plan_text
 from vla_jax.sim.tabletop.world import COLOURS, SHAPES
 from vla_jax.types import Observation
 
 MODEL = VLAConfig(
-    vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=24, heads=2),
-    text=TextConfig(width=24, depth=2, mlp=32, heads=4, kv_heads=1, head_dim=8),
-    expert=ExpertConfig(width=16, mlp=24, horizon=8),
+    backbone=PaliGemmaConfig(
+        vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=24, heads=2),
+        text=TextConfig(width=24, depth=2, mlp=32, heads=4, kv_heads=1, head_dim=8),
+    ),
+    expert=JointConfig(width=16, mlp=24, horizon=8),
 )
 
 

@@ -29,6 +29,7 @@ from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.train.run import check_trunks, init_params
 from vla_jax.train.state import state_builder
 from vla_jax.train.step import make_train_step
+from vla_jax.types import Given
 
 CONFIG = small.config()
 DATA = small.batch(CONFIG)
@@ -299,7 +300,7 @@ def with_factors(cfg, *, size=0.3, rank=2):
 def outputs(network, params, data):
     """Logits and actions."""
     cache, hidden = network.apply({"params": params}, data, method="prefill")
-    call = (cache, data.state, data.actions, jnp.full(data.state.shape[:1], 0.3), data.action_mask)
+    call = (cache, Given.of(data), data.actions, jnp.full(data.state.shape[:1], 0.3))
     logits = network.apply({"params": params}, hidden, method="logits")
     return logits, network.apply({"params": params}, *call, method="denoise")
 

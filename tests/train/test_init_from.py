@@ -16,7 +16,11 @@ from vla_jax.convert import convert
 from vla_jax.data.config import DataConfig
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.layers import lora
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.train import init_from
@@ -43,9 +47,11 @@ def base(tmp_path_factory):
     toy_data.write(folder / "other", episodes, schema=OTHER)
     config = TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
-            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
-            expert=ExpertConfig(width=16, mlp=16, horizon=4),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+                text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            ),
+            expert=JointConfig(width=16, mlp=16, horizon=4),
         ),
         objective=ObjectiveConfig(text=False, plan_visible=0.0),
         data=DataConfig(path=str(folder / "data"), val_episodes=1, image_size=16, vocab_size=300),
@@ -211,16 +217,21 @@ def test_another_expert_and_another_vocabulary(base, tmp_path, capsys):
     ("change", "message"),
     [
         (
-            dict(expert=ExpertConfig(width=16, mlp=16, horizon=4, clock="reversed")),
+            dict(expert=JointConfig(width=16, mlp=16, horizon=4, clock="reversed")),
             "clock='reversed'.*'forward'",
         ),
         (
-            dict(expert=ExpertConfig(width=16, mlp=16, horizon=4, padding="noise")),
+            dict(expert=JointConfig(width=16, mlp=16, horizon=4, padding="noise")),
             "model.expert.padding='noise' .there: 'zero'.*takes the model from there",
         ),
         (
-            dict(text=TextConfig(width=16, depth=2, mlp=16, heads=2, kv_heads=1, head_dim=8)),
-            "model.text.depth=2",
+            dict(
+                backbone=PaliGemmaConfig(
+                    vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+                    text=TextConfig(width=16, depth=2, mlp=16, heads=2, kv_heads=1, head_dim=8),
+                )
+            ),
+            "model.backbone.text.depth=2",
         ),
     ],
 )

@@ -20,6 +20,7 @@ from vla_jax.train.parts import make_parts, network
 from vla_jax.train.run import init_params
 from vla_jax.train.state import state_builder
 from vla_jax.train.step import make_train_step
+from vla_jax.types import Given
 
 STEPS = (1, 20, 200)
 CONFIG = TrainConfig(
@@ -66,7 +67,7 @@ def answers(trained):
             adapted = network(model, frozen, CONFIG.lora.scale)
             cache, hidden = adapted.apply({"params": params}, data, method="prefill")
             t = jnp.full(data.state.shape[:1], 0.3)
-            call = (cache, data.state, data.actions, t, data.action_mask)
+            call = (cache, Given.of(data), data.actions, t)
             logits = adapted.apply({"params": params}, hidden, method="logits")
             return logits, adapted.apply({"params": params}, *call, method="denoise")
 

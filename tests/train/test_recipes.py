@@ -108,7 +108,7 @@ def test_the_robot_s_policy_loads(folder):
     policy = Policy.load(folder / "runs/my_robot")
     model = policy.config.model
     assert model.cameras == CAMERAS and model.expert.horizon == 25 and model.expert.action_dim == 32
-    assert policy.bundle.tokenizer.vocab_size <= model.text.vocab
+    assert policy.bundle.tokenizer.vocab_size <= model.backbone.text.vocab
     assert model.expert.padding == "noise" and policy.config.objective.padding_loss
     assert Policy.load(folder / "runs/from_paligemma").config.model.expert.padding == "zero"
     assert Policy.load(folder / "runs/pi0_lora").config.lora.rank == 16

@@ -14,7 +14,11 @@ from vla_jax.data.config import DataConfig
 from vla_jax.data.loader import make_loader
 from vla_jax.data.robots.table import find_robot
 from vla_jax.flow.config import SolverConfig
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.engine import Engine
 from vla_jax.serve.server.request import parse
@@ -52,9 +56,11 @@ def described(tmp_path_factory):
     (folder / "point.json").write_text(json.dumps(POINT))
     config = TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=8, patch=8, width=16, depth=1, mlp=16, heads=2),
-            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
-            expert=ExpertConfig(width=16, mlp=16, horizon=HORIZON),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=8, patch=8, width=16, depth=1, mlp=16, heads=2),
+                text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            ),
+            expert=JointConfig(width=16, mlp=16, horizon=HORIZON),
         ),
         data=DataConfig(
             path=str(folder / "toy"),

@@ -27,7 +27,12 @@ from vla_jax.data.loader import Loader
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.data.transforms import Tokenize
 from vla_jax.flow.processes import make_process
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
+from vla_jax.models.kinds import of_kind
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding import MeshConfig, make_mesh
@@ -38,6 +43,7 @@ from vla_jax.train.flops import model_flops
 from vla_jax.train.optim import make_optimizer
 from vla_jax.train.run import count_flops, sample_tokens, train, train_flops
 from vla_jax.train.step import make_train_step
+from vla_jax.types import Given
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +68,11 @@ def config(tmp_path_factory):
     toy_data.write(folder, [toy_data.make_episode(seed) for seed in range(12)])
     return TrainConfig(
         model=VLAConfig(
-            vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
-            text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
-            expert=ExpertConfig(width=16, mlp=16, horizon=4),
+            backbone=PaliGemmaConfig(
+                vision=VisionConfig(image_size=16, patch=8, width=16, depth=1, mlp=16, heads=2),
+                text=TextConfig(width=16, depth=1, mlp=16, heads=2, kv_heads=1, head_dim=8),
+            ),
+            expert=JointConfig(width=16, mlp=16, horizon=4),
         ),
         data=DataConfig(path=str(folder), val_episodes=2, image_size=16, vocab_size=300),
         optim=OptimConfig(learning_rate=3e-3, clip="per_group"),
@@ -131,7 +139,7 @@ def test_the_checkpoint_holds_all_that_a_policy_needs(config, whole):
     assert saved.model.cameras == ("top", "wrist") and saved.model.expert.action_dim == 3
     assert dataclasses.replace(saved, model=config.model) == config
     bundle = DataBundle.from_json(meta["data"])
-    assert bundle.tokenizer.vocab_size == saved.model.text.vocab
+    assert bundle.tokenizer.vocab_size == saved.model.backbone.text.vocab
     ema, params = load(whole, "ema"), load(whole, "params")
     assert set(params) == {"backbone", "expert"}
     assert jax.tree.structure(ema) == jax.tree.structure(params)
@@ -278,7 +286,7 @@ def test_the_versions_of_what_decides_data_and_program_are_known():
 )
 def test_tokens_of_a_sample_are_those_that_are_computed(config, kind, beside, action_weight, tokens):
     """Two cameras of 2 × 2 patches, 20 of text, 30 of a chunk, and for each of 3 draws a state and 4 steps."""
-    expert = dataclasses.replace(config.model.expert, kind="tokens" if kind == "tokens" else "joint")
+    expert = of_kind(config.model.expert, "tokens" if kind == "tokens" else "joint", "model.expert")
     model = dataclasses.replace(config.model, expert=expert, cameras=("top", "wrist"))
     data = dataclasses.replace(
         config.data,
@@ -333,7 +341,7 @@ def test_flops_against_the_traced_program(expert):
         return model.apply(params, batch, method="prefill")
 
     def denoise(params, cache):
-        return model.apply(params, cache, batch.state, batch.actions, t, method="denoise")
+        return model.apply(params, cache, Given.of(batch), batch.actions, t, method="denoise")
 
     def logits(params, hidden):
         return model.apply(params, hidden[:, :targets], method="logits")

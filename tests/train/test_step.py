@@ -81,7 +81,7 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters_logits_and_losses_i
         lambda params, model: model.apply({"params": params}, data, data.actions, t), static_argnums=1
     )
     cache, _ = jax.eval_shape(lambda params: half.apply({"params": params}, data, method="prefill"), params)
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.kv.keys.dtype == cache.kv.values.dtype == jnp.bfloat16
     valid = {0: np.asarray(data.action_mask), 1: np.asarray(data.token_mask)}
     for i, (got, want) in enumerate(zip(forward(params, half), forward(params, model))):
         assert got.dtype == jnp.float32

@@ -43,7 +43,7 @@ def lower(config: TrainConfig, mesh: Mesh, program: str) -> Lowered:
     """Traces and lowers a program for a mesh. Raises ValueError where config and mesh do not go together."""
     check_sizes(config)
     check_backend(config.model.attention, mesh.devices.flat[0].platform)
-    check_prefix(prefix_tokens(config), config.model.vision.tokens, mesh)
+    check_prefix(prefix_tokens(config), config.model.backbone.image_tokens, mesh)
     accumulate = config.train.accumulate if program == "train" else 1
     check_batch(config.train.batch_size, accumulate, mesh)
     batch = abstract_batch(config, mesh)
@@ -103,7 +103,7 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     """Shapes of one global batch, split over the mesh."""
     model, b, length = config.model, config.train.batch_size, config.data.max_text_tokens
-    expert, size = model.expert, model.vision.image_size
+    expert, size = model.expert, model.backbone.image_size
     sharding = batch_sharding(mesh)
 
     def shape(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
@@ -131,7 +131,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
 
 def prefix_tokens(config: TrainConfig) -> int:
     """Image and text tokens of one sample."""
-    return len(config.model.cameras) * config.model.vision.tokens + config.data.max_text_tokens
+    return config.model.image_tokens + config.data.max_text_tokens
 
 
 def check_sizes(config: TrainConfig) -> None:
@@ -139,7 +139,7 @@ def check_sizes(config: TrainConfig) -> None:
     model = config.model
     sizes = {
         "model.cameras": (len(model.cameras), "--model.cameras base left_wrist right_wrist"),
-        "model.text.vocab": (model.text.vocab, "--model.text.vocab 257152"),
+        "model.backbone.text.vocab": (model.backbone.vocab, "--model.backbone.text.vocab 257152"),
         "model.expert.action_dim": (model.expert.action_dim, "--model.expert.action_dim 32"),
         "model.expert.state_dim": (model.expert.state_dim, "--model.expert.state_dim 32"),
     }

@@ -72,9 +72,15 @@ def candidates(config: TrainConfig, topology: Topology, remats: tuple[str, ...] 
 def meshes(topology: Topology, config: TrainConfig) -> Iterator[MeshConfig]:
     """Meshes of powers of two that divide the model: fsdp the widths, tensor the heads and feed-forward layers."""
     inside, model = topology.chips // topology.slices, config.model
-    widths = math.gcd(model.vision.width, model.text.width, model.expert.width)
-    divided = (model.vision.heads, model.vision.mlp, model.text.heads, model.text.mlp, model.expert.mlp)
-    most = math.gcd(*divided, model.text.vocab)
+    widths = math.gcd(model.backbone.vision.width, model.backbone.text.width, model.expert.width)
+    divided = (
+        model.backbone.vision.heads,
+        model.backbone.vision.mlp,
+        model.backbone.text.heads,
+        model.backbone.text.mlp,
+        model.expert.mlp,
+    )
+    most = math.gcd(*divided, model.backbone.text.vocab)
     for tensor in (1, 2, 4, 8):
         if most % tensor or inside % tensor:
             continue
@@ -104,7 +110,11 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     links = 2 * chip.link * (2 if mesh.fsdp > 16 else 1)
     gathered = parameters / mesh.tensor * (2 * 2 + 4) * config.train.accumulate if mesh.fsdp > 1 else 0.0
     tokens = prefix_tokens(config) * per_chip * mesh.tensor
-    summed = 2 * 2 * 4 * model.text.depth * tokens * model.text.width * 2 if mesh.tensor > 1 else 0.0
+    summed = (
+        2 * 2 * 4 * model.backbone.text.depth * tokens * model.backbone.text.width * 2
+        if mesh.tensor > 1
+        else 0.0
+    )
     replicated = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) if mesh.data > 1 else 0.0
     traffic = (gathered + summed + replicated) / links
     seconds = max(work, traffic) + 0.5 * min(work, traffic)
@@ -112,14 +122,16 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     state = parameters * (12 + 4 * (config.train.ema_decay is not None) + 4) / (mesh.fsdp * mesh.tensor)
     samples = per_chip * mesh.tensor / config.train.accumulate
     kept = samples * _kept(config) / (mesh.tensor if model.remat == "none" else 1)
-    layer = 3 * parameters / (model.text.depth + 3) / mesh.tensor * 6 + samples * 2 * 3 * prefix_tokens(
-        config
-    ) * (model.text.mlp / mesh.tensor * 2)
+    layer = 3 * parameters / (
+        model.backbone.text.depth + 3
+    ) / mesh.tensor * 6 + samples * 2 * 3 * prefix_tokens(config) * (
+        model.backbone.text.mlp / mesh.tensor * 2
+    )
     return seconds, state + kept + layer
 
 
 def _parameters(config: TrainConfig) -> float:
-    v, t, e = config.model.vision, config.model.text, config.model.expert
+    v, t, e = config.model.backbone.vision, config.model.backbone.text, config.model.expert
     attention = 2 * t.heads * t.head_dim + 2 * t.kv_heads * t.head_dim
     return (
         v.depth * (4 * v.width**2 + 2 * v.width * v.mlp)
@@ -131,7 +143,7 @@ def _parameters(config: TrainConfig) -> float:
 
 def _kept(config: TrainConfig) -> float:
     """Bytes of activations that one sample leaves for the backward pass."""
-    v, t = config.model.vision, config.model.text
+    v, t = config.model.backbone.vision, config.model.backbone.text
     image, prefix = len(config.model.cameras) * v.tokens, prefix_tokens(config)
     heads = t.heads * t.head_dim
     projected = heads + 2 * t.kv_heads * t.head_dim

@@ -45,7 +45,7 @@ def random_policy(
     prompt = Prompt(form="paligemma" if expert.reads_state else prompt_form(base.model))
     data = dataclasses.replace(
         base.data,
-        image_size=base.model.vision.image_size,
+        image_size=base.model.backbone.image_size,
         prompt=prompt.form,
         ignore_state=False,
         max_text_tokens=text_tokens or (200 if prompt.uses_state else base.data.max_text_tokens),

@@ -80,7 +80,7 @@ def work(
     `length`: text tokens; `itemsize`: bytes of a weight; `cache_itemsize`: of a key or value, where it is another one
     (int8 is for weights only).
     """
-    vision, text, expert = model.vision, model.text, model.expert
+    vision, text, expert = model.backbone.vision, model.backbone.text, model.expert
     patches, prefix = vision.tokens, cameras * vision.tokens + length
     heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
 

@@ -137,7 +137,7 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
         "converted": {"from": source, "arrays": len(opened.source.specs)},
         "assets": dict(opened.assets),
     }
-    policy = opened.expert or opened.model.expert.kind == "tokens"  # and not a PaliGemma
+    policy = opened.expert or not opened.model.expert.is_network  # and not a PaliGemma
     data = public_data(opened.model) if policy else DataConfig()
     config = TrainConfig(model=opened.model, data=data, objective=public_objective(opened.model))
     if options.policy is not None:

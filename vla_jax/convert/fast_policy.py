@@ -19,7 +19,7 @@ STEPS = 256
 
 def read_fast(folder: Path | None, model: VLAConfig) -> FastTokenizer | None:
     """FAST's files where the model writes its actions as tokens. Raises ValueError, or OSError, naming --fast."""
-    if model.expert.kind != "tokens":
+    if model.expert.is_network:
         if folder is not None:
             raise ValueError("--fast would do nothing here: these weights have an expert for their actions")
         return None

@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Mapping
 
 from vla_jax.convert.entry import Entry, Spec
-from vla_jax.models.config import TextConfig, VisionConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.gemma import TextConfig
 
 TRANSPOSED = (1, 0)
 

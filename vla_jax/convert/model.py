@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from vla_jax.convert.entry import Shape, Spec
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.base import ExpertConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch
 
@@ -23,7 +28,7 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
         config = dataclasses.replace(
             config, expert=dataclasses.replace(config.expert, action_dim=1, state_dim=1)
         )
-    e, size = config.expert, config.vision.image_size
+    e, size = config.expert, config.backbone.image_size
 
     def abstract(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shape), dtype)  # sizes come from files: nothing is allocated by them
@@ -49,7 +54,7 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
 def new_expert(text: TextConfig, horizon: int) -> ExpertConfig:
     """π0's proportions beside any decoder: what is to be trained where weights have no expert."""
     width, mlp = max(2, text.width // 4 * 2), max(1, text.mlp // 4)
-    return ExpertConfig(width=width, mlp=mlp, clock="reversed", horizon=horizon)
+    return JointConfig(width=width, mlp=mlp, clock="reversed", horizon=horizon)
 
 
 def config_from(
@@ -92,12 +97,17 @@ def config_from(
         kv_heads=shape(f"{llm}/layers/attn/kv_einsum/w", 5)[2],
         head_dim=head_dim,
     )
-    config = VLAConfig(vision=vision, text=text, cameras=cameras, dtype="bfloat16", remat="nothing_saveable")
+    config = VLAConfig(
+        backbone=PaliGemmaConfig(vision=vision, text=text),
+        cameras=cameras,
+        dtype="bfloat16",
+        remat="nothing_saveable",
+    )
     if not any(name.startswith("expert/") for name in specs):
         return dataclasses.replace(config, expert=new_expert(text, horizon)), False
     actions, expert_width = shape("expert/action_in_proj/kernel", 2)
     state = "expert/state_proj/kernel" in specs
-    expert = ExpertConfig(
+    expert = JointConfig(
         width=expert_width,
         mlp=shape("expert/layers/mlp/linear", 3)[1],
         time="adarms" if "expert/time_mlp_in/kernel" in specs else "mlp",

@@ -21,6 +21,7 @@ from vla_jax.convert.stream import write_orbax
 from vla_jax.convert.time_flip import flips
 from vla_jax.data.robots.table import find_robot
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.kinds import of_kind
 from vla_jax.models.presets import PI0_CAMERAS
 
 #: Cameras in the order of their tokens, in openpi's robots (policies/*.py); the second is π0-FAST's of DROID.
@@ -73,7 +74,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     cameras = options.cameras or _cameras_of(options)
     model, expert = config_from(specs, where=path, cameras=cameras, horizon=options.chunk())
     if not expert:  # of openpi's, only π0-FAST has none: the decoder writes its actions
-        model = dataclasses.replace(model, expert=dataclasses.replace(model.expert, kind="tokens"))
+        model = dataclasses.replace(model, expert=of_kind(model.expert, "tokens", "model.expert"))
     front = "params/" if any(name.startswith("params/") for name in bare) else ""
     behind = "/value" if any(name.endswith("/value") for name in bare) else ""
     assets = {

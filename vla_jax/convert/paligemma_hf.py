@@ -15,6 +15,7 @@ from vla_jax.convert.hf_names import Prefixes, Sizes, find_prefixes, gemma_entri
 from vla_jax.convert.model import new_expert
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.stream import write_safetensors
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
 
 GENERATIONS = {
@@ -44,8 +45,8 @@ def table(prefixes: Prefixes, model: VLAConfig, rows: int) -> list[Entry]:
     embedding = Entry(
         theirs=f"{prefixes.text}.embed_tokens.weight", ours="backbone/llm/embedder/input_embedding", rows=rows
     )
-    text = gemma_entries(prefixes.text, "backbone/llm", model.text.depth)
-    return [*siglip_entries(prefixes, model.vision.depth), embedding, *text]
+    text = gemma_entries(prefixes.text, "backbone/llm", model.backbone.text.depth)
+    return [*siglip_entries(prefixes, model.backbone.vision.depth), embedding, *text]
 
 
 def open_weights(path: Path, options: Options) -> Opened:
@@ -63,8 +64,7 @@ def open_weights(path: Path, options: Options) -> Opened:
     vision, text = read_towers(config, sizes, prefixes, rows, path / "config.json")
     expert = new_expert(text, options.chunk())
     model = VLAConfig(
-        vision=vision,
-        text=text,
+        backbone=PaliGemmaConfig(vision=vision, text=text),
         expert=expert,
         cameras=options.cameras or ("image",),
         dtype="bfloat16",
@@ -108,12 +108,12 @@ def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[En
 
 def padded_rows(model: VLAConfig) -> int:
     """Rows of their embedding: one more for ``<image>``, filled up to a multiple of 64."""
-    return -(-(model.text.vocab + 1) // 64) * 64
+    return -(-(model.backbone.text.vocab + 1) // 64) * 64
 
 
 def config_json(model: VLAConfig, rows: int, dtype: str) -> dict[str, Any]:
     """What `PaliGemmaConfig` needs to know."""
-    v, t = model.vision, model.text
+    v, t = model.backbone.vision, model.backbone.text
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",

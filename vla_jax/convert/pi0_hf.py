@@ -60,7 +60,7 @@ def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[En
     if model.expert.time != "mlp" or not model.expert.state_token:
         raise ValueError("pi0_hf holds π0 only; this model's time or state enters in another way")
     heads = {name: name for name in HEADS}
-    return table(NAMES, f"{NAMES.text}.embed_tokens.weight", EXPERT, heads, model, model.text.vocab)
+    return table(NAMES, f"{NAMES.text}.embed_tokens.weight", EXPERT, heads, model, model.backbone.text.vocab)
 
 
 def write_weights(
@@ -68,14 +68,14 @@ def write_weights(
 ) -> None:
     """Weights and config.json."""
     dtype = arrays[next(iter(arrays))].dtype
-    shape = (model.text.vocab, model.expert.width)
+    shape = (model.backbone.text.vocab, model.expert.width)
 
     def zeros():
         for rows in row_slices(shape, dtype.itemsize):
             yield rows, np.zeros((rows[0].stop - rows[0].start, *shape[1:]), dtype)
 
     write_safetensors(folder, arrays | {UNUSED: Lazy(shape, dtype, zeros)}, options.max_file_bytes)
-    e, t = model.expert, model.text
+    e, t = model.expert, model.backbone.text
     vlm = config_json(model, t.vocab, dtype.name)
     config = {
         "architectures": ["PI0ForConditionalGeneration"],

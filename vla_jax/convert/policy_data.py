@@ -79,7 +79,7 @@ def public_data(model: VLAConfig) -> DataConfig:
         prompt_clip_state=False,
         max_text_tokens=TEXT_TOKENS[form],
         normalization=openpi_method(model),
-        image_size=model.vision.image_size,
+        image_size=model.backbone.image_size,
         cameras=model.cameras,
     )
 
@@ -152,16 +152,16 @@ def policy_data(
                 f"{'state' if field == 'state' else 'action'}_dim): choose others with --statistics"
             )
     tokenizer = read_tokenizer(options.tokenizer)
-    if tokenizer.vocab_size > model.text.vocab:
+    if tokenizer.vocab_size > model.backbone.vocab:
         raise ValueError(
-            f"{options.tokenizer} has {tokenizer.vocab_size} entries, the model's embedding {model.text.vocab}: it is "
-            "not this model's tokenizer"
+            f"{options.tokenizer} has {tokenizer.vocab_size} entries, the model's embedding {model.backbone.vocab}: "
+            "it is not this model's tokenizer"
         )
     as_tokens = None
     if fast is not None:
         as_tokens = tokenize_actions(model, tokenizer, fast)
         data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=as_tokens.max_tokens))
-    size = model.vision.image_size
+    size = model.backbone.image_size
     schema = _schema(model, statistics, options, robot, name)
     units = () if robot is None else (RobotUnits(robot),)
     same = {camera: (size, size) for camera in model.cameras}
@@ -192,7 +192,7 @@ def _schema(
     name: str,
 ) -> DatasetSchema:
     """What is sent and returned: by the robot's names, or else by the model's."""
-    size = model.vision.image_size
+    size = model.backbone.image_size
     cameras = model.cameras if robot is None else [camera.name for camera in robot.cameras]
     labels = {
         "state": tuple(f"state_{i}" for i in range(statistics.state.dims)),

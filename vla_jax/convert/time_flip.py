@@ -18,13 +18,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vla_jax.models.config import ExpertConfig
-from vla_jax.models.experts.joint import embed_time
+from vla_jax.models.experts.joint import JointConfig, embed_time
 
 Flip = Callable[[np.ndarray], np.ndarray]
 
 
-def flips(config: ExpertConfig) -> dict[str, Flip]:
+def flips(config: JointConfig) -> dict[str, Flip]:
     """What to do with which of our leaves; each function is its own inverse, the reflection up to rounding."""
     reader = "time_mlp_in" if config.time == "adarms" else "action_time_mlp_in"
     found: dict[str, Flip] = {

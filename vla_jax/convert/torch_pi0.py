@@ -16,7 +16,12 @@ from vla_jax.convert.hf_names import (
 )
 from vla_jax.convert.sources import SafetensorsSource
 from vla_jax.convert.time_flip import flips
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.base import ExpertConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 
 #: Names of the backbone and of the expert begin with one of these.
 BACKBONE = r"(model\.)?(paligemma_with_expert\.paligemma|vlm)\."
@@ -31,10 +36,10 @@ def table(
 ) -> list[Entry]:
     """Backbone, expert and heads (by our names of them)."""
     flip, adaptive = flips(model.expert), model.expert.time == "adarms"
-    entries = siglip_entries(prefixes, model.vision.depth)
+    entries = siglip_entries(prefixes, model.backbone.vision.depth)
     entries.append(Entry(theirs=embedding, ours="backbone/llm/embedder/input_embedding", rows=rows))
-    entries += gemma_entries(prefixes.text, "backbone/llm", model.text.depth)
-    entries += gemma_entries(expert, "expert", model.text.depth, adaptive=adaptive)
+    entries += gemma_entries(prefixes.text, "backbone/llm", model.backbone.text.depth)
+    entries += gemma_entries(expert, "expert", model.backbone.text.depth, adaptive=adaptive)
     for ours, theirs in heads.items():
         entries += linear_entries(theirs, f"expert/{ours}", flip)
     return entries
@@ -56,8 +61,7 @@ def open_pi0(
     heads = {name: _one(names, name, path) for name in (ADAPTIVE_HEADS if adaptive else HEADS)}
     vision, text = towers(sizes, prefixes, rows)
     model = VLAConfig(
-        vision=vision,
-        text=text,
+        backbone=PaliGemmaConfig(vision=vision, text=text),
         expert=_expert(sizes, expert, heads, adaptive, horizon),
         cameras=options.cameras,
         dtype="bfloat16",
@@ -82,7 +86,7 @@ def open_pi0(
 def _expert(sizes: Sizes, prefix: str, heads: dict[str, str], adaptive: bool, horizon: int) -> ExpertConfig:
     width, actions = sizes.shape(f"{heads['action_in_proj']}.weight", 2)
     state = actions if adaptive else sizes.shape(f"{heads['state_proj']}.weight", 2)[1]
-    return ExpertConfig(
+    return JointConfig(
         width=width,
         mlp=sizes.shape(f"{prefix}.layers.0.mlp.down_proj.weight", 2)[1],
         time="adarms" if adaptive else "mlp",

@@ -81,7 +81,7 @@ def attend(
     q: Float[Array, "bk t n e"],
     k: Float[Array, "bk t m e"],
     v: Float[Array, "bk t m e"],
-    mask: Bool[Array, "bk t t"] | BlockMask,
+    mask: Bool[Array, "bk t t"] | BlockMask | None,
     past: tuple[Float[Array, "b s m e"], Float[Array, "b s m e"]] | None = None,
     past_mask: Bool[Array, "b s"] | None = None,
     *,
@@ -90,10 +90,10 @@ def attend(
 ) -> Float[Array, "bk t n e"]:
     """Grouped-query attention over a shared past and the tokens themselves.
 
-    Queries are unscaled; `mask` rules the tokens' own part. `past` holds keys and values of earlier tokens that
-    every query may see where `past_mask` allows. Its batch may be smaller by a whole factor K: then rows i·K …
-    i·K+K-1 share past i (K noise draws per backbone pass); XLA never copies it, the kernels do. Logits and softmax
-    are float32. `length` is the logical name of the queries' axis.
+    Queries are unscaled; `mask` rules the tokens' own part (None: all see all). `past` holds keys and values of earlier
+    tokens that every query may see where `past_mask` allows. Its batch may be smaller by a whole factor K:
+    then rows i·K … i·K+K-1 share past i (K noise draws per backbone pass); XLA never copies it, the kernels do. Logits
+    and softmax are float32. `length` is the logical name of the queries' axis.
 
     The kernels take a `BlockMask` only. A dense mask is for single decoded tokens, which leave a kernel nothing to
     gain: it is computed by XLA.
@@ -103,7 +103,7 @@ def attend(
     if backend == "xla":
         return _attend_xla(q, k, v, mask.dense(), past, past_mask)
     visible, reach = mask.valid, mask.reach()
-    if past is not None:
+    if past is not None and past_mask is not None:
         draws = q.shape[0] // past_mask.shape[0]
         past_mask = jnp.repeat(past_mask, draws, axis=0)
         k = jnp.concatenate([jnp.repeat(past[0], draws, axis=0), k], axis=1)
@@ -114,43 +114,37 @@ def attend(
 
 
 def _attend_xla(q, k, v, mask, past, past_mask):
+    """Past and own tokens are never concatenated: both are exponentiated under a common maximum, and the sum of all
+    weights divides the weighted values, which are narrower than the weights."""
     rows, length, heads, width = q.shape
-    groups = k.shape[2]
-    q = (q * width**-0.5).reshape(rows, length, groups, heads // groups, width)
-    logits = jnp.einsum("btmge,bsme->bmgts", q, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
+    groups, shared = k.shape[2], rows if past is None else past[0].shape[0]
+
+    def by_past(x: Array) -> Array:
+        return x.reshape(shared, rows // shared, *x.shape[1:])  # b k …
+
+    q = by_past((q * width**-0.5).reshape(rows, length, groups, heads // groups, width))  # b k t m g e
+    # Axes of every product in the order in which XLA makes them, so that the logits are never transposed.
+    logits = jnp.einsum("bktmge,bksme->bkmtgs", q, by_past(k), preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(by_past(mask)[:, :, None, :, None], logits, MASKED)
     if past is None:
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bmgts,bsme->btmge", weights, v)
-        return out.reshape(rows, length, heads, width)
-
-    keys, values = past
-    shared = keys.shape[0]
-    draws = rows // shared
-    q_past = q.reshape(shared, draws * length, groups, heads // groups, width)
-    past_logits = jnp.einsum("btmge,bsme->bmgts", q_past, keys, preferred_element_type=jnp.float32)
-    past_logits = jnp.where(past_mask[:, None, None, None], past_logits, MASKED)
-    past_logits = _to_rows(past_logits, draws, length)
-    weights = jax.nn.softmax(jnp.concatenate([past_logits, logits], axis=-1), axis=-1).astype(v.dtype)
-    past_weights, weights = weights[..., : keys.shape[1]], weights[..., keys.shape[1] :]
-    out = jnp.einsum("bmgts,bsme->btmge", weights, v)
-    past_out = jnp.einsum("bmgts,bsme->btmge", _from_rows(past_weights, draws, length), values)
-    out = out + past_out.reshape(out.shape)
-    return out.reshape(rows, length, heads, width)
+        weights, total = _exponentials(logits, jnp.max(logits, axis=-1))
+        out = jnp.einsum("bkmtgs,bksme->bkmtge", weights.astype(v.dtype), by_past(v))
+    else:
+        keys, values = past
+        before = jnp.einsum("bktmge,bsme->bmktgs", q, keys, preferred_element_type=jnp.float32)
+        before = jnp.where(past_mask[:, None, None, None, None], before, MASKED)
+        largest = jnp.maximum(jnp.max(logits, axis=-1), jnp.max(before, axis=-1).swapaxes(1, 2))
+        weights, total = _exponentials(logits, largest)
+        weights_before, total_before = _exponentials(before, largest.swapaxes(1, 2))
+        out = jnp.einsum("bkmtgs,bksme->bkmtge", weights.astype(v.dtype), by_past(v))
+        out_before = jnp.einsum("bmktgs,bsme->bmktge", weights_before.astype(v.dtype), values)
+        out, total = out + out_before.swapaxes(1, 2), total + total_before.swapaxes(1, 2)
+    out = (out.astype(jnp.float32) / total[..., None]).astype(v.dtype)
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(rows, length, heads, width)
 
 
-def _to_rows(x: Array, draws: int, length: int) -> Array:
-    """[b m g (K·t) s] → [b·K m g t s]."""
-    b, m, g, _, s = x.shape
-    return (
-        x.reshape(b, m, g, draws, length, s).transpose(0, 3, 1, 2, 4, 5).reshape(b * draws, m, g, length, s)
-    )
-
-
-def _from_rows(x: Array, draws: int, length: int) -> Array:
-    """[b·K m g t s] → [b m g (K·t) s]."""
-    rows, m, g, _, s = x.shape
-    b = rows // draws
-    return (
-        x.reshape(b, draws, m, g, length, s).transpose(0, 2, 3, 1, 4, 5).reshape(b, m, g, draws * length, s)
-    )
+def _exponentials(logits: Float[Array, "*b s"], largest: Float[Array, "*b"]) -> tuple[Array, Array]:
+    """exp(logits - largest) and its sum; the maximum is no part of the softmax's value, so of its gradient neither."""
+    weights = jnp.exp(logits - jax.lax.stop_gradient(largest)[..., None])
+    return weights, jnp.sum(weights, axis=-1)

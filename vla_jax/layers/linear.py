@@ -1,9 +1,12 @@
-"""Products with weights, each with what LoRA put beside its matrix: y = x·W + (x·A)·B, rounded once.
+"""Products with weights, each with what lies beside its matrix in the parameters.
+
+A weight may be kept as 8-bit integers with a scale per output, (x·W)·scale. And there may be LoRA's factors:
+y = x·W + (x·A)·B, rounded once.
 
 A module declares a weight with `declare` and multiplies with `multiply`; where nothing lies beside the weight in the
-parameters (`layers/lora.py`), that is a plain einsum. A·B is never added to W: with a W that is exact in bfloat16, as
-all converted weights are, the sum of W and a small A·B would be rounded back to W itself. For the same reason the two
-products are added in float32 before they are rounded to the type of x.
+parameters (`layers/lora.py`, `layers/int8.py`), that is a plain einsum. A·B is never added to W: with a W that is
+exact in bfloat16, as all converted weights are, the sum of W and a small A·B would be rounded back to W itself. For the
+same reason the two products are added in float32 before they are rounded to the type of x.
 """
 
 import functools
@@ -16,45 +19,70 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 SUFFIX = "_lora"
 """The factors of parameter `w` are the parameters `w_lora/a` and `w_lora/b`."""
+
+SCALE = "_scale"
+"""The scales of a parameter `w` that is kept as integers are the parameter `w_scale`: batches, then outputs."""
 
 SUM = "lora_sum"
 """The name that rematerialisation knows the sum of both products by (`models/stack.py`)."""
 
 
 class Matrix(NamedTuple):
-    """A weight, and its factors where it has them; the scale α/r is in b. Axes of w: batches, inputs and outputs."""
+    """A weight, and what lies beside it; LoRA's scale α/r is in b. Axes of w: batches, inputs and outputs."""
 
-    w: Float[Array, "..."]
+    w: Float[Array, "..."] | Int8[Array, "..."]
     a: Float[Array, "*axes r"] | None = None  # batches, inputs, rank
     b: Float[Array, "..."] | None = None  # batches, rank, outputs
+    scale: Float[Array, "..."] | None = None  # batches, outputs
 
     def part(self, i: int) -> "Matrix":
         """Number i of a batch of matrices."""
         return Matrix(*(None if x is None else x[i] for x in self))
 
+    def inputs(self, start: int, stop: int) -> "Matrix":
+        """Some rows of one matrix [inputs, outputs]: what multiplies a part of concatenated inputs."""
+        return self._replace(w=self.w[start:stop], a=None if self.a is None else self.a[start:stop])
+
 
 def declare(module: nn.Module, name: str, initializer: Initializer, shape: Sequence[int]) -> Matrix:
-    """Parameter `name` of a module, with its factors. Called within a compact method or setup."""
-    w = module.param(name, initializer, tuple(shape))
-    if not module.has_variable("params", name + SUFFIX):
-        return Matrix(w)
-    factors = module.get_variable("params", name + SUFFIX)
-    return Matrix(w, factors["a"], factors["b"])
+    """Parameter `name` of a module, with what lies beside it. Called within a compact method or setup."""
+    w, a, b, scale = module.param(name, initializer, tuple(shape)), None, None, None
+    if module.has_variable("params", name + SUFFIX):
+        factors = module.get_variable("params", name + SUFFIX)
+        a, b = factors["a"], factors["b"]
+    if module.has_variable("params", name + SCALE):
+        scale = module.get_variable("params", name + SCALE)
+    return Matrix(w, a, b, scale)
 
 
 def multiply(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
     """The einsum "x,w->y" in the dtype of `x`. Contracted axes of w are its inputs; see `Matrix`."""
     w = matrix.w.astype(x.dtype)
+    if matrix.scale is not None:
+        return _scaled(equation, x, w, matrix)
     if matrix.a is None:
         return jnp.einsum(equation, x, w)
     narrow, widen = low_rank_equations(equation, matrix.a.ndim)
     hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
     y = _add((equation, widen), x, w, hidden, matrix.b.astype(x.dtype))
     return y if x.dtype == jnp.float32 else checkpoint_name(y, SUM)
+
+
+def _scaled(equation: str, x: Array, w: Array, matrix: Matrix) -> Array:
+    """Of integers: the scales belong to outputs, so they multiply the product, in float32."""
+    y = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+    _, weight, result = equation.replace("->", ",").split(",")
+    outputs = "".join(letter for letter in weight if letter in result)
+    y = jnp.einsum(f"{result},{outputs}->{result}", y, matrix.scale)
+    if matrix.a is not None:
+        narrow, widen = low_rank_equations(equation, matrix.a.ndim)
+        hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
+        y = y + jnp.einsum(widen, hidden, matrix.b.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
 
 
 def low_rank_equations(equation: str, axes: int) -> tuple[str, str]:
@@ -91,25 +119,27 @@ _add.defjvp(_add_jvp, symbolic_zeros=True)
 
 
 class Dense(nn.Module):
-    """x · kernel + bias, both in `dtype`; parameters as of flax's Dense."""
+    """x · kernel + bias; parameters as of flax's Dense."""
 
     features: int
-    dtype: jnp.dtype
+    dtype: jnp.dtype | None
+    """Of inputs, product and result; None: as x comes."""
     kernel_init: Initializer
     bias_init: Initializer
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         """[… d] to [… features]."""
+        dtype = self.dtype or x.dtype
         kernel = declare(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        return multiply("...d,df->...f", x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+        return multiply("...d,df->...f", x.astype(dtype), kernel) + bias.astype(dtype)
 
 
 class Patches(nn.Module):
     """Images cut into square patches, each times one matrix [patch patch channels d] plus bias, in float32.
 
-    Parameters as of flax's Conv.
+    A product and not a convolution, which it is too: on CPUs it is faster. Parameters as of flax's Conv.
     """
 
     features: int
@@ -120,14 +150,9 @@ class Patches(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b rows columns d"]:
         """Rows and columns of patches."""
+        b, height, width, channels = x.shape
         p = self.patch
-        kernel = declare(self, "kernel", self.kernel_init, (p, p, x.shape[-1], self.features))
+        kernel = declare(self, "kernel", self.kernel_init, (p, p, channels, self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-
-        def convolve(weights: Array) -> Array:
-            return jax.lax.conv_general_dilated(
-                x, weights.astype(x.dtype), (p, p), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-
-        y = convolve(kernel.w) + bias.astype(x.dtype)
-        return y if kernel.a is None else y + convolve(kernel.a) @ kernel.b
+        x = x.reshape(b, height // p, p, width // p, p, channels)
+        return multiply("biyjxc,yxcd->bijd", x, kernel) + bias.astype(x.dtype)

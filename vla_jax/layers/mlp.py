@@ -13,15 +13,13 @@ class GeGLU(nn.Module):
 
     width: int
     hidden: int
-    length: str = "length"
-    """Logical name of the axis of tokens."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Maps [b t d] to [b t d] in the dtype of `x`."""
+    def __call__(self, x: Float[Array, "b t d"], length: str = "length") -> Float[Array, "b t d"]:
+        """Maps [b t d] to [b t d] in the dtype of `x`; `length` is the logical name of the axis of tokens."""
         names, sizes = (None, "embed", "mlp"), (2, self.width, self.hidden)
         gating = declare(self, "gating_einsum", fan_in(names, in_axis=1, batch_axis=0), sizes)
         linear = declare(self, "linear", fan_in(("mlp", "embed"), in_axis=0), (self.hidden, self.width))
         gate, up = (multiply("btd,df->btf", x, gating.part(i)) for i in (0, 1))
-        hidden = constrain(nn.gelu(gate) * up, ("batch", self.length, "act_mlp"))
+        hidden = constrain(nn.gelu(gate) * up, ("batch", length, "act_mlp"))
         return multiply("btf,fd->btd", hidden, linear)

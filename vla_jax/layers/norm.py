@@ -1,10 +1,13 @@
 """RMSNorm, plain and adaptive."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vla_jax.layers.init import zeros
 from vla_jax.layers.linear import Dense
 
 
@@ -26,23 +29,38 @@ class RMSNorm(nn.Module):
         return (rms_normalize(x) * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
+class Modulation(NamedTuple):
+    """What a condition does to a norm and to the residual behind it, float32; axes of 1: all are alike."""
+
+    scale: Float[Array, "#b #t d"]
+    shift: Float[Array, "#b #t d"]
+    gate: Float[Array, "#b #t d"]
+
+
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose scale, shift and residual gate are a linear function of a condition (π0.5).
 
     The projection starts at zero: scale 1, shift 0 and gate 0, so that a new block is the identity.
     """
 
-    @nn.compact
+    width: int
+
+    def setup(self):
+        """Declares the projection."""
+        self.Dense_0 = Dense(
+            3 * self.width,
+            dtype=None,
+            kernel_init=zeros(("embed", "mlp")),
+            bias_init=zeros(("mlp",)),
+        )
+
+    def modulation(self, condition: Float[Array, "#b #t g"]) -> Modulation:
+        """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
+        return Modulation(*jnp.split(self.Dense_0(condition).astype(jnp.float32), 3, axis=-1))
+
     def __call__(
-        self, x: Float[Array, "b t d"], condition: Float[Array, "b t_or_1 g"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t_or_1 d"]]:
+        self, x: Float[Array, "b t d"], condition: Float[Array, "#b #t g"] | Modulation
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "#b #t d"]]:
         """Returns the modulated x and the gate of the residual that it opens."""
-        modulation = Dense(
-            3 * x.shape[-1],
-            dtype=x.dtype,
-            kernel_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", "mlp")),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("mlp",)),
-            name="Dense_0",
-        )(condition)
-        scale, shift, gate = jnp.split(modulation.astype(jnp.float32), 3, axis=-1)
-        return (rms_normalize(x) * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
+        by = condition if isinstance(condition, Modulation) else self.modulation(condition)
+        return (rms_normalize(x) * (1 + by.scale) + by.shift).astype(x.dtype), by.gate.astype(x.dtype)

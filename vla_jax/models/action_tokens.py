@@ -1,4 +1,4 @@
-"""Action chunks as tokens, written by the decoder over its cache (FAST, arXiv:2501.09747).
+"""Action chunks as tokens, written by the decoder over its context (FAST, arXiv:2501.09747).
 
 A chunk is complete when its tokens stand for all of its k·a coefficients. The decoder may only choose among the
 tokens that still fit, so that whatever the network says, what comes out is a chunk.
@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from vla_jax.models.generate import reserve
 from vla_jax.models.vla import VLA
-from vla_jax.types import Cache, PyTree
+from vla_jax.types import Context, PyTree
 
 
 class ActionGrammar(NamedTuple):
@@ -38,44 +37,44 @@ class ActionTokens(NamedTuple):
 def generate_actions(
     model: VLA,
     params: PyTree,
-    cache: Cache,
+    context: Context,
     grammar: ActionGrammar,
     keys: PRNGKeyArray,
     *,
     max_tokens: int,
     temperature: Float[Array, ""] | float = 0.0,
 ) -> ActionTokens:
-    """Writes a chunk per row of the cache: at most `max_tokens` tokens, over what an expert may see of it.
+    """Writes a chunk per row of the context: at most `max_tokens` tokens, over what an expert may see of it.
 
     `keys` [b] has one key per row. `temperature` 0 takes the likeliest token, 1 samples the model's distribution.
     Stops when every row is complete, so that short chunks cost less.
     """
     grammar = jax.tree.map(jnp.asarray, grammar)
-    rows, start = cache.mask.shape
+    rows, start = context.mask.shape
     given = grammar.begin.shape[0]
-    cache = reserve(cache.replace(mask=cache.visible), given + max_tokens - 1)
+    context = context.replace(mask=context.visible).reserve(given + max_tokens - 1)
 
-    def decode(cache: Cache, token: Int[Array, " b"], slot: Int[Array, ""]):
-        return model.apply({"params": params}, cache, token, slot, method="decode")
+    def decode(context: Context, token: Int[Array, " b"], slot: Int[Array, ""]):
+        return model.apply({"params": params}, context, token, slot, method="decode")
 
-    def read(cache, inputs):
+    def read(context, inputs):
         token, slot = inputs
-        _, cache = decode(cache, jnp.full((rows,), token), slot)
-        return cache, None
+        _, context = decode(context, jnp.full((rows,), token), slot)
+        return context, None
 
-    cache, _ = jax.lax.scan(read, cache, (grammar.begin[:-1], start + jnp.arange(given - 1)))
+    context, _ = jax.lax.scan(read, context, (grammar.begin[:-1], start + jnp.arange(given - 1)))
 
     def write(carry):
-        i, cache, last, left, alive, tokens, mask = carry
+        i, context, last, left, alive, tokens, mask = carry
         # Rows that are complete go on with what nobody reads.
-        logits, cache = decode(cache, last, start + given - 1 + i)
+        logits, context = decode(context, last, start + given - 1 + i)
         token = _choose(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits, left, grammar, temperature)
         written = alive & ((grammar.total > 0) | (token != grammar.end))
         tokens = tokens.at[:, i].set(jnp.where(written, token, 0))
         mask = mask.at[:, i].set(written)
         left = left - jnp.where(written, grammar.coefficients[token], 0)
         alive = written & ((grammar.total == 0) | (left > 0))
-        return i + 1, cache, token, left, alive, tokens, mask
+        return i + 1, context, token, left, alive, tokens, mask
 
     def unfinished(carry):
         i, _, _, _, alive, _, _ = carry
@@ -84,7 +83,7 @@ def generate_actions(
     nothing = jnp.zeros((rows, max_tokens), jnp.int32)
     first = (
         jnp.zeros((), jnp.int32),
-        cache,
+        context,
         jnp.full((rows,), grammar.begin[-1]),
         jnp.full((rows,), grammar.total),
         jnp.ones((rows,), bool),

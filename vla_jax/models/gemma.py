@@ -6,6 +6,7 @@ Parameter names and shapes are those of the public checkpoints, layers stacked i
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,11 +17,36 @@ from vla_jax.layers.attention import Backend, BlockMask, attend
 from vla_jax.layers.axes import constrain
 from vla_jax.layers.linear import declare, multiply
 from vla_jax.layers.mlp import GeGLU
-from vla_jax.layers.norm import AdaRMSNorm, RMSNorm
-from vla_jax.layers.rope import apply_rope
-from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
+from vla_jax.layers.norm import AdaRMSNorm, Modulation, RMSNorm
+from vla_jax.layers.rope import Rotation, rotate, rotation
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, run_blocks
+from vla_jax.types import KeysValues
 
-KeysValues = tuple[Float[Array, "layers b t m e"], Float[Array, "layers b t m e"]]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The Gemma decoder that reads image tokens and text."""
+
+    vocab: int = 0
+    """Rows of the embedding; 0: as many as the data set's tokenizer has."""
+    width: int = 128
+    """Width of the residual stream."""
+    depth: int = 3
+    """Transformer blocks; the expert has as many."""
+    mlp: int = 256
+    """Width of the gated feed-forward layer."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 1
+    """Key/value heads."""
+    head_dim: int = 32
+    """Width of a head."""
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"text.heads={self.heads} is not divisible by text.kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"text.head_dim={self.head_dim} is odd; rotary positions need an even one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,18 +62,62 @@ class TowerConfig:
     adaptive: bool = False
 
 
+class BothNorms(NamedTuple):
+    """What a condition does to the two norms of a block."""
+
+    attention: Modulation
+    ffw: Modulation
+
+
+class Modulations(NamedTuple):
+    """What a condition does to every norm of an adaptive tower."""
+
+    layers: BothNorms
+    """One entry per layer, stacked or a tuple."""
+    final: Modulation
+
+
+class Own(NamedTuple):
+    """What one layer is given for itself."""
+
+    past: KeysValues | None
+    modulation: BothNorms | None
+
+
+class Shared(NamedTuple):
+    """What all layers are given."""
+
+    rotation: Rotation | None = None
+    mask: BlockMask | Bool[Array, "bk t t"] | None = None
+    past_mask: Bool[Array, "b s"] | None = None
+    condition: Float[Array, "#bk #t g"] | None = None
+
+
 class Tower(nn.Module):
     """Stacked blocks and the last norm."""
 
     config: TowerConfig
-    dtype: jnp.dtype
     remat: str = "none"
     unroll: int = 1
     attention: Backend = "xla"
     length: str = "length"
     """Logical name of the axis of tokens."""
 
-    @nn.compact
+    def setup(self):
+        """Declares blocks and norm."""
+        cfg = self.config
+        arguments = (cfg, self.attention, self.length)
+        self.layers = declare_blocks(
+            self, "layers", Block, arguments,
+            depth=cfg.depth, remat=self.remat, unroll=self.unroll, methods=("__call__", "modulation"),
+        )  # fmt: skip
+        self.final_norm = AdaRMSNorm(cfg.width) if cfg.adaptive else RMSNorm()
+
+    def modulations(self, condition: Float[Array, "#bk #t g"]) -> Modulations:
+        """Of an adaptive tower: what `__call__` takes in the condition's place. Axes of 1 stay 1."""
+        _, layers = run_blocks(self.layers, None, None, Shared(condition=condition), method="modulation")
+        return Modulations(layers, self.final_norm.modulation(condition))
+
     def __call__(
         self,
         x: Float[Array, "bk t d"],
@@ -55,27 +125,25 @@ class Tower(nn.Module):
         mask: BlockMask | Bool[Array, "bk t t"],
         past: KeysValues | None = None,
         past_mask: Bool[Array, "b s"] | None = None,
-        condition: Float[Array, "bk t_or_1 g"] | None = None,
+        condition: Float[Array, "#bk #t g"] | Modulations | None = None,
     ) -> tuple[Float[Array, "bk t d"], KeysValues]:
         """Runs tokens that see each other by `mask` and an earlier `past` by `past_mask`.
 
         Returns the normalised output and the tokens' own keys and values per layer. `condition` modulates the
         norms of an adaptive tower.
         """
-        length = self.length if past is None else "length"  # few tokens after a past: they stay together
         if self.attention == "xla" and isinstance(mask, BlockMask):
             mask = mask.dense()  # once, not in every layer
-        blocks = scan_blocks(
-            Block,
-            depth=self.config.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        ready = isinstance(condition, Modulations)
+        shared = Shared(
+            rotation=rotation(positions, self.config.head_dim),
+            mask=mask,
+            past_mask=past_mask,
+            condition=None if ready else condition,
         )
-        x, keys_values = blocks(self.config, self.dtype, self.attention, length, name="layers")(
-            x, past, past_mask, positions, mask, condition
-        )
-        x, _ = _norm(self.config.adaptive, "final_norm", x, condition)
+        own = Own(past, condition.layers if ready else None)
+        x, keys_values = run_blocks(self.layers, x, own, shared)
+        x, _ = _normed(self.final_norm, x, condition.final if ready else condition)
         return x, keys_values
 
 
@@ -83,22 +151,41 @@ class Block(nn.Module):
     """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the gates are 1 unless the norms are adaptive."""
 
     config: TowerConfig
-    dtype: jnp.dtype
     attention: Backend
     length: str
 
-    @nn.compact
-    def __call__(self, x, past, past_mask, positions, mask, condition):
-        """One layer; see `Tower.__call__` for the shapes, without the layers axis."""
+    def setup(self):
+        """Declares norms, attention and feed-forward layer."""
+        cfg = self.config
+        self.pre_attention_norm, self.pre_ffw_norm = (
+            AdaRMSNorm(cfg.width) if cfg.adaptive else RMSNorm() for _ in range(2)
+        )
+        self.attn = Attention(cfg, self.attention)
+        self.mlp = GeGLU(cfg.width, cfg.mlp)
+
+    def __call__(
+        self, x: Float[Array, "bk t d"], own: Own, shared: Shared
+    ) -> tuple[Float[Array, "bk t d"], KeysValues]:
+        """One layer; see `Tower.__call__`."""
+        before, after = own.modulation or (shared.condition, shared.condition)
+        # few tokens after a past: they stay together
+        length = self.length if own.past is None else "length"
         x = named(x, INPUT)
-        normed, gate = _norm(self.config.adaptive, "pre_attention_norm", x, condition)
-        attention = Attention(self.config, self.attention, self.length, name="attn")
-        out, keys_values = attention(normed, past, past_mask, positions, mask)
+        normed, gate = _normed(self.pre_attention_norm, x, before)
+        out, keys_values = self.attn(normed, own.past, shared, length)
         x = x + (out if gate is None else out * gate)
-        normed, gate = _norm(self.config.adaptive, "pre_ffw_norm", x, condition)
-        out = GeGLU(self.config.width, self.config.mlp, self.length, name="mlp")(normed)
+        normed, gate = _normed(self.pre_ffw_norm, x, after)
+        out = self.mlp(normed, length)
         x = x + (out if gate is None else out * gate)
-        return constrain(x, ("batch", self.length, "act_embed")), keys_values
+        return constrain(x, ("batch", length, "act_embed")), keys_values
+
+    def modulation(self, nothing: None, own: None, shared: Shared) -> tuple[None, BothNorms]:
+        """What a condition does to both norms."""
+        del own
+        return nothing, BothNorms(
+            self.pre_attention_norm.modulation(shared.condition),
+            self.pre_ffw_norm.modulation(shared.condition),
+        )
 
 
 class Attention(nn.Module):
@@ -106,11 +193,12 @@ class Attention(nn.Module):
 
     config: TowerConfig
     backend: Backend
-    length: str
 
     @nn.compact
-    def __call__(self, x, past, past_mask, positions, mask):
-        """Returns [b t d] and this layer's own keys (rotated) and values [b t m e]."""
+    def __call__(
+        self, x: Float[Array, "bk t d"], past: KeysValues | None, shared: Shared, length: str
+    ) -> tuple[Float[Array, "bk t d"], KeysValues]:
+        """The layer's output and its own keys (rotated) and values [bk t m e]."""
         q = Einsum(
             "btd,nde->btne",
             ("heads", "embed", "head_dim"),
@@ -125,9 +213,9 @@ class Attention(nn.Module):
             (2, *self._shape(self.config.kv_heads)),
             name="kv_einsum",
         )(x)
-        q = constrain(apply_rope(q, positions), ("batch", self.length, "act_heads", None))
-        q, k, v = named(q, PROJECTED), named(apply_rope(kv[0], positions), PROJECTED), named(kv[1], PROJECTED)
-        out = attend(q, k, v, mask, past, past_mask, backend=self.backend, length=self.length)
+        q = constrain(rotate(q, shared.rotation), ("batch", length, "act_heads", None))
+        q, k, v = (named(x, PROJECTED) for x in (q, rotate(kv[0], shared.rotation), kv[1]))
+        out = attend(q, k, v, shared.mask, past, shared.past_mask, backend=self.backend, length=length)
         out = named(out, CONTEXT)
         out = Einsum(
             "btne,ned->btd",
@@ -136,7 +224,7 @@ class Attention(nn.Module):
             (self.config.heads, self.config.head_dim, self.config.width),
             name="attn_vec_einsum",
         )(out)
-        return out, (k, v)
+        return out, KeysValues(k, v)
 
     def _shape(self, heads: int) -> tuple[int, int, int]:
         return heads, self.config.width, self.config.head_dim
@@ -206,7 +294,7 @@ class Gemma(nn.Module):
         """Declares the parts; the tower's parameters lie directly beside the embedder's."""
         self.embedder = Embedder(self.vocab, self.tower.width, self.dtype)
         options = dict(attention=self.attention, length="prefix")
-        self.blocks = Tower(self.tower, self.dtype, self.remat, self.unroll, **options)
+        self.blocks = Tower(self.tower, self.remat, self.unroll, **options)
         nn.share_scope(self, self.blocks)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
@@ -226,8 +314,8 @@ class Gemma(nn.Module):
         return self.blocks(x, positions, mask, past, past_mask)
 
 
-def _norm(adaptive: bool, name: str, x: Array, condition: Array | None) -> tuple[Array, Array | None]:
-    """The block's norm and, where it is adaptive, the gate of its residual. Called within a compact method."""
-    if adaptive:
-        return AdaRMSNorm(name=name)(x, condition)
-    return RMSNorm(name=name)(x), None
+def _normed(
+    norm: RMSNorm | AdaRMSNorm, x: Float[Array, "bk t d"], condition: Array | Modulation | None
+) -> tuple[Float[Array, "bk t d"], Float[Array, "#bk #t d"] | None]:
+    """The normalised x and, where the norm is adaptive, the gate of its residual."""
+    return norm(x, condition) if isinstance(norm, AdaRMSNorm) else (norm(x), None)

@@ -1,4 +1,4 @@
-"""Text decoding over the cache: greedy or by temperature, one jitted scan."""
+"""Text decoding over the context: greedy or by temperature, one jitted scan."""
 
 from typing import NamedTuple
 
@@ -7,32 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vla_jax.models.vla import VLA
-from vla_jax.types import Batch, Cache, PyTree
+from vla_jax.types import Batch, Context, PyTree
 
 
 class Generated(NamedTuple):
-    """Decoded text: tokens after the end are padding; the cache holds the text as a part of the prefix."""
+    """Decoded text: tokens after the end are padding; the context holds the text as a part of the prefix."""
 
     tokens: Int[Array, "b g"]
     mask: Bool[Array, "b g"]
-    cache: Cache
-
-
-def reserve(cache: Cache, slots: int) -> Cache:
-    """Appends empty places for text that is yet to be decoded."""
-
-    def pad(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, slots)
-        return jnp.pad(x, widths)
-
-    return cache.replace(
-        keys=pad(cache.keys, 2),
-        values=pad(cache.values, 2),
-        mask=pad(cache.mask, 1),
-        visible=pad(cache.visible, 1),
-        positions=pad(cache.positions, 1),
-    )
+    context: Context
 
 
 def generate(
@@ -53,28 +36,28 @@ def generate(
     prompt = batch.replace(
         token_mask=batch.token_mask & ~batch.token_causal, token_causal=jnp.zeros_like(batch.token_causal)
     )
-    cache, hidden = model.apply({"params": params}, prompt, method="prefill")
+    context, hidden = model.apply({"params": params}, prompt, method="prefill")
     last = jnp.sum(prompt.token_mask, axis=1) - 1
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     logits = model.apply({"params": params}, hidden, method="logits")
-    start = cache.mask.shape[1]
-    cache = reserve(cache, max_tokens)
+    start = context.mask.shape[1]
+    context = context.reserve(max_tokens)
 
     def step(carry, i):
-        cache, logits, alive = carry
+        context, logits, alive = carry
         token = _choose(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits, temperature)
         token = jnp.where(alive, token, 0)
-        logits, grown = model.apply({"params": params}, cache, token, start + i, method="decode")
+        logits, grown = model.apply({"params": params}, context, token, start + i, method="decode")
         # A sample that has ended keeps its places empty.
         grown = grown.replace(
-            mask=grown.mask & (alive[:, None] | cache.mask),
-            visible=grown.visible & (alive[:, None] | cache.visible),
+            mask=grown.mask & (alive[:, None] | context.mask),
+            visible=grown.visible & (alive[:, None] | context.visible),
         )
         return (grown, logits, alive & (token != eos)), (token, alive)
 
     alive = jnp.ones(last.shape, bool)
-    (cache, _, _), (tokens, mask) = jax.lax.scan(step, (cache, logits, alive), jnp.arange(max_tokens))
-    return Generated(tokens.T, mask.T, cache)
+    (context, _, _), (tokens, mask) = jax.lax.scan(step, (context, logits, alive), jnp.arange(max_tokens))
+    return Generated(tokens.T, mask.T, context)
 
 
 def _choose(

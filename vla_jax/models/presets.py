@@ -3,7 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
-from vla_jax.models.config import ExpertConfig, TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.experts.tokens import TokensConfig
+from vla_jax.models.gemma import TextConfig
 
 PI0_CAMERAS = ("base", "left_wrist", "right_wrist")
 
@@ -11,9 +16,11 @@ PI0_CAMERAS = ("base", "left_wrist", "right_wrist")
 def tiny(horizon: int = 8) -> VLAConfig:
     """About a million parameters: trains on two CPU cores in minutes."""
     return VLAConfig(
-        vision=VisionConfig(image_size=64, patch=8, width=128, depth=2, mlp=256, heads=4),
-        text=TextConfig(width=128, depth=3, mlp=256, heads=4, kv_heads=1, head_dim=32),
-        expert=ExpertConfig(width=128, mlp=256, horizon=horizon),
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=64, patch=8, width=128, depth=2, mlp=256, heads=4),
+            text=TextConfig(width=128, depth=3, mlp=256, heads=4, kv_heads=1, head_dim=32),
+        ),
+        expert=JointConfig(width=128, mlp=256, horizon=horizon),
         unroll=3,
     )
 
@@ -40,7 +47,7 @@ def pi0() -> VLAConfig:
     """π0 (arXiv:2410.24164): PaliGemma 3B and a 311M expert, chunks of 50 actions of 32 dimensions."""
     return dataclasses.replace(
         paligemma_3b_224(),
-        expert=ExpertConfig(
+        expert=JointConfig(
             width=1024, mlp=4096, time="mlp", clock="reversed", horizon=50, action_dim=32, state_dim=32
         ),
         cameras=PI0_CAMERAS,
@@ -57,8 +64,7 @@ def pi05() -> VLAConfig:
 def pi0_fast() -> VLAConfig:
     """π0-FAST (arXiv:2501.09747): the backbone alone, actions are text."""
     model = paligemma_3b_224()
-    expert = dataclasses.replace(model.expert, kind="tokens", horizon=10)
-    return dataclasses.replace(model, expert=expert, cameras=PI0_CAMERAS)
+    return dataclasses.replace(model, expert=TokensConfig(horizon=10), cameras=PI0_CAMERAS)
 
 
 def twin(model: VLAConfig) -> VLAConfig:
@@ -66,13 +72,19 @@ def twin(model: VLAConfig) -> VLAConfig:
 
     Images of 224 pixels become 32, larger ones in proportion: 16, 64 or 256 tokens.
     """
+    expert = dataclasses.replace(model.expert, horizon=8)
+    if isinstance(expert, JointConfig):
+        expert = dataclasses.replace(expert, width=32, mlp=32)
     return dataclasses.replace(
         model,
-        vision=VisionConfig(
-            image_size=model.vision.image_size // 7, patch=8, width=48, depth=2, mlp=96, heads=4
+        backbone=dataclasses.replace(
+            model.backbone,
+            vision=VisionConfig(
+                image_size=model.backbone.vision.image_size // 7, patch=8, width=48, depth=2, mlp=96, heads=4
+            ),
+            text=TextConfig(width=64, depth=2, mlp=128, heads=4, kv_heads=1, head_dim=16),
         ),
-        text=TextConfig(width=64, depth=2, mlp=128, heads=4, kv_heads=1, head_dim=16),
-        expert=dataclasses.replace(model.expert, width=32, mlp=32, horizon=8),
+        expert=expert,
         dtype="float32",
         remat="none",
         unroll=2,
@@ -133,9 +145,13 @@ PRESETS: dict[str, Callable[[], VLAConfig]] = {
 def _paligemma_3b(image_size: int) -> VLAConfig:
     """SigLIP So400m/14 and Gemma 2B with PaliGemma's vocabulary (256,000 + 1024 locations + 128 segments)."""
     return VLAConfig(
-        vision=VisionConfig(image_size=image_size, patch=14, width=1152, depth=27, mlp=4304, heads=16),
-        text=TextConfig(vocab=257_152, width=2048, depth=18, mlp=16_384, heads=8, kv_heads=1, head_dim=256),
-        expert=ExpertConfig(width=1024, mlp=4096, clock="reversed", horizon=50),
+        backbone=PaliGemmaConfig(
+            vision=VisionConfig(image_size=image_size, patch=14, width=1152, depth=27, mlp=4304, heads=16),
+            text=TextConfig(
+                vocab=257_152, width=2048, depth=18, mlp=16_384, heads=8, kv_heads=1, head_dim=256
+            ),
+        ),
+        expert=JointConfig(width=1024, mlp=4096, clock="reversed", horizon=50),
         cameras=("image",),
         dtype="bfloat16",
         remat="nothing_saveable",

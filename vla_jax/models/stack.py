@@ -19,14 +19,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vla_jax.layers.linear import SUM
+from vla_jax.types import PyTree
 
 INPUT, PROJECTED, CONTEXT = "block_input", "projected", "context"
 """Names that blocks give with `named`: their input, their queries, keys and values, attention's weighted sum."""
 
 named = checkpoint_name
+
+STACKS = ("layers", "encoderblock")
+"""Names under which modules declare blocks; their parameters carry the layers as first axis."""
 
 
 def _with_sums(dots: Callable[..., Any], sums: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,22 +74,80 @@ POLICIES: dict[str, Callable[..., Any]] = {
 """Name → what `jax.checkpoint` may keep, or send to the host's memory and fetch back."""
 
 
-def scan_blocks(
-    block: type[nn.Module], *, depth: int, remat: str, unroll: int, in_axes: Sequence[Any] = ()
-) -> type[nn.Module]:
-    """Turns a block `(x, *inputs) → (x, per-layer output)` into `depth` of them.
+def declare_blocks(
+    module: nn.Module,
+    name: str,
+    block: type[nn.Module],
+    arguments: Sequence[Any],
+    *,
+    depth: int,
+    remat: str,
+    unroll: int,
+    methods: Sequence[str] = ("__call__",),
+) -> Any:
+    """`depth` blocks, as an attribute of that name: ``self.layers = declare_blocks(self, "layers", …)`` in setup.
 
-    `in_axes` has one entry per further input: 0 where it holds one slice per layer, `nn.broadcast` where all
-    layers share it. Per-layer outputs are stacked along axis 0. `remat` is a name of `POLICIES`, or ``none``.
+    Each method of a block is `(x, own, shared) → (x, output)`: `own` has one entry per layer, `shared` is for all.
+    Parameters are stacked in ``layers``, or are ``layers_0``, ``layers_1``, … (`unstacked`): the same network, run
+    without a scan. On CPU a scan copies its slice of the stack at every use, and what nobody reads of the last layer is
+    left out by the compiler only where layers are apart.
+
+    `remat` is a name of `POLICIES`, or ``none``.
     """
+    if module.has_variable("params", f"{name}_0"):
+        return [block(*arguments) for _ in range(depth)]
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
-    return nn.scan(
+    scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=tuple(in_axes),
+        in_axes=(0, nn.broadcast),
         length=depth,
         unroll=min(unroll, depth),
         metadata_params={nn.PARTITION_NAME: "layers"},
+        methods=methods,
     )
+    return scanned(*arguments)
+
+
+def run_blocks(
+    blocks: Any, x: Any, own: PyTree = None, shared: PyTree = None, method: str = "__call__"
+) -> tuple[Any, PyTree]:
+    """The last block's x, and the outputs of all: stacked along axis 0, or a tuple of one entry per layer.
+
+    So may be the leaves of `own`.
+    """
+    if not isinstance(blocks, (list, tuple)):
+        return getattr(blocks, method)(x, _map_layers(jnp.stack, own), shared)
+    outputs = []
+    for i, block in enumerate(blocks):
+        x, output = getattr(block, method)(x, _pick(own, i), shared)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *each: each, *outputs)
+
+
+def _map_layers(change: Callable[..., Any], tree: PyTree) -> PyTree:
+    """Applies `change` to every leaf that is a tuple of one array per layer."""
+    return jax.tree.map(lambda x: change(x) if _apart(x) else x, tree, is_leaf=_apart)
+
+
+def _pick(tree: PyTree, i: int) -> PyTree:
+    """Layer number i of leaves that are stacked or a tuple."""
+    return jax.tree.map(lambda x: x[i], tree, is_leaf=_apart)
+
+
+def _apart(x: Any) -> bool:
+    return isinstance(x, tuple) and not hasattr(x, "_fields")
+
+
+def unstacked(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the same network with every stack of layers taken apart."""
+    apart: dict[str, Any] = {}
+    for name, value in params.items():
+        if name in STACKS and isinstance(value, dict):
+            depth = jax.tree.leaves(value)[0].shape[0]
+            apart |= {f"{name}_{i}": jax.tree.map(lambda leaf: leaf[i], value) for i in range(depth)}
+        else:
+            apart[name] = unstacked(value) if isinstance(value, dict) else value
+    return apart

@@ -1,24 +1,23 @@
-"""The vision-language-action model: a backbone that runs once and an expert that sees it through the cache.
+"""The vision-language-action model: a backbone that runs once and an expert that sees it through its context.
 
     model = VLA(config)
     params = model.init(key, batch, batch.actions, t)["params"]
-    cache, hidden = model.apply({"params": params}, batch, method="prefill")
-    velocity = model.apply({"params": params}, cache, batch.state, x_t, t, method="denoise")
+    context, hidden = model.apply({"params": params}, batch, method="prefill")
+    velocity = model.apply({"params": params}, context, Given.of(batch), x_t, t, method="denoise")
 
-Parameters: `backbone/img/…`, `backbone/llm/…`, `expert/…`. With `expert.kind="tokens"` there is no expert: the
+Parameters: `backbone/…` and `expert/…`. With `expert.kind="tokens"` there is no expert: the
 decoder writes the chunk as tokens (`models.action_tokens.generate_actions`).
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.layers.attention import runs_on
 from vla_jax.models.config import VLAConfig
-from vla_jax.models.experts.joint import JointExpert
-from vla_jax.models.paligemma import PaliGemma
-from vla_jax.types import Batch, Cache
+from vla_jax.types import Batch, Context, Given
 
 
 def portable(config: VLAConfig, platform: str) -> VLAConfig:
@@ -36,29 +35,20 @@ class VLA(nn.Module):
     def setup(self):
         """Declares the two parts; sizes that were left to the data set must be known by now."""
         cfg = self.config
-        unknown = [
-            name
-            for name, value in {
-                "text.vocab": cfg.text.vocab,
-                "expert.action_dim": cfg.expert.action_dim,
-                "expert.state_dim": cfg.expert.state_dim,
-                "cameras": cfg.cameras,
-            }.items()
-            if not value
-        ]
+        unknown = [name for name, value in cfg.unknown().items() if not value]
         if unknown:
             raise ValueError(
                 f"model.{unknown[0]} is not set; give it, or resolve the configuration against a data set"
             )
-        self.backbone = PaliGemma(cfg)
-        if cfg.expert.kind == "joint":
-            self.expert = JointExpert(cfg)
+        self.backbone = cfg.backbone.make(cfg.cameras, cfg.compute, cfg.expert.reads)
+        if cfg.expert.is_network:
+            self.expert = cfg.expert.make(cfg.backbone, cfg.compute)
 
     def prefill(
-        self, batch: Batch, target_visible: Bool[Array, " b"] | None = None
-    ) -> tuple[Cache, Float[Array, "b l d"]]:
-        """Reads images and text: the cache, and the outputs at the text positions. See `PaliGemma.prefill`."""
-        return self.backbone.prefill(batch, target_visible)
+        self, batch: Batch, plan_visible: Bool[Array, " b"] | None = None
+    ) -> tuple[Context, Float[Array, "b l d"] | None]:
+        """Reads images and text: the context, and the outputs at the text positions. See `Backbone.prefill`."""
+        return self.backbone.prefill(batch, plan_visible)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits of the token that follows each output."""
@@ -68,37 +58,47 @@ class VLA(nn.Module):
         """What outputs are multiplied with for `logits`."""
         return self.backbone.output_table()
 
+    def prepare(self, context: Context, given: Given) -> tuple[Context, Given]:
+        """The same for `denoise`, with what all its evaluations have in common computed. See `Expert.prepare`."""
+        self._check_expert()
+        return self.expert.prepare(context, given)
+
+    def condition(self, t: Float[Array, "r"] | Float[Array, "r k"]) -> Any:
+        """All that depends on t alone: what `denoise` takes in its place. See `Expert.condition`."""
+        self._check_expert()
+        return self.expert.condition(t)
+
     def denoise(
-        self,
-        cache: Cache,
-        state: Float[Array, "bk q"],
-        x_t: Float[Array, "bk k a"],
-        t: Float[Array, "bk"] | Float[Array, "bk k"],
-        action_mask: Bool[Array, "bk k a"] | None = None,
-    ) -> Float[Array, "bk k a"]:
-        """The expert's prediction for noisy chunks at time t. See `JointExpert.denoise`."""
-        if self.config.expert.kind == "tokens":
-            raise ValueError("model.expert.kind=tokens has no expert to denoise with; it writes tokens")
-        return self.expert.denoise(cache, state, x_t, t, action_mask)
+        self, context: Context, given: Given, x_t: Float[Array, "r k a"], t: Any
+    ) -> Float[Array, "r k a"]:
+        """The expert's prediction for noisy chunks at times t, [r] or [r k]. See `Expert.denoise`."""
+        self._check_expert()
+        return self.expert.denoise(context, given, x_t, t)
 
     def decode(
-        self, cache: Cache, token: Int[Array, " b"], slot: Int[Array, ""], *, visible: bool = True
-    ) -> tuple[Float[Array, "b v"], Cache]:
+        self, context: Context, token: Int[Array, " b"], slot: Int[Array, ""], *, visible: bool = True
+    ) -> tuple[Float[Array, "b v"], Context]:
         """Appends one text token and predicts the next. See `PaliGemma.decode`."""
-        return self.backbone.decode(cache, token, slot, visible=visible)
+        return self.backbone.decode(context, token, slot, visible=visible)
 
     def extend(
-        self, cache: Cache, tokens: Int[Array, "b g"], mask: Bool[Array, "b g"]
+        self, context: Context, tokens: Int[Array, "b g"], mask: Bool[Array, "b g"]
     ) -> Float[Array, "b g d"]:
         """Outputs at known further tokens, which see what an expert sees. See `PaliGemma.extend`."""
-        return self.backbone.extend(cache, tokens, mask)
+        return self.backbone.extend(context, tokens, mask)
 
     def __call__(
         self, batch: Batch, x_t: Float[Array, "b k a"], t: Float[Array, " b"]
-    ) -> tuple[Float[Array, "b k a"] | None, Float[Array, "b l v"]]:
-        """Prefill and denoise: the prediction (None without an expert) and the logits at every text position
-        (for init and tests)."""
-        cache, hidden = self.prefill(batch)
-        if self.config.expert.kind == "tokens":
-            return None, self.logits(hidden)
-        return self.denoise(cache, batch.state, x_t, t, batch.action_mask), self.logits(hidden)
+    ) -> tuple[Float[Array, "b k a"] | None, Float[Array, "b l v"] | None]:
+        """Prefill and denoise: the prediction (None without an expert) and the logits at every text position (None
+        without a language model), for init and tests."""
+        context, hidden = self.prefill(batch)
+        logits = self.logits(hidden) if self.config.backbone.has_text else None
+        if not self.config.expert.is_network:
+            return None, logits
+        return self.denoise(context, Given.of(batch), x_t, t), logits
+
+    def _check_expert(self) -> None:
+        if not self.config.expert.is_network:
+            kind = self.config.expert.kind
+            raise ValueError(f"model.expert.kind={kind} has no expert to denoise with; it writes tokens")

@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.cross_entropy import cross_entropy
 from vla_jax.objectives.diagnostics import TimedLosses
-from vla_jax.objectives.gradient import scale_gradient
 from vla_jax.objectives.weighting.base import Pair
-from vla_jax.types import Batch, Cache, PyTree
+from vla_jax.types import Batch, Context, Given, PyTree
 
 TIME_BINS = 10
 """Bins of flow time in [0, 1] by which times and action losses are reported."""
@@ -180,19 +179,21 @@ def transfusion_loss(
     traced (default: the configuration's).
     """
     variables = {"params": params}
-    cache, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
+    context, hidden = model.apply(variables, batch, draws.plan_visible, method="prefill")
 
     text = accuracy = jnp.zeros(())
     if config.text:
-        text_sum, correct = all_text_loss(model, params, cache, hidden, batch, target_tokens, action_targets)
+        text_sum, correct = all_text_loss(
+            model, params, context, hidden, batch, target_tokens, action_targets
+        )
         text, accuracy = text_sum / counts.text, correct / counts.text
 
     action = jnp.zeros(())
     histogram = by_time = elements = None if batch.actions is None else jnp.zeros((TIME_BINS,))
     if config.action_weight > 0 and batch.actions is None:
-        action = action_token_loss(model, params, cache, batch, action_targets)[0] / counts.action
+        action = action_token_loss(model, params, context, batch, action_targets)[0] / counts.action
     elif config.action_weight > 0:
-        error = action_error(model, process, config, params, cache, batch, draws, insulation)
+        error = action_error(model, process, config, params, context, batch, draws, insulation)
         action = jnp.sum(error) / counts.action
         histogram, by_time, elements = _by_time(draws.t, error, learned(batch, config, draws))
 
@@ -216,10 +217,10 @@ def timed_losses(
     insulation: Float[Array, ""] | None = None,
 ) -> TimedLosses:
     """The two means of a batch, that of the actions by bin of t: what `diagnostics.diagnose` differentiates."""
-    cache, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
+    context, hidden = model.apply({"params": params}, batch, draws.plan_visible, method="prefill")
     counts = count(batch, config, draws)
-    text, _ = all_text_loss(model, params, cache, hidden, batch, target_tokens, action_targets)
-    error = action_error(model, process, config, params, cache, batch, draws, insulation)
+    text, _ = all_text_loss(model, params, context, hidden, batch, target_tokens, action_targets)
+    error = action_error(model, process, config, params, context, batch, draws, insulation)
     member = _members(draws.t, bins)
     sums = jnp.einsum("brka,brn->n", error, member)
     valid = jnp.broadcast_to(learned(batch, config, draws), error.shape).astype(jnp.float32)
@@ -230,7 +231,7 @@ def timed_losses(
 def all_text_loss(
     model: Model,
     params: PyTree,
-    cache: Cache,
+    context: Context,
     hidden: Float[Array, "b l d"],
     batch: Batch,
     target_tokens: int | None,
@@ -240,19 +241,19 @@ def all_text_loss(
     total, correct = text_loss(model, params, hidden, batch, target_tokens)
     if batch.actions is None or batch.action_tokens is None:
         return total, correct
-    more, more_correct = action_token_loss(model, params, cache, batch, action_targets)
+    more, more_correct = action_token_loss(model, params, context, batch, action_targets)
     return total + more, correct + more_correct
 
 
 def action_token_loss(
-    model: Model, params: PyTree, cache: Cache, batch: Batch, action_targets: int | None = None
+    model: Model, params: PyTree, context: Context, batch: Batch, action_targets: int | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the cross-entropy over the action tokens, and how many are predicted right.
 
     They see of the prefix what an expert sees, and one another causally.
     """
     tokens, mask = batch.action_tokens[:, :-1], batch.action_token_mask[:, :-1]
-    hidden = model.apply({"params": params}, cache, tokens, mask, method="extend")
+    hidden = model.apply({"params": params}, context, tokens, mask, method="extend")
     return _loss_at_targets(
         model, params, hidden, batch.action_tokens, batch.action_token_loss, action_targets
     )
@@ -301,16 +302,14 @@ def action_error(
     process,
     config: ObjectiveConfig,
     params: PyTree,
-    cache: Cache,
+    context: Context,
     batch: Batch,
     draws: Draws,
     insulation: Float[Array, ""] | None = None,
 ) -> Float[Array, "b draws k a"]:
     """Elementwise loss of the expert's prediction, zero where nothing is learned. A clean prefix has t = 1."""
     if insulation is not None or config.insulation < 1:
-        kappa = config.insulation if insulation is None else insulation
-        seen = jax.tree.map(lambda x: scale_gradient(x, kappa), (cache.keys, cache.values, cache.features))
-        cache = cache.replace(**dict(zip(("keys", "values", "features"), seen)))
+        context = context.insulated(config.insulation if insulation is None else insulation)
     b, repeats = draws.t.shape
 
     def rows(x: Array) -> Array:
@@ -321,11 +320,10 @@ def action_error(
         t = jnp.where(in_prefix(rows(draws.prefix), draws.x_t.shape[2]), 1.0, t[:, None])
     prediction = model.apply(
         {"params": params},
-        cache,
-        jnp.repeat(batch.state, repeats, axis=0),
+        context,
+        Given.of(batch).repeat(repeats),
         rows(draws.x_t),
         t,
-        jnp.repeat(batch.action_mask, repeats, axis=0),
         method="denoise",
     )
     error = process.loss(prediction, rows(draws.target)).reshape(draws.x_t.shape)

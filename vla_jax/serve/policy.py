@@ -253,7 +253,7 @@ class Policy:
         return ActionGrammar(
             begin=np.asarray(actions.ids.begin, np.int32),
             end=np.int32(actions.ids.end[0]),
-            coefficients=actions.coefficients(self.config.model.text.vocab),
+            coefficients=actions.coefficients(self.config.model.backbone.vocab),
             total=np.int32(actions.total),
         )
 

@@ -24,7 +24,7 @@ from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_a
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.serve.executors.base import Running
-from vla_jax.types import Batch, PyTree
+from vla_jax.types import Batch, Given, PyTree
 
 Continuation = Literal["vjp", "jacobian_free", "prefix"]
 """How a new chunk is made to continue the one that runs; see `flow.guidance`: the first two are `soft_inpaint`,
@@ -74,7 +74,7 @@ def sample_actions(
     guidance: Float[Array, ""] | float | None = None,
     overlap: Overlap | None = None,
 ) -> Float[Array, "b S k a"]:
-    """`samples` chunks per observation: one prefill, then the solver over [b·S] noisy chunks and one cache.
+    """`samples` chunks per observation: one prefill, then the solver over [b·S] noisy chunks and one context.
 
     With `see_target` the expert sees the batch's text target (the plan). `batch.action_mask` says which action
     dimensions exist; in the others the network reads what `model.expert.padding` says, and the caller cuts them off.
@@ -146,15 +146,14 @@ def sample_guided(
 
 
 def _field(params: PyTree, batch: Batch, model: VLA, samples: int, see_target: bool) -> Field:
-    """One prefill, and the expert's prediction over its cache."""
+    """One prefill, and the expert's prediction over its context."""
     variables = {"params": params}
     visible = jnp.full((batch.tokens.shape[0],), see_target)
-    cache, _ = model.apply(variables, batch, visible, method="prefill")
-    state = jnp.repeat(batch.state, samples, axis=0)
-    mask = None if batch.action_mask is None else jnp.repeat(batch.action_mask, samples, axis=0)
+    context, _ = model.apply(variables, batch, visible, method="prefill")
+    given = Given.of(batch).repeat(samples)
 
     def field(x_t, t):
-        return model.apply(variables, cache, state, x_t, t, mask, method="denoise")
+        return model.apply(variables, context, given, x_t, t, method="denoise")
 
     return field
 
@@ -213,17 +212,11 @@ def sample_action_tokens(
     """
     rows = batch.tokens.shape[0]
     visible = jnp.full((rows,), see_target)
-    cache, _ = model.apply({"params": params}, batch, visible, method="prefill")
-    cache = cache.replace(
-        keys=jnp.repeat(cache.keys, samples, axis=1),
-        values=jnp.repeat(cache.values, samples, axis=1),
-        mask=jnp.repeat(cache.mask, samples, axis=0),
-        visible=jnp.repeat(cache.visible, samples, axis=0),
-        positions=jnp.repeat(cache.positions, samples, axis=0),
-    )
+    context, _ = model.apply({"params": params}, batch, visible, method="prefill")
+    context = context.repeat(samples)
     each = jax.vmap(lambda key: jax.random.split(key, samples))(keys).reshape(-1)
     written = generate_actions(
-        model, params, cache, grammar, each, max_tokens=max_tokens, temperature=temperature
+        model, params, context, grammar, each, max_tokens=max_tokens, temperature=temperature
     )
     return jax.tree.map(lambda x: x.reshape(rows, samples, -1), written)
 

@@ -18,7 +18,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from vla_jax.models.config import TextConfig, VisionConfig, VLAConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.encoders.siglip import VisionConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.gemma import TextConfig
 
 #: Peak dense bf16 FLOP/s of one device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -107,8 +110,20 @@ def model_flops(
     `text_tokens` is the padded length of the text, `target_tokens` at how many positions logits are computed,
     `chunk_tokens` the padded length of a chunk as tokens, of which `chunk_targets` have logits.
     """
-    vision, text, expert = config.vision, config.text, config.expert
+    vision, text, expert = config.backbone.vision, config.backbone.text, config.expert
     prefix = len(config.cameras) * vision.tokens + text_tokens
+    return Flops(
+        vision=len(config.cameras) * _vision(vision, text.width),
+        decoder=_tower(text, text.width, text.mlp, prefix, prefix),
+        logits=2 * target_tokens * text.width * text.vocab,
+        expert=_expert(text, expert, prefix) if isinstance(expert, JointConfig) else 0,
+        chunk_tokens=_tower(text, text.width, text.mlp, chunk_tokens, prefix + chunk_tokens)
+        + 2 * chunk_targets * text.width * text.vocab,
+    )
+
+
+def _expert(text: TextConfig, expert: JointConfig, prefix: int) -> int:
+    """One evaluation over one chunk."""
     suffix = expert.horizon + expert.state_token
     adaptive = expert.time == "adarms"
     projections = expert.horizon * 2 * expert.action_dim * expert.width  # in and out
@@ -118,16 +133,7 @@ def model_flops(
         projections += suffix * (2 * text.depth + 1) * 3 * expert.width**2  # the norms' scale, shift and gate
     else:
         projections += expert.horizon * 3 * expert.width**2  # [action, time] → width → width
-    return Flops(
-        vision=len(config.cameras) * _vision(vision, text.width),
-        decoder=_tower(text, text.width, text.mlp, prefix, prefix),
-        logits=2 * target_tokens * text.width * text.vocab,
-        expert=0
-        if expert.kind == "tokens"
-        else _tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections,
-        chunk_tokens=_tower(text, text.width, text.mlp, chunk_tokens, prefix + chunk_tokens)
-        + 2 * chunk_targets * text.width * text.vocab,
-    )
+    return _tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections
 
 
 def _vision(config: VisionConfig, out: int) -> int:

@@ -59,7 +59,7 @@ def adapted(config: TrainConfig, path: str | Path) -> TrainConfig:
     Raises as `model_of` does."""
     source = _config_of(path)
     model = dataclasses.replace(source.model, cameras=())
-    data = dataclasses.replace(config.data, image_size=model.vision.image_size)
+    data = dataclasses.replace(config.data, image_size=model.backbone.image_size)
     if not (model.expert.reads_state or data.prompt_form.uses_state or data.ignore_state):
         data = dataclasses.replace(
             data,

@@ -82,7 +82,7 @@ def train(
         check_batch(loop.batch_size, loop.accumulate, mesh)
         bundle = prepare_together(config, floor=has_floor(run_dir))
         config = resolve(config, bundle)
-        patches = config.model.vision.tokens
+        patches = config.model.backbone.image_tokens
         check_prefix(len(config.model.cameras) * patches + config.data.max_text_tokens, patches, mesh)
         job = make_job(config, bundle, mesh)
         prepared = bundle_hash(bundle)
@@ -359,11 +359,11 @@ def train_flops(config: TrainConfig, state: TrainState) -> float:
     draws = objective.noise_draws if objective.action_weight else 0
     whole = count_flops(config).train_sample(draws, trained_shares(state, objective))
     model = config.model
-    images = len(model.cameras) * model.vision.tokens
+    images = model.image_tokens
     tokens = {
         "backbone/img/": images,
         "backbone/llm/": images + config.data.max_text_tokens + padded_chunk(config),
-        "expert/": draws * (model.expert.horizon + model.expert.state_token),
+        "expert/": draws * model.expert.tokens,
     }
     # Three passes, as of every matrix that is trained: forward, the activations' gradient, the factors' own.
     lora = sum(tokens[part] * size for part, size in factor_sizes(state).items())
@@ -374,9 +374,9 @@ def sample_tokens(config: TrainConfig) -> int:
     """Tokens of one training sample: images, padded text, the padded chunk as FAST tokens, and the expert's suffix for
     every noise draw, each where there is one."""
     model, objective = config.model, config.objective
-    draws = objective.noise_draws if objective.action_weight and model.expert.kind != "tokens" else 0
-    prefix = len(model.cameras) * model.vision.tokens + config.data.max_text_tokens
-    return prefix + padded_chunk(config) + draws * (model.expert.horizon + model.expert.state_token)
+    draws = objective.noise_draws if objective.action_weight and model.expert.is_network else 0
+    prefix = model.image_tokens + config.data.max_text_tokens
+    return prefix + padded_chunk(config) + draws * model.expert.tokens
 
 
 def padded_chunk(config: TrainConfig) -> int:

@@ -1,1 +1,11 @@
-"""Action experts: modules with `denoise`, which see the backbone only through its cache."""
+"""Action experts: what reads a noisy chunk beside the backbone's context. `base.py` says what one is."""
+
+from vla_jax.models.experts.base import ExpertConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.experts.tokens import TokensConfig
+
+EXPERTS: dict[str, type[ExpertConfig]] = {
+    "joint": JointConfig,
+    "tokens": TokensConfig,
+}
+"""By the name in `model.expert.kind`."""

@@ -1,114 +1,219 @@
 """The joint-attention expert of π0 (arXiv:2410.24164) and π0.5 (arXiv:2504.16054).
 
 A tower with weights of its own, as deep as the decoder and with the same heads, whose queries attend in every
-layer to the decoder's cached keys and values and to the suffix `[state][k actions]`. The state sees the prefix
+layer to the decoder's keys and values and to the suffix `[state][k actions]`. The state sees the prefix
 and itself; actions see the prefix, the state and one another.
 """
 
+import dataclasses
+from typing import ClassVar, Literal, NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import prefix_lm
 from vla_jax.layers.axes import constrain
-from vla_jax.layers.linear import Dense
-from vla_jax.models.config import ExpertConfig, VLAConfig
-from vla_jax.models.gemma import Tower, TowerConfig
-from vla_jax.types import Cache
+from vla_jax.layers.linear import Dense, declare, multiply
+from vla_jax.models.backbones.base import BackboneConfig
+from vla_jax.models.compute import Compute
+from vla_jax.models.experts.base import Expert, ExpertConfig
+from vla_jax.models.gemma import Modulations, Tower, TowerConfig
+from vla_jax.types import Context, Given
 
 
-class JointExpert(nn.Module):
-    """Predicts the field (velocity, or the actions themselves) of a chunk from the cache and the noisy chunk."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig(ExpertConfig):
+    """Weights of its own beside the decoder's, in one attention."""
 
-    config: VLAConfig
+    kind: Literal["joint"] = "joint"
+    width: int = 96
+    """Width of the residual stream."""
+    mlp: int = 192
+    """Width of the gated feed-forward layer."""
+    time: Literal["mlp", "adarms"] = "mlp"
+    """How the flow time enters: mixed into the action tokens by an MLP (π0) or through adaptive RMSNorm (π0.5)."""
+    clock: Literal["forward", "reversed"] = "forward"
+    """Which time the network is told: t, or 1 - t as the public π0's are, so that their weights fit unchanged.
+    Everywhere else t = 0 is noise."""
+    state_token: bool = True
+    """Whether the robot's state is a token before the actions (π0). Without it only the prompt can hold the state
+    (data.prompt)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"kv"})
+    sized_by: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("action_in_proj/kernel", "action_dim"),
+        ("action_out_proj/*", "action_dim"),
+        ("state_proj/*", "state_dim"),
+        ("state_proj/*", "state_token"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % 2:
+            raise ValueError(f"expert.width={self.width} is odd; the time embedding needs an even one")
+
+    @property
+    def reads_state(self) -> bool:
+        """Through its token alone."""
+        return self.state_token
+
+    @property
+    def tokens(self) -> int:
+        """State and actions."""
+        return self.horizon + self.state_token
+
+    def make(self, backbone: BackboneConfig, compute: Compute) -> "JointExpert":
+        """The module."""
+        return JointExpert(self, backbone, compute)
+
+
+class TimeBias(NamedTuple):
+    """What time adds to the action tokens before the first swish (π0), float32."""
+
+    bias: Float[Array, "#r #k d"]
+
+
+class AdaptiveTime(NamedTuple):
+    """What time does to every norm (π0.5)."""
+
+    norms: Modulations
+
+
+class JointExpert(Expert):
+    """Predicts the field (velocity, or the actions themselves) of a chunk."""
+
+    config: JointConfig
+    backbone: BackboneConfig
+    compute: Compute
 
     def setup(self):
         """Declares projections and tower."""
-        text, expert = self.config.text, self.config.expert
-        dtype = jnp.dtype(self.config.dtype)
+        expert, heads, how = self.config, self.backbone.heads, self.compute
+        dtype = jnp.dtype(how.dtype)
         adaptive = expert.time == "adarms"
-        tower = TowerConfig(
-            width=expert.width,
-            depth=text.depth,
-            mlp=expert.mlp,
-            heads=text.heads,
-            kv_heads=text.kv_heads,
-            head_dim=text.head_dim,
-            adaptive=adaptive,
-        )
-        self.tower = Tower(tower, dtype, self.config.remat, self.config.unroll, self.config.attention)
+        tower = TowerConfig(width=expert.width, mlp=expert.mlp, adaptive=adaptive, **heads._asdict())
+        self.tower = Tower(tower, how.remat, how.unroll, how.attention)
         nn.share_scope(self, self.tower)
         self.action_in_proj = _dense(expert.width, ("action", "embed"), dtype)
-        self.action_out_proj = _dense(expert.action_dim, ("embed", "action"), jnp.float32)
+        self.action_out_proj = _dense(expert.action_dim, ("embed", "action"), jnp.dtype(jnp.float32))
         if expert.state_token:
             self.state_proj = _dense(expert.width, ("action", "embed"), dtype)
         if adaptive:
             self.time_mlp_in = _dense(expert.width, ("embed", "mlp"), dtype)
             self.time_mlp_out = _dense(expert.width, ("mlp", "embed"), dtype)
         else:
-            self.action_time_mlp_in = _dense(expert.width, ("embed", "mlp"), dtype)
+            self.action_time_mlp_in = ActionTimeMix(expert.width, dtype)
             self.action_time_mlp_out = _dense(expert.width, ("mlp", "embed"), dtype)
+
+    def prepare(self, context: Context, given: Given) -> tuple[Context, Given]:
+        """The state's token sees neither actions nor time: its keys and values go into the context."""
+        if given.state is None or not self.config.state_token:
+            return context, given
+        positions = jnp.sum(context.visible, axis=1, keepdims=True)
+        tokens, alone = self.state_proj(given.state)[:, None], jnp.ones((given.state.shape[0], 1, 1), bool)
+        _, kv = self.tower(tokens, positions, alone, context.kv, context.visible, self._clean())
+        return context.append(kv, positions), given.replace(state=None)
+
+    def condition(self, t: Float[Array, "r"] | Float[Array, "r k"]) -> TimeBias | AdaptiveTime:
+        """The time's bias, or its modulation of every norm."""
+        embedded = embed_clock(t if t.ndim == 2 else t[:, None], self.config)
+        if self.config.time == "mlp":
+            return TimeBias(self.action_time_mlp_in.of_time(embedded))
+        return AdaptiveTime(self.tower.modulations(self._embed(embedded)))
 
     def denoise(
         self,
-        cache: Cache,
-        state: Float[Array, "bk q"],
-        x_t: Float[Array, "bk k a"],
-        t: Float[Array, "bk"] | Float[Array, "bk k"],
-        action_mask: Bool[Array, "bk k a"] | None = None,
-    ) -> Float[Array, "bk k a"]:
-        """The prediction for the chunk at time t, float32.
-
-        The rows of `x_t` may be K times those of the cache: K draws per sample, next to each other. `action_mask` is
-        False in two kinds of elements. Padded steps (no valid dimension: behind the episode's end) are invisible: not
-        read, and attended by nobody. Padded dims of other steps (the robot has fewer than the model) are zeros to the
-        network or what `x_t` holds there, as `expert.padding` says.
-        """
-        expert = self.config.expert
+        context: Context,
+        given: Given,
+        x_t: Float[Array, "r k a"],
+        at: Float[Array, "r"] | Float[Array, "r k"] | TimeBias | AdaptiveTime,
+    ) -> Float[Array, "r k a"]:
+        """See `Expert.denoise`."""
+        expert = self.config
         rows, horizon, _ = x_t.shape
         step_mask = jnp.ones((rows, horizon), bool)
-        if action_mask is not None:
-            step_mask = action_mask.any(axis=-1)
-            x_t = jnp.where(action_mask if expert.padding == "zero" else step_mask[..., None], x_t, 0)
-        time = jnp.broadcast_to(t[:, None] if t.ndim == 1 else t, (rows, horizon))
-        embedded_time = embed_clock(time, expert).astype(jnp.dtype(self.config.dtype))
-
+        if given.action_mask is not None:
+            step_mask = given.action_mask.any(axis=-1)
+            x_t = jnp.where(given.action_mask if expert.padding == "zero" else step_mask[..., None], x_t, 0)
         actions, condition = self.action_in_proj(x_t), None
-        if expert.time == "adarms":
-            condition = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded_time))))
+        if expert.time == "mlp":
+            at = at if isinstance(at, TimeBias) else self.condition(at)
+            mixed = nn.swish(self.action_time_mlp_in(actions, at.bias))
+            actions = self.action_time_mlp_out(mixed)
         else:
-            mixed = jnp.concatenate([actions, embedded_time], axis=-1)
-            actions = self.action_time_mlp_out(nn.swish(self.action_time_mlp_in(mixed)))
+            condition = self._conditions(at, horizon, given.state is not None and expert.state_token)
 
         # Each True starts a block that the tokens before it cannot see: [state][actions].
         starts = jnp.zeros((rows, horizon), bool).at[:, 0].set(True)
-        valid = step_mask
-        tokens = actions
-        if expert.state_token:
-            tokens = jnp.concatenate([self.state_proj(state)[:, None], actions], axis=1)
-            starts = jnp.concatenate([jnp.ones((rows, 1), bool), starts], axis=1)
-            valid = jnp.concatenate([jnp.ones((rows, 1), bool), step_mask], axis=1)
-            if condition is not None:  # the state token is clean data: t = 1
-                clean = embed_clock(jnp.ones((rows, 1)), expert).astype(condition.dtype)
-                clean = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(clean))))
-                condition = jnp.concatenate([clean, condition], axis=1)
+        valid, tokens = step_mask, actions
+        if expert.state_token and given.state is not None:
+            one = jnp.ones((rows, 1), bool)
+            tokens = jnp.concatenate([self.state_proj(given.state)[:, None], actions], axis=1)
+            starts, valid = jnp.concatenate([one, starts], axis=1), jnp.concatenate([one, step_mask], axis=1)
         tokens = constrain(tokens, ("batch", "length", "act_embed"))
 
-        seen = jnp.sum(cache.visible, axis=1)  # positions go on after what the expert sees of the prefix
+        seen = jnp.sum(context.visible, axis=1)  # positions go on after what the expert sees of the prefix
         positions = jnp.repeat(seen, rows // seen.shape[0])[:, None] + jnp.arange(tokens.shape[1])
         hidden, _ = self.tower(
-            tokens,
-            positions,
-            prefix_lm(valid, starts),
-            (cache.keys, cache.values),
-            cache.visible,
-            condition,
+            tokens, positions, prefix_lm(valid, starts), context.kv, context.visible, condition
         )
         return self.action_out_proj(hidden[:, -horizon:].astype(jnp.float32))
 
+    def _conditions(
+        self, at: Float[Array, "r"] | Float[Array, "r k"] | AdaptiveTime, horizon: int, state: bool
+    ) -> Float[Array, "#r #t d"] | Modulations:
+        """What modulates the norms, for `[state][actions]` where there is a state's token: that is clean data."""
+        if isinstance(at, AdaptiveTime):
+            if state:
+                raise ValueError("time that was prepared has no place for a state's token: prepare that too")
+            return at.norms
+        actions = self._embed(embed_clock(at if at.ndim == 2 else at[:, None], self.config))
+        if not state:
+            return actions
+        actions = jnp.broadcast_to(actions, (actions.shape[0], horizon, actions.shape[-1]))
+        clean = jnp.broadcast_to(self._clean(), (actions.shape[0], 1, actions.shape[-1]))
+        return jnp.concatenate([clean, actions], axis=1)
 
-def embed_clock(t: Float[Array, "*b"], expert: ExpertConfig) -> Float[Array, "*b d"]:
+    def _clean(self) -> Float[Array, "1 1 d"] | None:
+        """The condition at t = 1."""
+        if self.config.time == "mlp":
+            return None
+        return self._embed(embed_clock(jnp.ones((1, 1)), self.config))
+
+    def _embed(self, embedded: Float[Array, "#r #k d"]) -> Float[Array, "#r #k d"]:
+        """The condition of adaptive norms, of a time's embedding."""
+        embedded = embedded.astype(jnp.dtype(self.compute.dtype))
+        return nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded))))
+
+
+class ActionTimeMix(nn.Module):
+    """[actions, time] · kernel + bias, with the time's part apart: it is the same for all actions of a chunk."""
+
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        """Declares the layer; parameters as of flax's Dense."""
+        shape = (2 * self.width, self.width)
+        self.matrix = declare(self, "kernel", init.kernel(("embed", "mlp")), shape)
+        self.bias = self.param("bias", init.zeros(("mlp",)), (self.width,))
+
+    def of_time(self, embedded: Float[Array, "#r #k d"]) -> Float[Array, "#r #k d"]:
+        """What the time adds, in float32."""
+        half = self.matrix.inputs(self.width, 2 * self.width)
+        return multiply("...d,df->...f", embedded, half) + self.bias.astype(jnp.float32)
+
+    def __call__(
+        self, actions: Float[Array, "r k d"], bias: Float[Array, "#r #k d"]
+    ) -> Float[Array, "r k d"]:
+        """Of action tokens and `of_time`, summed in float32."""
+        mixed = multiply("...d,df->...f", actions, self.matrix.inputs(0, self.width))
+        return (mixed.astype(jnp.float32) + bias).astype(self.dtype)
+
+
+def embed_clock(t: Float[Array, "*b"], expert: JointConfig) -> Float[Array, "*b d"]:
     """What the expert is told of time t: its embedding, or that of 1 - t where its clock runs the other way."""
     return embed_time(t if expert.clock == "forward" else 1 - t, expert.width)
 

@@ -65,7 +65,7 @@ class Compiler:
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         texts = b * (1 + shape.guided)
         if network.rewrites.embeddings:
-            tokens = self.array((texts, length, network.model.text.width), jnp.dtype(network.dtype))
+            tokens = self.array((texts, length, network.model.backbone.text.width), jnp.dtype(network.dtype))
         else:
             tokens = self.array((texts, length), np.int32)
         mask = self.array((texts, length), bool)

@@ -51,12 +51,12 @@ class Network:
     @property
     def heads(self) -> Heads:
         """Of both towers."""
-        text = self.model.text
+        text = self.model.backbone.text
         return Heads(text.heads, text.kv_heads, text.head_dim)
 
     def encode(self, weights: PyTree, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b p d"]:
         """Image tokens. `weights` are those of vision."""
-        cfg, dtype = self.model.vision, jnp.dtype(self.dtype)
+        cfg, dtype = self.model.backbone.vision, jnp.dtype(self.dtype)
         x = images.astype(jnp.float32)
         if not self.rewrites.norms:
             x = x / 127.5 - 1.0
@@ -80,7 +80,7 @@ class Network:
 
     def embed(self, table: Float[Array, "v d"], tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Token embeddings, scaled by √d."""
-        return table[tokens].astype(self.dtype) * jnp.asarray(self.model.text.width**0.5, self.dtype)
+        return table[tokens].astype(self.dtype) * jnp.asarray(self.model.backbone.text.width**0.5, self.dtype)
 
     def prefill(
         self,

@@ -86,7 +86,7 @@ def _arrange(layers: PyTree, rewrites: Rewrites, *, skip_last: bool = False) -> 
 
 def _only_keys(layer: PyTree, model: VLAConfig) -> PyTree:
     """What a decoder layer needs for its keys and values alone."""
-    heads = model.text.heads
+    heads = model.backbone.text.heads
     qkv = layer["qkv"]
     kept = (outputs_from(qkv[0], heads),) if len(qkv) == 1 else qkv[1:]
     return {"attn_norm": layer["attn_norm"], "qkv": kept}
@@ -94,7 +94,7 @@ def _only_keys(layer: PyTree, model: VLAConfig) -> PyTree:
 
 def _decoder_layers(layers: PyTree, model: VLAConfig, rewrites: Rewrites, finish: Finish, *, split_qkv: bool):
     """Stacked decoder layers in our layout, norms and scales folded."""
-    attn, mlp, text = layers["attn"], layers["mlp"], model.text
+    attn, mlp, text = layers["attn"], layers["mlp"], model.backbone.text
     q = heads_first(Weight.of(attn["q_einsum"], "w"))  # layers d n e
     kv = join_outputs(side_by_side(Weight.of(attn["kv_einsum"], "w"), 3))  # layers d 2m e
     up = side_by_side(Weight.of(mlp, "gating_einsum"), 2)  # layers d 2 f
@@ -127,7 +127,7 @@ def _vision(
     img: PyTree, model: VLAConfig, rewrites: Rewrites, finish: Finish, dtype: jnp.dtype, split_qkv: bool
 ) -> PyTree:
     """The image encoder; `patch_bias` holds the position table too."""
-    cfg, layers = model.vision, img["Transformer"]["encoderblock"]
+    cfg, layers = model.backbone.vision, img["Transformer"]["encoderblock"]
     attn, mlp = layers["MultiHeadDotProductAttention_0"], layers["MlpBlock_0"]
     patches = merge(img["embedding"], 1.0, "backbone/img/embedding/")
     kernel, bias = _f32(patches["kernel"]), _f32(patches["bias"])

@@ -3,16 +3,49 @@
 Parameter names and shapes are those of the public PaliGemma checkpoints. Width `d`, `n` heads of size `e`.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from vla_jax.layers import cudnn, init
-from vla_jax.layers.attention import Backend
+from vla_jax.layers.attention import Backend, attend
 from vla_jax.layers.axes import constrain
 from vla_jax.layers.linear import Dense, Patches, declare, multiply
-from vla_jax.models.config import VisionConfig
-from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, named, scan_blocks
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, run_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The SigLIP image encoder."""
+
+    image_size: int = 64
+    """Height and width of every camera's image in pixels."""
+    patch: int = 8
+    """Side of a square patch in pixels; a camera gives (image_size / patch)² tokens."""
+    width: int = 128
+    """Width of the residual stream."""
+    depth: int = 3
+    """Transformer blocks."""
+    mlp: int = 256
+    """Width of the feed-forward layer."""
+    heads: int = 4
+    """Attention heads."""
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"vision.image_size={self.image_size} is not a multiple of vision.patch={self.patch}; "
+                f"use image_size={self.image_size // self.patch * self.patch or self.patch}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"vision.width={self.width} is not divisible by vision.heads={self.heads}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per camera."""
+        return (self.image_size // self.patch) ** 2
 
 
 class SigLIP(nn.Module):
@@ -68,12 +101,18 @@ class Transformer(nn.Module):
     unroll: int
     attention: Backend
 
-    @nn.compact
+    def setup(self):
+        """Declares them."""
+        self.encoderblock = declare_blocks(
+            self, "encoderblock", EncoderBlock, (self.config, self.dtype, self.attention),
+            depth=self.config.depth, remat=self.remat, unroll=self.unroll,
+        )  # fmt: skip
+        self.encoder_norm = _layer_norm(self.dtype)
+
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         """[b p d] to [b p d]."""
-        blocks = scan_blocks(EncoderBlock, depth=self.config.depth, remat=self.remat, unroll=self.unroll)
-        x, _ = blocks(self.config, self.dtype, self.attention, name="encoderblock")(x)
-        return _layer_norm(self.dtype, "encoder_norm")(x)
+        x, _ = run_blocks(self.encoderblock, x)
+        return self.encoder_norm(x)
 
 
 class EncoderBlock(nn.Module):
@@ -84,10 +123,12 @@ class EncoderBlock(nn.Module):
     attention: Backend
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b p d"]) -> tuple[Float[Array, "b p d"], None]:
-        """One block; the second output is what a scan over layers collects: nothing."""
+    def __call__(
+        self, x: Float[Array, "b p d"], own: None = None, shared: None = None
+    ) -> tuple[Float[Array, "b p d"], None]:
+        """One block; the second output is what is collected over layers: nothing."""
         x = named(x, INPUT)
-        attention = _Attention(self.config, self.dtype, self.attention, name="MultiHeadDotProductAttention_0")
+        attention = _Attention(self.config, self.attention, name="MultiHeadDotProductAttention_0")
         x = x + attention(_layer_norm(self.dtype, "LayerNorm_0")(x))
         x = x + _Mlp(self.config, self.dtype, name="MlpBlock_0")(_layer_norm(self.dtype, "LayerNorm_1")(x))
         return constrain(x, ("batch", "prefix", "act_embed")), None
@@ -95,7 +136,6 @@ class EncoderBlock(nn.Module):
 
 class _Attention(nn.Module):
     config: VisionConfig
-    dtype: jnp.dtype
     backend: Backend
 
     @nn.compact
@@ -107,11 +147,7 @@ class _Attention(nn.Module):
         names = ("query", "key", "value")
         q, k, v = (named(_Projection(**into, name=name)(x), PROJECTED) for name in names)
         q = constrain(q, ("batch", "prefix", "act_heads", None))
-        if self.backend == "cudnn":
-            out = cudnn.attend_all(q, k, v)
-        else:
-            logits = jnp.einsum("btne,bsne->bnts", q * width**-0.5, k, preferred_element_type=jnp.float32)
-            out = jnp.einsum("bnts,bsne->btne", nn.softmax(logits, axis=-1).astype(self.dtype), v)
+        out = cudnn.attend_all(q, k, v) if self.backend == "cudnn" else attend(q, k, v, None)
         out = named(out, CONTEXT)
         back = dict(
             names=("heads", "head_dim", "embed"), shape=(heads, width, self.config.width), contracted=2
@@ -161,7 +197,7 @@ class _Mlp(nn.Module):
         )(x)
 
 
-def _layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with the public checkpoints' epsilon; flax computes its statistics in float32."""
     return nn.LayerNorm(
         epsilon=1e-6,
