@@ -55,8 +55,8 @@ def test_a_state_that_reaches_nothing_is_refused(kind, prompt):
 
 def test_unknown_fields_are_named():
     values = json.loads(to_json(TrainConfig()))
-    values["model"]["text"]["widht"] = 3
-    with pytest.raises(ValueError, match=r"model\.text\.widht"):
+    values["model"]["backbone"]["text"]["widht"] = 3
+    with pytest.raises(ValueError, match=r"model\.backbone\.text\.widht"):
         from_json(json.dumps(values))
 
 

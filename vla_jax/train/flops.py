@@ -128,11 +128,12 @@ def _expert(text: TextConfig, expert: JointConfig, prefix: int) -> int:
     adaptive = expert.time == "adarms"
     projections = expert.horizon * 2 * expert.action_dim * expert.width  # in and out
     projections += expert.state_token * expert.state_dim * expert.width
+    times = suffix if expert.state_token else 1  # the state's is another, so that none is shared
     if adaptive:
-        projections += suffix * 2 * expert.width**2  # time MLP
-        projections += suffix * (2 * text.depth + 1) * 3 * expert.width**2  # the norms' scale, shift and gate
+        projections += 2 * expert.width**2  # time MLP
+        projections += times * (2 * text.depth + 1) * 3 * expert.width**2  # the norms' scale, shift and gate
     else:
-        projections += expert.horizon * 3 * expert.width**2  # [action, time] → width → width
+        projections += (2 * expert.horizon + 1) * expert.width**2  # [action, time] → width → width
     return _tower(text, expert.width, expert.mlp, suffix, prefix + suffix) + 2 * projections
 
 
