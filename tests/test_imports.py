@@ -1,6 +1,7 @@
 """The import contract of docs/architecture.md, read off the syntax trees, and what `import vla_jax` costs."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,38 @@ def test_arrows_go_one_way(path):
             assert rest[0] in PACKAGES[package] | {"finite"}, (
                 f"{package} may not import {rest[0]} ({path}: {name})"
             )
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file, of everything in vla_jax."""
+    dotted = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files()}
+    return {name.removesuffix(".__init__"): path for name, path in dotted.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A closed path through a graph of module → modules that it imports; empty where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other():
+    """Imports in functions and under TYPE_CHECKING count: two modules that need each other are one, or three.
+
+    A package and its own modules may: an `__init__` that offers names of its modules does not stand in their way.
+    """
+    known, graph = modules(), {}
+    for name, path in known.items():
+        used = {other for other in imported(path) if other in known and not name.startswith(f"{other}.")}
+        graph[name] = used - {name}
+    assert len(graph) > 200 and "vla_jax.cli.command" in graph["vla_jax.cli.train"]
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found():
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 def test_only_config_modules_know_of_train_in_config():

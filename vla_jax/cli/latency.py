@@ -5,13 +5,14 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from vla_jax.cli import roofline
+from vla_jax.cli.arguments import BenchmarkArgs
 from vla_jax.cli.command import UsageError
 from vla_jax.cli.config_file import load_config
 from vla_jax.cli.mesh_option import mesh_of
@@ -34,9 +35,6 @@ from vla_jax.sim.evaluate import EvaluateConfig
 from vla_jax.sim.tabletop import TabletopEnv
 from vla_jax.types import Observation
 
-if TYPE_CHECKING:
-    from vla_jax.cli.benchmark import BenchmarkArgs
-
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
 PARTS = ("vision", "prefill", "denoise")
 SCENES = 8
@@ -56,7 +54,7 @@ class Case(NamedTuple):
         return f"{self.batch} × {self.cameras} cameras, {self.solver.method} {self.solver.num_steps}"
 
 
-def benchmark(args: "BenchmarkArgs") -> None:
+def benchmark(args: BenchmarkArgs) -> None:
     """Measures everything, prints a table, writes what is asked for."""
     for path in (args.json, args.plot):
         if path is not None:
@@ -84,7 +82,7 @@ def benchmark(args: "BenchmarkArgs") -> None:
         print(f"wrote {draw(report, args.plot)}")
 
 
-def _policy(args: "BenchmarkArgs") -> Policy:
+def _policy(args: BenchmarkArgs) -> Policy:
     if args.checkpoint is not None:
         return Policy.load(args.checkpoint, host=True)
     if args.config is not None:
@@ -96,7 +94,7 @@ def _policy(args: "BenchmarkArgs") -> Policy:
     return random_policy(base, cameras=most, host=True)
 
 
-def _compile_config(args: "BenchmarkArgs") -> CompileConfig:
+def _compile_config(args: BenchmarkArgs) -> CompileConfig:
     unknown = [name for name in args.words("off") if name not in Rewrites.names()]
     if unknown:
         raise UsageError(f"--off {unknown[0]}: there are {', '.join(Rewrites.names())}")
@@ -110,7 +108,7 @@ def _compile_config(args: "BenchmarkArgs") -> CompileConfig:
     )
 
 
-def _cases(args: "BenchmarkArgs", policy: Policy) -> list[Case]:
+def _cases(args: BenchmarkArgs, policy: Policy) -> list[Case]:
     for method in args.words("solver"):
         if method not in FIXED:
             raise UsageError(f"--solver {method}: use one of {', '.join(FIXED)}")
@@ -126,7 +124,7 @@ def _cases(args: "BenchmarkArgs", policy: Policy) -> list[Case]:
     return [Case(*case) for case in itertools.product(args.numbers("batch"), cameras, solvers)]
 
 
-def _measure(args: "BenchmarkArgs", compiled: CompiledPolicy, cases: list[Case]) -> list[dict[str, Any]]:
+def _measure(args: BenchmarkArgs, compiled: CompiledPolicy, cases: list[Case]) -> list[dict[str, Any]]:
     """Compiles every case, then lets all of them take turns."""
     bundle = compiled.policy.bundle
     calls: dict[tuple, Callable[[], Any]] = {}
@@ -168,7 +166,7 @@ def _measure(args: "BenchmarkArgs", compiled: CompiledPolicy, cases: list[Case])
 
 
 def _compile(
-    args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, observation: Observation
+    args: BenchmarkArgs, compiled: CompiledPolicy, case: Case, observation: Observation
 ) -> tuple[dict[str, Any], Parts]:
     """The static half of a case's row, and its parts."""
     rows = compiled.encode(observation)
@@ -223,7 +221,7 @@ def _device_peak() -> int | None:
     return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else None
 
 
-def _bound(args: "BenchmarkArgs", compiled: CompiledPolicy, case: Case, length: int) -> dict[str, Any] | None:
+def _bound(args: BenchmarkArgs, compiled: CompiledPolicy, case: Case, length: int) -> dict[str, Any] | None:
     """Least milliseconds per part."""
     mesh, model = compiled.compiler.mesh, compiled.policy.config.model
     dtype = compiled.config.dtype or model.dtype
@@ -293,7 +291,7 @@ def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig, seen:
     return float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))
 
 
-def _report_head(args: "BenchmarkArgs", policy: Policy, compiled: CompiledPolicy) -> dict[str, Any]:
+def _report_head(args: BenchmarkArgs, policy: Policy, compiled: CompiledPolicy) -> dict[str, Any]:
     mesh, dtype = compiled.compiler.mesh, compiled.config.dtype or policy.config.model.dtype
     best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.compiler.weights))
     return {

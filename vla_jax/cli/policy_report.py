@@ -5,11 +5,11 @@ import os
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import tqdm
 
+from vla_jax.cli.arguments import EvaluateArgs, SampleArgs
 from vla_jax.files import write_json
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.policy import Policy
@@ -23,12 +23,8 @@ from vla_jax.sim.tabletop import TabletopConfig, TabletopEnv
 WITHOUT_SOLVER = ("regression", "tokens")
 """Kinds of policies that predict without integrating anything."""
 
-if TYPE_CHECKING:
-    from vla_jax.cli.evaluate import EvaluateArgs
-    from vla_jax.cli.sample import SampleArgs
 
-
-def evaluate(args: "EvaluateArgs") -> None:
+def evaluate(args: EvaluateArgs) -> None:
     """Evaluates, prints the table, writes JSON and pictures."""
     for path in (args.json, args.figures):
         if path is not None:
@@ -82,7 +78,7 @@ def evaluate(args: "EvaluateArgs") -> None:
 
 
 def draw(
-    args: "EvaluateArgs", policy: Policy, solver: SolverConfig, kind: str, evaluation: Evaluation
+    args: EvaluateArgs, policy: Policy, solver: SolverConfig, kind: str, evaluation: Evaluation
 ) -> list[Path]:
     """Draws rollouts and, where they apply, fans and training curves; returns the files."""
     report, name, folder = evaluation.report, label_of(args.checkpoint), args.figures
@@ -105,7 +101,7 @@ def draw(
     return paths
 
 
-def sample(args: "SampleArgs") -> None:
+def sample(args: SampleArgs) -> None:
     """Prints instructions and plans, and draws the fans."""
     if args.out is not None:
         check_writable(args.out)

@@ -14,15 +14,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from vla_jax.cli.command import UsageError, cli_with_config, typed
+from vla_jax.config import TrainConfig
 from vla_jax.finite import finite
-
-if TYPE_CHECKING:
-    from vla_jax.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ def main() -> None:
     distributed.shutdown()
 
 
-def _sweep(args: SweepArgs, base: "TrainConfig") -> None:
+def _sweep(args: SweepArgs, base: TrainConfig) -> None:
     from vla_jax.lab.grid import make_cells  # after parsing: --help need not wait for JAX
     from vla_jax.lab.plan import plan, split
     from vla_jax.lab.run import SweepConfig, check, record, sweep
