@@ -12,7 +12,8 @@ import pytest
 from tests.data import toy
 from vla_jax.cli import train
 from vla_jax.data.fast.codec import FastTokenizer
-from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.episode import EncodedEpisode
+from vla_jax.data.sources.source import EpisodeSource
 from vla_jax.data.tokenizer import Tokenizer
 from vla_jax.sharding import distributed
 

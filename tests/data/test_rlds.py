@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from tests.data import toy
 from vla_jax.data.sources import rlds
+from vla_jax.data.sources.rlds_reader import RldsReader
 from vla_jax.data.sources.source import EpisodeSource
 
 
@@ -285,3 +287,29 @@ class TestErrors:
 
 def _environment():
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+
+
+def test_another_kind_of_data_set_is_a_reader_and_a_line(dataset, tmp_path, monkeypatch):
+    """Found by its sign, opened again in another process, and read through the same cache."""
+    from vla_jax.data import sources
+
+    class Doubled(RldsReader):
+        sign = "doubled.txt"
+
+        def __init__(self, path):
+            super().__init__(Path((path / self.sign).read_text()))
+
+        def read(self, number):
+            episode = super().read(number)
+            return dataclasses.replace(episode, action=2 * episode.action)
+
+    (tmp_path / "doubled.txt").write_text(str(dataset))
+    with pytest.raises(FileNotFoundError, match=r"no data set in .*\(schema.json is missing\)"):
+        EpisodeSource(tmp_path)
+    monkeypatch.setitem(sources.SOURCES, "doubled", Doubled)
+    plain, doubled = EpisodeSource(dataset), pickle.loads(pickle.dumps(EpisodeSource(tmp_path)))
+    assert doubled.schema == plain.schema and len(doubled) == len(plain)
+    np.testing.assert_array_equal(doubled.episode(1).action, 2 * plain.episode(1).action)
+    assert doubled.episode(1) is doubled.episode(1)
+    with pytest.raises(FileNotFoundError, match=r"\(schema.json or doubled.txt is missing\)"):
+        EpisodeSource(tmp_path / "nothing")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.data import toy
 from vla_jax.data.index import index_dataset
-from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.episode import EncodedEpisode
+from vla_jax.data.sources.source import EpisodeSource
 from vla_jax.data.statistics import Accumulator, compute_statistics, constant_dims, dataset_statistics
 
 

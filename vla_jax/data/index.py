@@ -9,7 +9,8 @@ from jaxtyping import Int
 from vla_jax.data.config import DataConfig
 from vla_jax.data.derived import cached
 from vla_jax.data.schema import DatasetSchema
-from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.episode import EncodedEpisode
+from vla_jax.data.sources.source import EpisodeSource
 
 _VERSION = 1
 

@@ -11,7 +11,8 @@ from vla_jax.data.robot_units import RobotUnits
 from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.robots.table import find_robot
 from vla_jax.data.schema import DatasetSchema
-from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.episode import EncodedEpisode
+from vla_jax.data.sources.source import EpisodeSource
 from vla_jax.data.statistics import DatasetStatistics, dataset_statistics
 
 

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from vla_jax.data.derived import cached
 from vla_jax.data.index import check_finite
 from vla_jax.data.schema import DatasetSchema
-from vla_jax.data.sources.source import EncodedEpisode, EpisodeSource
+from vla_jax.data.sources.episode import EncodedEpisode
+from vla_jax.data.sources.source import EpisodeSource
 
 MAX_ROWS = 200_000
 RESOLUTION = 2.0**-16
