@@ -103,74 +103,93 @@ def check(name: str, report: dict) -> None:
         raise ValueError(f"{name}: {', '.join(over) or 'other batches'}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Starts the real training in a folder, on its data."""
+
+    args: HostsArgs
+    base: Path
+
+    def finish(self, group: Group) -> None:
+        """Waits; raises ValueError where a process failed."""
+        for one in group.wait(3600):
+            if one.code:
+                raise ValueError(f"a process ended with {one.code}: {one.said[-3000:]}")
+
+    def collect(self) -> None:
+        """The demonstrations that all runs train on."""
+        options = ["--env", "tabletop", "--episodes", "32", "--out", self.base / "data"]
+        self.finish(Group("launch.collect", options, processes=1, devices=1, cache=self.base / "cache"))
+
+    def start(self, run_dir: Path, processes: int, devices: int, record: Path) -> Group:
+        """One training run; its batches' digests go to the folder `record`."""
+        args = self.args
+        options = ["--config", "configs/tabletop.py", "--run-dir", run_dir, "--data.path", self.base / "data"]
+        options += ["--train.steps", args.steps, "--train.log_every", 1, "--train.val_every", 10]
+        options += ["--train.save_every", 1000, "--optim.algorithm", "adamw", "--mesh.fsdp", args.fsdp]
+        return Group(
+            "benchmarks._recorded_train",
+            options,
+            processes=processes,
+            devices=devices,
+            cache=self.base / "cache",
+            variables={"VLA_RECORD": str(record)},
+        )
+
+
+def layouts(bench: Bench) -> tuple[dict[str, dict], dict[tuple[int, int], str]]:
+    """A report of every layout against the first, and the first's batches."""
+    reports: dict[str, dict] = {}
+    whole: dict[tuple[int, int], str] = {}
+    first = bench.base / "{}x{}".format(*LAYOUTS[0])
+    for processes, devices in LAYOUTS:
+        name = f"{processes}x{devices}"
+        begun, record = time.monotonic(), bench.base / "record" / name
+        bench.finish(bench.start(bench.base / name, processes, devices, record))
+        seen = batches(record, until=bench.args.steps)
+        whole = whole or seen
+        reports[name] = {"seconds": time.monotonic() - begun, "same_batches": seen == whole}
+        reports[name] |= apart(bench.base / name, first) | {"rows_compared": len(seen)}
+        print(name, reports[name], flush=True)
+    return reports, whole
+
+
+def continued(bench: Bench, whole: dict[tuple[int, int], str]) -> dict:
+    """A run that is stopped half way under 2 × 4 and continued under 4 × 2, against the first layout's."""
+    from vla_jax.checkpoint import read_meta
+
+    mixed, steps = bench.base / "mixed", bench.args.steps
+    records = (bench.base / "record" / "before", bench.base / "record" / "after")
+    group, path = bench.start(mixed, 2, 4, records[0]), mixed / "metrics.jsonl"
+    while group.running() and not (path.exists() and len(path.read_text().splitlines()) >= steps // 2):
+        time.sleep(0.05)
+    group.signal(1, signal.SIGTERM)
+    bench.finish(group)
+    stopped = read_meta(mixed)["step"]
+    bench.finish(bench.start(mixed, 4, 2, records[1]))
+    before, after = (batches(record, until=until) for record, until in zip(records, (stopped, steps)))
+    same = before | after == whole and not before.keys() & after.keys()
+    first = bench.base / "{}x{}".format(*LAYOUTS[0])
+    return apart(mixed, first) | {"same_batches": same, "stopped_at": stopped}
+
+
 def main() -> None:
     """Collects demonstrations, trains four times, compares, prints, writes."""
     args = cli(HostsArgs, description=__doc__)
-    from vla_jax.checkpoint import read_meta
-
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-
-        def finish(group: Group) -> None:
-            for one in group.wait(3600):
-                if one.code:
-                    raise ValueError(f"a process ended with {one.code}: {one.said[-3000:]}")
-
-        collect = ["--env", "tabletop", "--episodes", "32", "--out", base / "data"]
-        finish(Group("launch.collect", collect, processes=1, devices=1, cache=base / "cache"))
-
-        def start(run_dir: Path, processes: int, devices: int, record: Path) -> Group:
-            options = ["--config", "configs/tabletop.py", "--run-dir", run_dir, "--data.path", base / "data"]
-            options += ["--train.steps", args.steps, "--train.log_every", 1, "--train.val_every", 10]
-            options += ["--train.save_every", 1000, "--optim.algorithm", "adamw", "--mesh.fsdp", args.fsdp]
-            return Group(
-                "benchmarks._recorded_train",
-                options,
-                processes=processes,
-                devices=devices,
-                cache=base / "cache",
-                variables={"VLA_RECORD": str(record)},
-            )
-
-        report, first, whole = (
-            {"steps": args.steps, "mesh": f"data={8 // args.fsdp} × fsdp={args.fsdp}"},
-            None,
-            {},
-        )
-        for processes, devices in LAYOUTS:
-            name = f"{processes}x{devices}"
-            begun, record = time.monotonic(), base / "record" / name
-            finish(start(base / name, processes, devices, record))
-            seen = batches(record, until=args.steps)
-            first, whole = first or base / name, whole or seen
-            report[name] = {"seconds": time.monotonic() - begun, "same_batches": seen == whole}
-            report[name] |= apart(base / name, first) | {"rows_compared": len(seen)}
-            print(name, report[name], flush=True)
-
-        mixed, records = base / "mixed", (base / "record" / "before", base / "record" / "after")
-        group = start(mixed, 2, 4, records[0])
-        path = mixed / "metrics.jsonl"
-        while group.running() and not (
-            path.exists() and len(path.read_text().splitlines()) >= args.steps // 2
-        ):
-            time.sleep(0.05)
-        group.signal(1, signal.SIGTERM)
-        finish(group)
-        stopped = read_meta(mixed)["step"]
-        finish(start(mixed, 4, 2, records[1]))
-        before, after = (
-            batches(record, until=until) for record, until in zip(records, (stopped, args.steps))
-        )
-        same = before | after == whole and not before.keys() & after.keys()
-        mixed_report = apart(mixed, first) | {"same_batches": same, "stopped_at": stopped}
-        report["2x4, continued as 4x2"] = mixed_report
+        bench = Bench(args=args, base=Path(folder))
+        bench.collect()
+        reports, whole = layouts(bench)
+        mixed = continued(bench, whole)
+    reports["2x4, continued as 4x2"] = mixed
+    report = {"steps": args.steps, "mesh": f"data={8 // args.fsdp} × fsdp={args.fsdp}", **reports}
     print(json.dumps(report, indent=2))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    for name, found in report.items():
-        if isinstance(found, dict):
-            check(name, found)
+    for name, found in reports.items():
+        check(name, found)
+    stopped = mixed["stopped_at"]
     if not args.steps > stopped > 0:
         raise ValueError(
             f"the mixed run was stopped at step {stopped} of {args.steps}: nothing was continued"

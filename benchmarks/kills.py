@@ -137,66 +137,82 @@ def failures(report: dict) -> list[str]:
     return found
 
 
-def main() -> None:
-    """Kills, starts again, compares, prints, writes."""
-    args = cli(KillsArgs, description=__doc__)
-    from tests.data import toy as toy_data
+class Bench:
+    """Starts the toy in a folder, strikes it, and compares what it ends with."""
 
-    rng, struck, stops, finished = random.Random(args.seed), [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        data = toy_data.write(base / "data" / "toy", [toy_data.make_episode(seed) for seed in range(12)])
+    def __init__(self, args: KillsArgs, base: Path):
+        from tests.data import toy as toy_data
 
-        def start(run_dir: Path) -> Group:
-            return Group(TOY, options(args, run_dir, data), processes=2, devices=1, cache=base / "cache")
+        self.args, self.base, self.rng = args, base, random.Random(args.seed)
+        self.data = toy_data.write(base / "data" / "toy", [toy_data.make_episode(seed) for seed in range(12)])
+        self.whole = base / "whole"
+        """A run that is left alone."""
+        self.span = args.steps * args.step_seconds / 2
+        """Seconds within which a signal is sent."""
 
-        def all_well(ended: list[Ended]) -> None:
-            for one in ended:
-                if one.code:
-                    raise ValueError(f"a run that was left alone ended with {one.code}: {one.said[-2000:]}")
+    def start(self, run_dir: Path) -> Group:
+        """Both processes."""
+        command = options(self.args, run_dir, self.data)
+        return Group(TOY, command, processes=2, devices=1, cache=self.base / "cache")
 
-        whole = base / "whole"
-        all_well(start(whole).wait(1200))
-        span = args.steps * args.step_seconds / 2
-        while sum(e["survivor_code"] != 0 for e in struck) < args.kills:
-            run_dir = base / f"run{len(finished)}"
-            group = start(run_dir)
-            aim = "save" if len(struck) % 3 == 2 else "training" if rng.random() < 0.8 else "start"
-            entry = strike(group, run_dir, rng, signal.SIGKILL, span, aim)
+    def all_well(self, ended: list[Ended]) -> None:
+        """Raises ValueError where a process of a run that was left alone failed."""
+        for one in ended:
+            if one.code:
+                raise ValueError(f"a run that was left alone ended with {one.code}: {one.said[-2000:]}")
+
+    def finish(self, run_dir: Path) -> None:
+        """Runs to the end, undisturbed."""
+        self.all_well(self.start(run_dir).wait(1200))
+
+    def kill(self) -> tuple[list[dict], list[bool]]:
+        """Every strike with SIGKILL, and whether each run that they hit ended as the undisturbed one did."""
+        struck: list[dict] = []
+        finished: list[bool] = []
+        while sum(e["survivor_code"] != 0 for e in struck) < self.args.kills:
+            run_dir = self.base / f"run{len(finished)}"
+            group = self.start(run_dir)
+            aim = "save" if len(struck) % 3 == 2 else "training" if self.rng.random() < 0.8 else "start"
+            entry = strike(group, run_dir, self.rng, signal.SIGKILL, self.span, aim)
             ended = group.wait(600)
             if entry["victim"] is None:
-                all_well(ended)
-                finished.append(same(run_dir, whole))
+                self.all_well(ended)
+                finished.append(same(run_dir, self.whole))
                 continue
             survivor = ended[1 - entry["victim"]]
             entry |= {"survivor_code": survivor.code, "survivor_seconds": survivor.at - entry.pop("at")}
             struck.append(entry | {"message": survivor.error})
             print(len(struck), json.dumps(struck[-1]), flush=True)
             if survivor.code == 0:  # the run was over, and the victim on its way out
-                finished.append(same(run_dir, whole))
-        last = base / f"run{len(finished)}"
-        all_well(start(last).wait(1200))
-        finished.append(same(last, whole))
-        for i in range(args.stops):
-            run_dir = base / f"stop{i}"
-            group = start(run_dir)
-            entry = strike(group, run_dir, rng, signal.SIGTERM, span, "training")
-            ended = group.wait(600)
-            steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
-            seconds = max(one.at for one in ended) - entry["at"] if entry["victim"] is not None else None
-            codes, newest = [one.code for one in ended], max(map(int, steps), default=0)
-            stops.append({"victim": entry["victim"], "codes": codes, "seconds": seconds, "newest": newest})
-            all_well(start(run_dir).wait(1200))
-            stops[-1]["same"] = same(run_dir, whole)
-            print("SIGTERM", json.dumps(stops[-1]), flush=True)
+                finished.append(same(run_dir, self.whole))
+        last = self.base / f"run{len(finished)}"
+        self.finish(last)
+        return struck, [*finished, same(last, self.whole)]
 
-    named = [e for e in struck if "is gone" in e["message"]]
-    report = {
+    def ask_to_stop(self, i: int) -> dict:
+        """One strike with SIGTERM, and whether the run, continued, ends as the undisturbed one did."""
+        run_dir = self.base / f"stop{i}"
+        group = self.start(run_dir)
+        entry = strike(group, run_dir, self.rng, signal.SIGTERM, self.span, "training")
+        ended = group.wait(600)
+        steps = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()]
+        seconds = max(one.at for one in ended) - entry["at"] if entry["victim"] is not None else None
+        codes, newest = [one.code for one in ended], max(map(int, steps), default=0)
+        stop = {"victim": entry["victim"], "codes": codes, "seconds": seconds, "newest": newest}
+        self.finish(run_dir)
+        stop["same"] = same(run_dir, self.whole)
+        print("SIGTERM", json.dumps(stop), flush=True)
+        return stop
+
+
+def summary(struck: list[dict], finished: list[bool], stops: list[dict]) -> dict:
+    """The report."""
+    return {
         "kills": sum(e["survivor_code"] != 0 for e in struck),
         "kills_after_the_end": sum(e["survivor_code"] == 0 for e in struck),
         "aimed": {aim: sum(e["aim"] == aim for e in struck) for aim in ("start", "training", "save")},
         "inside_save": sum(e["inside_save"] for e in struck),
-        "survivors_that_said_who": len(named),
+        "survivors_that_said_who": sum("is gone" in e["message"] for e in struck),
         "slowest_survivor_seconds": max(e["survivor_seconds"] for e in struck),
         "runs_finished": len(finished),
         "runs_bit_identical": sum(finished),
@@ -204,6 +220,17 @@ def main() -> None:
         "cpu_count": os.cpu_count(),
         "each": struck,
     }
+
+
+def main() -> None:
+    """Kills, starts again, compares, prints, writes."""
+    args = cli(KillsArgs, description=__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        bench.finish(bench.whole)
+        struck, finished = bench.kill()
+        stops = [bench.ask_to_stop(i) for i in range(args.stops)]
+    report = summary(struck, finished, stops)
     print(json.dumps({k: v for k, v in report.items() if k != "each"}, indent=2))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -14,22 +14,27 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
 
 from vla_jax.cli.command import cli
 from vla_jax.flow.config import Method, SolverConfig, check
-from vla_jax.toy.train import ToyConfig
+from vla_jax.toy.train import ProcessName, ToyConfig
 
-STEPS = {
+if TYPE_CHECKING:  # they take JAX along, which --help does not wait for
+    from vla_jax.toy.laws import Law
+    from vla_jax.toy.measure import Guidance, Quality
+    from vla_jax.toy.train import Trained
+
+STEPS: dict[ProcessName, tuple[int, ...]] = {
     "flow": (2, 5, 10, 20, 50),
     "ddpm": (5, 10, 20, 50, 200),
     "score": (5, 10, 20, 50, 200),
     "meanflow": (1, 2, 4),
 }
-METHODS = {
+METHODS: dict[ProcessName, tuple[Method, ...]] = {
     "flow": ("euler", "midpoint"),
     "ddpm": ("ddim", "ancestral"),
     "score": ("ddim", "sde"),
@@ -37,7 +42,12 @@ METHODS = {
 }
 ERROR_TIMES = (0.1, 0.5, 0.9)
 """Nearly noise, half way, nearly data: where the network is compared with the exact field."""
-DEFAULTS = {"flow": ("midpoint", 20), "ddpm": ("ddim", 50), "score": ("ddim", 50), "meanflow": ("euler", 1)}
+DEFAULTS: dict[ProcessName, tuple[Method, int]] = {
+    "flow": ("midpoint", 20),
+    "ddpm": ("ddim", 50),
+    "score": ("ddim", 50),
+    "meanflow": ("euler", 1),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +89,6 @@ def main() -> None:
     args = cli(ToyArgs, description=__doc__)
     from vla_jax.toy import measure
     from vla_jax.toy.laws import LAWS
-    from vla_jax.toy.train import train
 
     law, solver = LAWS[args.data], args.solver()
     args.toy.make(law)  # refuses what does not fit together
@@ -88,40 +97,9 @@ def main() -> None:
         f"{args.data}, {args.toy.process}: {args.toy.steps} steps of {args.toy.batch_size}, {solver.method}"
     )
     print(f"entropy of the data {entropy:.3f} nats\n")
-    print(
-        "| seed | nll | in_support | energy_distance | nfe | loss | seconds |\n| - | - | - | - | - | - | - |"
-    )
-    rows, first = [], None
-    for seed in range(args.seeds):
-        start, cpu = time.perf_counter(), time.process_time()
-        trained = train(law, args.toy, seed=seed)
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        quality = measure.quality(trained, solver)
-        row = {"nll": measure.nll(trained), **quality._asdict()}
-        row["loss"] = float(np.mean(trained.losses[-len(trained.losses) // 10 :]))
-        rows.append(row | {"train_seconds": seconds, "train_cpu_seconds": cpu_seconds})
-        first = first or trained
-        print(_line(str(seed), rows[-1]), flush=True)
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    if args.seeds > 1:
-        print(_line("mean", mean))
-    curves = {
-        method: [
-            measure.quality(first, SolverConfig(method=method, num_steps=n)) for n in STEPS[args.toy.process]
-        ]
-        for method in METHODS[args.toy.process]
-    }
-    print("\n| method | nfe | energy_distance | in_support |\n| - | - | - | - |")
-    for method, curve in curves.items():
-        for q in curve:
-            print(f"| {method} | {q.nfe} | {q.energy_distance:.5f} | {q.in_support:.3f} |")
-    exact = None
-    if args.toy.process != "meanflow":
-        error = measure.time_error(first, np.array(ERROR_TIMES), n=8192)
-        exact = dict(zip(map(str, ERROR_TIMES), np.sqrt(error.error / error.size).tolist()))
-        print("\n| t | distance from the exact field, of its size |\n| - | - |")
-        for t, e in exact.items():
-            print(f"| {t} | {100 * e:.2f} % |")
+    first, rows, mean = _train_seeds(args, law, solver)
+    curves = _curves(args, first)
+    exact = None if args.toy.process == "meanflow" else _field_error(first)
     report = mean | {
         "nfe": rows[0]["nfe"],
         "field_error": exact,
@@ -130,25 +108,91 @@ def main() -> None:
         "config": dataclasses.asdict(args.toy),
         "solver": {"method": solver.method, "num_steps": solver.num_steps},
         "seeds": rows,
-        "error_against_n": {m: [q._asdict() for q in c] for m, c in curves.items()},
+        "error_against_n": {method: [q._asdict() for q in curve] for method, curve in curves.items()},
     }
     guided = None
     if args.toy.conditional and args.toy.process != "meanflow":
-        guided = measure.guidance(first)
-        report["guidance"] = {k: v.tolist() for k, v in guided[0]._asdict().items()}
-        print("\n| w | std | out_of_bounds | energy_distance | own_class |\n| - | - | - | - | - |")
-        for values in zip(*guided[0]):
-            print("| " + " | ".join(f"{v:.3g}" for v in values) + " |")
+        guided = _guided(first)
+        report["guidance"] = {name: values.tolist() for name, values in guided[0]._asdict().items()}
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
         print(f"\nwrote {args.json}")
     if args.figures is not None:
-        for path in draw(args, first, curves, guided):
+        for path in draw(args, args.figures, first, curves, guided):
             print(f"wrote {path}")
 
 
-def draw(args: ToyArgs, trained, curves, guided) -> list[Path]:
+def _train_seeds(args: ToyArgs, law: "Law", solver: SolverConfig) -> tuple["Trained", list[dict], dict]:
+    """Trains every seed and prints its row: the first network, all rows, their mean."""
+    from vla_jax.toy import measure
+    from vla_jax.toy.train import train
+
+    print(
+        "| seed | nll | in_support | energy_distance | nfe | loss | seconds |\n| - | - | - | - | - | - | - |"
+    )
+    networks, rows = [], []
+    for seed in range(args.seeds):
+        start, cpu = time.perf_counter(), time.process_time()
+        trained = train(law, args.toy, seed=seed)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        row = {"nll": measure.nll(trained), **measure.quality(trained, solver)._asdict()}
+        row["loss"] = float(np.mean(trained.losses[-len(trained.losses) // 10 :]))
+        rows.append(row | {"train_seconds": seconds, "train_cpu_seconds": cpu_seconds})
+        networks = networks or [trained]
+        print(_line(str(seed), rows[-1]), flush=True)
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    if args.seeds > 1:
+        print(_line("mean", mean))
+    return networks[0], rows, mean
+
+
+def _curves(args: ToyArgs, trained: "Trained") -> dict[Method, list["Quality"]]:
+    """Quality by solver and number of evaluations, printed."""
+    from vla_jax.toy import measure
+
+    process = args.toy.process
+    curves = {
+        method: [measure.quality(trained, SolverConfig(method=method, num_steps=n)) for n in STEPS[process]]
+        for method in METHODS[process]
+    }
+    print("\n| method | nfe | energy_distance | in_support |\n| - | - | - | - |")
+    for method, curve in curves.items():
+        for q in curve:
+            print(f"| {method} | {q.nfe} | {q.energy_distance:.5f} | {q.in_support:.3f} |")
+    return curves
+
+
+def _field_error(trained: "Trained") -> dict[str, float]:
+    """Distance from the exact field by time, of the field's size, printed."""
+    from vla_jax.toy import measure
+
+    error = measure.time_error(trained, np.array(ERROR_TIMES), n=8192)
+    exact = dict(zip(map(str, ERROR_TIMES), np.sqrt(error.error / error.size).tolist()))
+    print("\n| t | distance from the exact field, of its size |\n| - | - |")
+    for t, e in exact.items():
+        print(f"| {t} | {100 * e:.2f} % |")
+    return exact
+
+
+def _guided(trained: "Trained") -> "tuple[Guidance, list[np.ndarray]]":
+    """What guidance does by its weight, printed, and samples to draw."""
+    from vla_jax.toy import measure
+
+    guided = measure.guidance(trained)
+    print("\n| w | std | out_of_bounds | energy_distance | own_class |\n| - | - | - | - | - |")
+    for values in zip(*guided[0]):
+        print("| " + " | ".join(f"{v:.3g}" for v in values) + " |")
+    return guided
+
+
+def draw(
+    args: ToyArgs,
+    folder: Path,
+    trained: "Trained",
+    curves: dict[Method, list["Quality"]],
+    guided: "tuple[Guidance, list[np.ndarray]] | None",
+) -> list[Path]:
     """All pictures of one training."""
     import jax
 
@@ -160,7 +204,7 @@ def draw(args: ToyArgs, trained, curves, guided) -> list[Path]:
     paths = []
 
     def add(figure, file: str) -> None:
-        paths.append(save(figure, args.figures / file))
+        paths.append(save(figure, folder / file))
 
     key = jax.random.key(5)
     few = SolverConfig(method=METHODS[args.toy.process][0], num_steps=STEPS[args.toy.process][0])

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -57,22 +57,8 @@ def new_expert(text: TextConfig, horizon: int) -> ExpertConfig:
     return JointConfig(width=width, mlp=mlp, clock="reversed", horizon=horizon)
 
 
-def config_from(
-    specs: Mapping[str, Spec], *, where: object, cameras: tuple[str, ...], horizon: int
-) -> tuple[VLAConfig, bool]:
-    """The configuration whose arrays have these names of ours, and whether an expert is among them.
-
-    What the shapes don't say are the cameras and the horizon. Raises ValueError where a name is missing that a
-    size is read from.
-    """
-
-    def shape(name: str, axes: int) -> Shape:
-        if name not in specs:
-            raise ValueError(f"{where} does not fit: 1 missing: {name}; are these weights of a PaliGemma?")
-        if len(specs[name].shape) != axes:
-            raise ValueError(f"{where} does not fit: {name} {specs[name].shape} should have {axes} axes")
-        return specs[name].shape
-
+def _towers(shape: Callable[[str, int], Shape]) -> PaliGemmaConfig:
+    """The backbone's sizes; `shape` gives the shape of an array by its name and number of axes."""
     img, llm = "backbone/img", "backbone/llm"
     patch, _, _, width = shape(f"{img}/embedding/kernel", 4)
     _, tokens, _ = shape(f"{img}/pos_embedding", 3)
@@ -97,8 +83,29 @@ def config_from(
         kv_heads=shape(f"{llm}/layers/attn/kv_einsum/w", 5)[2],
         head_dim=head_dim,
     )
+    return PaliGemmaConfig(vision=vision, text=text)
+
+
+def config_from(
+    specs: Mapping[str, Spec], *, where: object, cameras: tuple[str, ...], horizon: int
+) -> tuple[VLAConfig, bool]:
+    """The configuration whose arrays have these names of ours, and whether an expert is among them.
+
+    What the shapes don't say are the cameras and the horizon. Raises ValueError where a name is missing that a
+    size is read from.
+    """
+
+    def shape(name: str, axes: int) -> Shape:
+        if name not in specs:
+            raise ValueError(f"{where} does not fit: 1 missing: {name}; are these weights of a PaliGemma?")
+        if len(specs[name].shape) != axes:
+            raise ValueError(f"{where} does not fit: {name} {specs[name].shape} should have {axes} axes")
+        return specs[name].shape
+
+    backbone = _towers(shape)
+    text = backbone.text
     config = VLAConfig(
-        backbone=PaliGemmaConfig(vision=vision, text=text),
+        backbone=backbone,
         cameras=cameras,
         dtype="bfloat16",
         remat="nothing_saveable",

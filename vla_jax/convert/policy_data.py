@@ -20,6 +20,7 @@ from vla_jax.convert.statistics import openpi_method
 from vla_jax.data import transforms as tf
 from vla_jax.data.bundle import DataBundle
 from vla_jax.data.config import DataConfig
+from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.robot_data import select_of
 from vla_jax.data.robot_units import RobotUnits
@@ -27,6 +28,7 @@ from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.robots.table import find_robot
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
+from vla_jax.data.tokenizer import Tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.finite import finite
 from vla_jax.models.config import VLAConfig
@@ -98,79 +100,111 @@ def policy_data(
     """
     fast = read_fast(options.fast, model)
     data = public_data(model)
-    method = data.normalization
     name, raw = _choose(assets, options.statistics)
-    if name == LEROBOT:
-        said = read_preprocessing(assets[LEROBOT])
-        fields = {f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in raw}
-        if said.prompt_state_dim and not options.state_in_prompt:
-            raise ValueError(
-                f"the preprocessor's {STATE_IN_PROMPT} puts the state into the prompt; leave --no-state-in-prompt out"
-            )
-        data = dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
+    fields, data = _normalisation(assets, name, raw, data, options)
+    robot = _robot(options)
+    if robot is None:
+        said = lerobot_dims(assets[LEROBOT]) if name == LEROBOT else {}
+        fields = _of_dims(fields, raw, model, options, said)
     else:
-        fields = {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}
-    robot = None
-    if options.robot:
-        robot = find_robot(options.robot)
-        if options.default_prompt:
-            robot = dataclasses.replace(robot, default_prompt=options.default_prompt)
-        fields = {f: _of_robot(f, pair, robot, name) for f, pair in fields.items()}
+        fields = {field: _of_robot(field, pair, robot, name) for field, pair in fields.items()}
         data = dataclasses.replace(data, robot=options.robot, cameras=())
-    else:
-        fields = _of_dims(
-            fields, raw, model, options, lerobot_dims(assets[LEROBOT]) if name == LEROBOT else {}
-        )
     if not options.state_in_prompt:
-        if data.prompt != "pi05":
-            raise ValueError(
-                "--no-state-in-prompt is for a π0.5; "
-                + (
-                    "this model's prompt always holds the state"
-                    if fast
-                    else "this model's prompt holds no state, a token of its own does"
-                )
-            )
-        data = dataclasses.replace(
-            data, prompt="pi0", ignore_state=True
-        )  # the limit and quantiles stay π0.5's
+        data = _without_state(data, fast=fast is not None)
     statistics = Statistics(state=_statistics(*fields["state"]), action=_statistics(*fields["actions"]))
     if fast is not None:
-        model = sized(
-            model,
-            fast,
-            horizon=horizon,
-            state_dim=statistics.state.dims,
-            action_dim=statistics.action.dims,
-        )
-    sizes = {"state": (statistics.state.dims, model.expert.state_dim)}
-    sizes["actions"] = (statistics.action.dims, model.expert.action_dim)
-    for field, (found, most) in sizes.items():
-        if found > most:
-            raise ValueError(
-                f"the statistics {name} have {found} dims of {field}, the model {most} (model.expert."
-                f"{'state' if field == 'state' else 'action'}_dim): choose others with --statistics"
-            )
-    tokenizer = read_tokenizer(options.tokenizer)
-    if tokenizer.vocab_size > model.backbone.vocab:
-        raise ValueError(
-            f"{options.tokenizer} has {tokenizer.vocab_size} entries, the model's embedding {model.backbone.vocab}: "
-            "it is not this model's tokenizer"
-        )
+        dims = {"state_dim": statistics.state.dims, "action_dim": statistics.action.dims}
+        model = sized(model, fast, horizon=horizon, **dims)
+    _check_dims(statistics, model, name)
+    tokenizer = _tokenizer(options.tokenizer, model)
     as_tokens = None
     if fast is not None:
         as_tokens = tokenize_actions(model, tokenizer, fast)
         data = dataclasses.replace(data, fast=dataclasses.replace(data.fast, max_tokens=as_tokens.max_tokens))
-    size = model.backbone.image_size
     schema = _schema(model, statistics, options, robot, name)
-    units = () if robot is None else (RobotUnits(robot),)
+    transforms = _transforms(model, data, statistics, schema, robot, tokenizer, as_tokens)
+    objective = dataclasses.replace(public_objective(model), text=False, plan_visible=0.0)
+    config = TrainConfig(model=model, data=data, objective=objective)
+    return config, DataBundle(schema=schema, transforms=transforms)
+
+
+def _normalisation(
+    assets: Mapping[str, Any], name: str, raw: Mapping[str, Any], data: DataConfig, options: PolicyOptions
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], DataConfig]:
+    """Offset and scale of state and actions, by LeRobot's formulas or openpi's, and what LeRobot says of the prompt."""
+    if name != LEROBOT:
+        method = data.normalization
+        return {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}, data
+    said = read_preprocessing(assets[LEROBOT])
+    if said.prompt_state_dim and not options.state_in_prompt:
+        raise ValueError(
+            f"the preprocessor's {STATE_IN_PROMPT} puts the state into the prompt; leave --no-state-in-prompt out"
+        )
+    fields = {f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in raw}
+    return fields, dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
+
+
+def _robot(options: PolicyOptions) -> RobotDescription | None:
+    """The description that --robot names, with the default prompt that was given."""
+    if not options.robot:
+        return None
+    robot = find_robot(options.robot)
+    if options.default_prompt:
+        robot = dataclasses.replace(robot, default_prompt=options.default_prompt)
+    return robot
+
+
+def _without_state(data: DataConfig, *, fast: bool) -> DataConfig:
+    """A π0.5's data with openpi's prompt of the instruction alone; limits and quantiles stay π0.5's."""
+    if data.prompt != "pi05":
+        holds = "always holds the state" if fast else "holds no state, a token of its own does"
+        raise ValueError(f"--no-state-in-prompt is for a π0.5; this model's prompt {holds}")
+    return dataclasses.replace(data, prompt="pi0", ignore_state=True)
+
+
+def _check_dims(statistics: Statistics, model: VLAConfig, name: str) -> None:
+    """Refuses statistics of more dims than the model has."""
+    sizes = {
+        "state": (statistics.state.dims, model.expert.state_dim, "state_dim"),
+        "actions": (statistics.action.dims, model.expert.action_dim, "action_dim"),
+    }
+    for field, (found, most, option) in sizes.items():
+        if found > most:
+            raise ValueError(
+                f"the statistics {name} have {found} dims of {field}, the model {most} (model.expert.{option}): "
+                "choose others with --statistics"
+            )
+
+
+def _tokenizer(path: Path, model: VLAConfig) -> Tokenizer:
+    """The given tokenizer, refused where it has more entries than the model's embedding."""
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size > model.backbone.vocab:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} entries, the model's embedding {model.backbone.vocab}: it is "
+            "not this model's tokenizer"
+        )
+    return tokenizer
+
+
+def _transforms(
+    model: VLAConfig,
+    data: DataConfig,
+    statistics: Statistics,
+    schema: DatasetSchema,
+    robot: RobotDescription | None,
+    tokenizer: Tokenizer,
+    as_tokens: TokenizeActions | None,
+) -> tuple[tf.Transform, ...]:
+    """From what the robot sends to the model's batch."""
+    size = model.backbone.image_size
     same = {camera: (size, size) for camera in model.cameras}
-    transforms = (
-        *units,
+    return (
+        *(() if robot is None else (RobotUnits(robot),)),
         tf.SelectCameras(same) if robot is None else select_of(robot, model.cameras, schema, size),
         tf.ResizeImages(size, size, fit="openpi"),
         # Their formula has an epsilon of its own in place of our least scale.
-        Normalize(method=method, group="dataset", statistics={"": statistics}, floor=False),
+        Normalize(method=data.normalization, group="dataset", statistics={"": statistics}, floor=False),
         *(() if as_tokens is None else (as_tokens,)),
         tf.Tokenize(tokenizer, data.max_text_tokens, data.max_target_tokens, data.prompt_form),
         tf.PadDims(
@@ -179,9 +213,6 @@ def policy_data(
             robot_action_dim=statistics.action.dims,
         ),
     )
-    objective = dataclasses.replace(public_objective(model), text=False, plan_visible=0.0)
-    config = TrainConfig(model=model, data=data, objective=objective)
-    return config, DataBundle(schema=schema, transforms=transforms)
 
 
 def _schema(

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from vla_jax.data import transforms as tf
 from vla_jax.data.config import DataConfig
 from vla_jax.data.derived import cached
-from vla_jax.data.fast.dataset import prepare_fast
+from vla_jax.data.fast.dataset import Prepared, prepare_fast
 from vla_jax.data.fast.ids import action_ids
 from vla_jax.data.fast.transform import DecodedChunks, TokenizeActions
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
@@ -25,7 +25,7 @@ from vla_jax.data.robots.description import RobotDescription
 from vla_jax.data.sample import Sample, Transform
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.sources.source import EpisodeSource
-from vla_jax.data.statistics import constant_dims
+from vla_jax.data.statistics import DatasetStatistics, constant_dims
 from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
@@ -255,7 +255,6 @@ def prepare(
             f"{config.path} has {robot_state_dim} state dims, the model {state_dim}; use "
             f"model.expert.state_dim={robot_state_dim} or more, or 0 for as many as the data have"
         )
-    by_task = config.normalization_group == "task"
     prompt = config.prompt_form
     tokenizer = (
         read_tokenizer(config.tokenizer) if config.tokenizer else _tokenizer(source, index, config, prompt)
@@ -263,29 +262,11 @@ def prepare(
     tokenize = tf.Tokenize(tokenizer, config.max_text_tokens, config.max_target_tokens, prompt)
     _note_missing_texts(index, config.path, text)
     _check_texts(tokenize, index, robot_state_dim)
-    normalize = Normalize(
-        method=config.normalization,
-        group=config.normalization_group,
-        statistics=statistics.per_task if by_task else {"": statistics.dataset},
-        task_of=_task_of(index) if by_task else {},
-        floor=floor,
-        unscaled={} if units is None else unscaled_of(units.robot),
-    )
+    normalize = _normalize(config, statistics, index, units, floor)
     as_tokens = ()
     if action_tokens != "none":
         prepared = prepare_fast(config.fast, source, train, normalize, horizon, index.fingerprint, units)
-        ids, _ = action_ids(tokenizer, prepared.fast)
-        row = prepared.longest + len(ids.begin) + len(ids.end)
-        as_tokens = (
-            TokenizeActions(
-                fast=prepared.fast,
-                ids=ids,
-                horizon=horizon,
-                action_dim=robot_action_dim,
-                max_tokens=config.fast.max_tokens or row,
-                keep_actions=action_tokens == "beside",
-            ),
-        )
+        as_tokens = (_as_tokens(prepared, tokenizer, config, schema, horizon, action_tokens == "beside"),)
     transforms = (
         *(() if units is None else (units,)),
         select,
@@ -300,6 +281,46 @@ def prepare(
         ),
     )
     return DataBundle(schema=schema, transforms=transforms)
+
+
+def _normalize(
+    config: DataConfig,
+    statistics: DatasetStatistics,
+    index: DatasetIndex,
+    units: RobotUnits | None,
+    floor: bool,
+) -> Normalize:
+    """The configured normalisation, by the statistics of the data set or of each task."""
+    by_task = config.normalization_group == "task"
+    return Normalize(
+        method=config.normalization,
+        group=config.normalization_group,
+        statistics=statistics.per_task if by_task else {"": statistics.dataset},
+        task_of=_task_of(index) if by_task else {},
+        floor=floor,
+        unscaled={} if units is None else unscaled_of(units.robot),
+    )
+
+
+def _as_tokens(
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    schema: DatasetSchema,
+    horizon: int,
+    beside: bool,
+) -> TokenizeActions:
+    """FAST tokens of chunks, beside the actions or instead of them; rows as long as the longest chunk needs."""
+    ids, _ = action_ids(tokenizer, prepared.fast)
+    row = prepared.longest + len(ids.begin) + len(ids.end)
+    return TokenizeActions(
+        fast=prepared.fast,
+        ids=ids,
+        horizon=horizon,
+        action_dim=len(schema.action_names),
+        max_tokens=config.fast.max_tokens or row,
+        keep_actions=beside,
+    )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -34,6 +34,19 @@ _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _SPACE = "▁"
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 _CACHED_TEXTS = 16384
+_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+    "additional_special_tokens": ["<image>"],
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 10**30,
+    "padding_side": "right",
+}
+"""What `transformers.AutoTokenizer` reads beside tokenizer.json."""
 
 
 class TextTokens(NamedTuple):
@@ -255,21 +268,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", BOS)]
     )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "eos_token": "<eos>",
-        "bos_token": "<bos>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-        "additional_special_tokens": ["<image>"],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,
-        "padding_side": "right",
-    }
     return Tokenizer(
         {
             "tokenizer.json": tokenizer.to_str(pretty=False),
-            "tokenizer_config.json": json.dumps(settings, indent=2),
+            "tokenizer_config.json": json.dumps(_SETTINGS, indent=2),
         }
     )

@@ -24,6 +24,7 @@ from vla_jax.sim.evaluate import (
     pieces_of,
     silent,
 )
+from vla_jax.sim.rollout import Rollout
 from vla_jax.sim.tabletop import TabletopConfig, TabletopEnv, parse_plan, with_side
 
 TABLES = 512
@@ -41,6 +42,39 @@ def evaluate_tabletop(
     """Everything that is measured on the tabletop."""
     runner = Runner(policy, config, solver, progress)
     env = TabletopEnv(env_config)
+    first, judged, own = _own_instructions(runner, env)
+    symmetric = [record for record in own.records if record["kind"] == "symmetric"]
+    arrived = [record for record in own.records if record["success"]]
+    details: dict[str, Any] = motion_of(own.records) | _symmetric_details(symmetric)
+    report = metrics.success_summary(own.records) | first
+    report |= {
+        "collision": metrics.mean_of(own.records, "collision"),
+        "left_share": details.pop("left_share", None),
+        "path_error": metrics.mean_of(own.records, "path_error_m"),
+        # Of what ends early by colliding neither says much.
+        "path_length_m": metrics.mean_of(arrived, "path_length_m"),
+        "time_s": metrics.mean_of(arrived, "time_s"),
+    }
+    swapped_success, swapped_details = _swapped(runner, env_config)
+    report["swapped_success"] = swapped_success
+    details |= swapped_details
+    if judged:
+        report["plan_accuracy"] = metrics.mean_of(judged, "right_object")
+        details["plan_side_accuracy"] = metrics.mean_of(judged, "right_side")
+    if policy.writes_plans and policy.sees_plans and symmetric:
+        forced = _forced(runner, env, [record["seed"] for record in symmetric])
+        report["forced_plan_followed"] = float(np.mean([record["followed"] for record in forced]))
+        details["forced_success"] = metrics.mean_of(forced, "success")
+        details["forced_episodes"] = len(forced)
+    report["per_task"] = metrics.per_task(own.records)
+    return Evaluation(report=finish(report, details, runner.config, solver), rollout=own)
+
+
+def _own_instructions(
+    runner: Runner, env: TabletopEnv
+) -> tuple[dict[str, Any], list[dict[str, Any]], Rollout]:
+    """Diversity and latency at the first scenes, what the plans at the start are worth, and all episodes."""
+    policy, config = runner.policy, runner.config
     report: dict[str, Any] = {}
     judged, pieces = [], []
     for seeds in pieces_of(config.seeds(), TABLES):
@@ -54,43 +88,22 @@ def evaluate_tabletop(
             report["chunk_diversity"] = runner.diversity(take(observation, few), [seeds[i] for i in few])
             report |= runner.latency_ms(take(observation, rows[:1]), seeds[rows[0]])
         pieces.append(runner.run("own instruction", env, seeds, record=0 if pieces else config.record))
-    own = join(pieces)
+    return report, judged, join(pieces)
 
-    symmetric = [record for record in own.records if record["kind"] == "symmetric"]
-    arrived = [record for record in own.records if record["success"]]
-    details: dict[str, Any] = motion_of(own.records) | _symmetric_details(symmetric)
-    report = metrics.success_summary(own.records) | report
-    report |= {
-        "collision": metrics.mean_of(own.records, "collision"),
-        "left_share": details.pop("left_share", None),
-        "path_error": metrics.mean_of(own.records, "path_error_m"),
-        # Of what ends early by colliding neither says much.
-        "path_length_m": metrics.mean_of(arrived, "path_length_m"),
-        "time_s": metrics.mean_of(arrived, "time_s"),
-    }
 
-    swapped_env = TabletopEnv(env_config, instruction="swapped")
-    swapped = [
+def _swapped(runner: Runner, env_config: TabletopConfig) -> tuple[float, dict[str, Any]]:
+    """The same scenes with an instruction for another object: share of episodes that end there, and its interval."""
+    env = TabletopEnv(env_config, instruction="swapped")
+    records = [
         record
-        for seeds in pieces_of(config.seeds(), TABLES)
-        for record in runner.run("swapped instruction", swapped_env, seeds).records
+        for seeds in pieces_of(runner.config.seeds(), TABLES)
+        for record in runner.run("swapped instruction", env, seeds).records
     ]
-    ended_there = [record["reached"] == record["target"] for record in swapped]
-    report["swapped_success"] = float(np.mean(ended_there))
-    details["swapped_ci"] = list(metrics.wilson(sum(ended_there), len(ended_there)))
-    details["swapped_collision"] = metrics.mean_of(swapped, "collision")
-
-    if judged:
-        report["plan_accuracy"] = metrics.mean_of(judged, "right_object")
-        details["plan_side_accuracy"] = metrics.mean_of(judged, "right_side")
-    if policy.writes_plans and policy.sees_plans and symmetric:
-        forced = _forced(runner, env, [record["seed"] for record in symmetric])
-        report["forced_plan_followed"] = float(np.mean([record["followed"] for record in forced]))
-        details["forced_success"] = metrics.mean_of(forced, "success")
-        details["forced_episodes"] = len(forced)
-
-    report["per_task"] = metrics.per_task(own.records)
-    return Evaluation(report=finish(report, details, runner.config, solver), rollout=own)
+    ended_there = [record["reached"] == record["target"] for record in records]
+    return float(np.mean(ended_there)), {
+        "swapped_ci": list(metrics.wilson(sum(ended_there), len(ended_there))),
+        "swapped_collision": metrics.mean_of(records, "collision"),
+    }
 
 
 def _symmetric_details(symmetric: list[dict[str, Any]]) -> dict[str, Any]:

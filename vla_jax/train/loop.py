@@ -160,32 +160,9 @@ def fit(
         state, start, planned, meta = _restore_or_init(job, checkpoints, extend)
         progress = Progress(start=start, steps=loop.steps)
         stack.callback(progress.close)
-        if planned != loop.steps:
-            progress.say(
-                f"train.steps {planned} → {loop.steps}: from step {start + 1} on the schedules of learning rate and λ "
-                f"are those of {loop.steps} steps; the next learning rate is {float(job.schedule(start)):.3g}"
-            )
-        if start >= loop.steps:
-            progress.say(f"{run_dir} is finished: step {start} of {loop.steps}")
+        if not _goes_on(job, loop, run_dir, start, planned, stop, progress):
             return state
-        if not distributed.all_agree("begin", not stop.requested):
-            progress.say(f"stopped before step {start + 1}; run the same command to continue")
-            return state
-        if start:
-            progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")
-        config = job.meta["config"]
-        if not jax.process_index():
-            write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
-            if job.placement:
-                write_atomically(run_dir / PLACEMENT, job.placement)
-        log = MetricsLog(
-            run_dir,
-            start=start,
-            tensorboard=loop.tensorboard,
-            wandb=loop.wandb,
-            config=config,
-            written=meta.get(METRICS),
-        )
+        log = _open_records(job, loop, run_dir, start, meta.get(METRICS))
         stack.callback(log.close)
         ledger = Ledger(None if jax.process_index() else run_dir / "goodput.json", step=start, begun=begun)
         batches = stack.enter_context(Prefetch(job.batches(start), batch_sharding(mesh)))
@@ -203,14 +180,55 @@ def fit(
         progress.say(ledger.table())
         if trainer.diverged is not None:
             raise TrainingDiverged(f"{trainer.diverged}; checkpoint {step} is saved")
-        if step < loop.steps:
-            asked = f" {time.monotonic() - stop.since:.1f} s after being told to" if stop.requested else ""
-            progress.say(
-                f"stopped and saved at step {step} of {loop.steps}{asked}; run the same command to continue"
-            )
-        else:
-            progress.say(f"finished: {run_dir}, step {step}")
+        progress.say(_how_it_ended(run_dir, step, loop.steps, stop))
         return state
+
+
+def _goes_on(
+    job: Job, loop: LoopConfig, run_dir: Path, start: int, planned: int, stop: StopSignal, progress: Progress
+) -> bool:
+    """Whether steps remain and no process was told to stop; says where the run stands."""
+    if planned != loop.steps:
+        rate = float(jax.device_get(job.schedule(start)))
+        progress.say(
+            f"train.steps {planned} → {loop.steps}: from step {start + 1} on the schedules of learning rate and λ "
+            f"are those of {loop.steps} steps; the next learning rate is {rate:.3g}"
+        )
+    if start >= loop.steps:
+        progress.say(f"{run_dir} is finished: step {start} of {loop.steps}")
+        return False
+    if not distributed.all_agree("begin", not stop.requested):
+        progress.say(f"stopped before step {start + 1}; run the same command to continue")
+        return False
+    if start:
+        progress.say(f"continuing {run_dir} from step {start} of {loop.steps}")
+    return True
+
+
+def _open_records(
+    job: Job, loop: LoopConfig, run_dir: Path, start: int, written: Mapping[str, Any] | None
+) -> MetricsLog:
+    """Writes configuration and placement, and opens the metrics' files where the checkpoint left them."""
+    config = job.meta["config"]
+    if not jax.process_index():
+        write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
+        if job.placement:
+            write_atomically(run_dir / PLACEMENT, job.placement)
+    return MetricsLog(
+        run_dir,
+        start=start,
+        tensorboard=loop.tensorboard,
+        wandb=loop.wandb,
+        config=config,
+        written=written,
+    )
+
+
+def _how_it_ended(run_dir: Path, step: int, steps: int, stop: StopSignal) -> str:
+    if step >= steps:
+        return f"finished: {run_dir}, step {step}"
+    asked = f" {time.monotonic() - stop.since:.1f} s after being told to" if stop.since is not None else ""
+    return f"stopped and saved at step {step} of {steps}{asked}; run the same command to continue"
 
 
 def _watchdog(loop: LoopConfig) -> Watchdog:
