@@ -1,7 +1,9 @@
 """Every command says what it is for and what it can be told, and its examples use options that exist."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,18 @@ def test_the_installed_program_lists_its_commands(monkeypatch, capsys):
     entry.main()
     said = capsys.readouterr().out
     assert all(f"\n  {name} " in said for name in entry.COMMANDS)
+
+
+def test_a_reader_of_the_list_may_leave():
+    """``vla-jax | head -1``: no error of ours."""
+    code = "from vla_jax.cli.entry import main; main()"
+    end, other = os.pipe()
+    os.close(end)
+    with os.fdopen(other, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, cwd=FOLDER.parent
+        )
+    assert done.returncode == 0 and done.stderr == b""
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,7 @@ def usage() -> str:
 def main() -> None:
     """Runs the command that is named first on the command line; the list of commands loads none of them."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(usage())
-        return
+        return run(lambda: print(usage(), flush=True))
     name = sys.argv[1].replace("_", "-")
     sys.argv[:2] = [f"{PROGRAM} {name}"]
     run(lambda: _module(name).main())

@@ -1,4 +1,4 @@
-"""``--mesh data=4,tensor=2``: how the launchers of inference name the devices that share a call."""
+"""``--mesh data=4,tensor=2``: how the commands that run policies name the devices that share a call."""
 
 from jax.sharding import Mesh
 
