@@ -186,7 +186,7 @@ def to_json(config: TrainConfig) -> str:
 
 def from_json(text: str) -> TrainConfig:
     """The inverse of `to_json`. Raises ValueError on a field that this version does not have."""
-    return _build(TrainConfig, _upgraded(json.loads(text)), "")
+    return _build(TrainConfig, upgraded(json.loads(text)), "")
 
 
 def from_meta(meta: Mapping[str, Any]) -> TrainConfig:
@@ -211,24 +211,7 @@ def config_hash(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Rebuilds frozen dataclasses and tuples from what JSON keeps of them."""
-    if kind in TABLES and isinstance(value, dict):
-        kind = class_of(kind, value.get("kind", ""), where.removesuffix("."))
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise ValueError(
-                f"the configuration has a field '{where}{unknown[0]}' that this version does not know"
-            )
-        return kind(**{name: _build(hints[name], v, f"{where}{name}.") for name, v in value.items()})
-    return _tuples(value)
-
-
-def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration from before backbones had kinds: its model was a PaliGemma, and its one kind of expert's
     configuration had fields that an expert without a network did not use."""
     model = config.get("model", {})
@@ -244,6 +227,23 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     if expert["kind"] == "tokens":
         expert = {name: value for name, value in expert.items() if name in known}
     return {**config, "model": {**model, "backbone": backbone, "expert": expert}}
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Rebuilds frozen dataclasses and tuples from what JSON keeps of them."""
+    if kind in TABLES and isinstance(value, dict):
+        kind = class_of(kind, value.get("kind", ""), where.removesuffix("."))
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(
+                f"the configuration has a field '{where}{unknown[0]}' that this version does not know"
+            )
+        return kind(**{name: _build(hints[name], v, f"{where}{name}.") for name, v in value.items()})
+    return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 from vla_jax.checkpoint import Saved, open_newest, read_meta
 from vla_jax.checkpoint.manager import flatten
 from vla_jax.checkpoint.paths import run_path
-from vla_jax.config import TrainConfig, config_hash, to_json
+from vla_jax.config import TrainConfig, config_hash, to_json, upgraded
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.loader import Loader, make_loader
@@ -244,7 +244,7 @@ def identity_of(splits: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     def identity(meta: Mapping[str, Any]) -> dict[str, Any]:
         prepared = bundle_hash(DataBundle.from_json(json.loads(json.dumps(meta["data"]))))
         return {
-            "config": json.loads(json.dumps(meta["config"])),
+            "config": upgraded(json.loads(json.dumps(meta["config"]))),
             "data_fingerprint": meta["data_fingerprint"],
             "splits": meta.get("splits", splits),
             "prepared": dict(prepared.parts),
