@@ -17,6 +17,7 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.models.experts.base import ExpertConfig
 from vla_jax.models.kinds import TABLES, class_of
 from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.objectives.terms import check_terms
 from vla_jax.sharding.config import MeshConfig
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 
@@ -46,6 +47,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        check_terms(self.objective)
         if not (self.objective.text is False or self.model.backbone.has_text):
             raise ValueError(
                 f"model.backbone.kind={self.model.backbone.kind} has no language model, so there is no text to learn; "

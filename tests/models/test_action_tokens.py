@@ -1,22 +1,21 @@
 """Chunks as tokens: written tokens are what teacher forcing predicts, every chunk is whole, no expert sees them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models import small
+from tests.objectives.found import losses_of
+from vla_jax.flow.base import Corrupted
+from vla_jax.flow.processes import Flow
 from vla_jax.models.action_tokens import ActionGrammar, generate_actions
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import (
-    action_token_loss,
-    count,
-    draw,
-    reduction,
-    text_loss,
-    transfusion_loss,
-)
+from vla_jax.objectives.objective import Objective
+from vla_jax.objectives.terms.tokens import at_targets, of_action_tokens
 from vla_jax.types import Given
 
 TOTAL = 15  # horizon 5 of 3 dimensions
@@ -171,22 +170,23 @@ def test_tokens_see_what_an_expert_sees(setup, programs):
     )
 
 
-class Still:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Still(Flow):
     """A process without noise: what is drawn does not matter here."""
 
     def corrupt(self, key, a):
-        from vla_jax.flow.base import Corrupted
-
         return Corrupted(0.3 * a, jnp.full(a.shape[:1], 0.3), a, a)
 
-    def loss(self, prediction, target):
-        return (prediction - target) ** 2
 
-
-def losses(model, params, data, **objective):
+def objective_of(model, **objective):
     config = ObjectiveConfig(plan_visible=1.0, **objective)
-    draws = draw(jax.random.key(0), data, Still(), config)
-    return transfusion_loss(model, Still(), config, params, data, draws, count(data, config))
+    return Objective(model=model, process=Still(), config=config)
+
+
+def losses(model, params, data, **options):
+    objective = objective_of(model, **options)
+    drawn = objective.draw(jax.random.key(0), data)
+    return losses_of(objective, params, data, drawn, objective.counts(data, drawn))
 
 
 def test_tokens_instead_of_actions_are_the_action_loss(setup):
@@ -204,9 +204,9 @@ def test_tokens_instead_of_actions_are_the_action_loss(setup):
     np.testing.assert_allclose(found.action, want, rtol=1e-5)
     np.testing.assert_allclose(found.total, found.text + 3 * found.action, rtol=1e-6)
     assert found.time_histogram is None
-    config = ObjectiveConfig(action_reduction="sum")
+    objective = objective_of(model, action_reduction="sum")
     sizes = np.asarray(data.action_token_loss).sum(1)
-    np.testing.assert_allclose(reduction(data, config).action, sizes.mean())
+    np.testing.assert_allclose(objective.scales(data)["action"], sizes.mean())
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +221,14 @@ def insulated():
 def test_tokens_beside_actions_are_text(insulated):
     data, model, params, run = insulated
     found = run(params, data)
-    cache, hidden = model.apply({"params": params}, data, jnp.ones(3, bool), method="prefill")
-    plan, _ = text_loss(model, params, hidden, data, None)
-    tokens, _ = action_token_loss(model, params, cache, data)
+    objective = objective_of(model)
+    drawn = objective.draw(jax.random.key(0), data)
+    reading = objective.read(params, data, drawn)
+    plan = at_targets(reading, reading.hidden, data.tokens, data.token_loss, None).loss
+    tokens = of_action_tokens(reading).loss
     number = data.token_loss.sum() + data.action_token_loss.sum()
     np.testing.assert_allclose(found.text, (plan + tokens) / number, rtol=1e-5)
-    np.testing.assert_allclose(count(data, ObjectiveConfig()).text, number)
+    np.testing.assert_allclose(objective.counts(data, drawn)["text"], number)
 
 
 def test_discrete_and_continuous_actions_do_not_see_each_other(insulated):

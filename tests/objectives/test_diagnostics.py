@@ -21,11 +21,11 @@ from tests.objectives import toy
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
-from vla_jax.objectives.diagnostics import TimedLosses, as_metrics, diagnose, group_of
-from vla_jax.objectives.transfusion import count, draw, timed_losses, transfusion_loss
+from vla_jax.objectives.diagnostics import as_metrics, diagnose, group_of
+from vla_jax.objectives.objective import Objective
+from vla_jax.objectives.terms import LossByTime
 from vla_jax.objectives.weighting import (
     GradientRatio,
-    Pair,
     PCGrad,
     WeightingConfig,
     combine,
@@ -51,7 +51,7 @@ def by_hand(text, actions, share, weights):
         t, a = (np.concatenate([x[i].ravel() for x in pairs]) for i in range(2))
         norms = np.linalg.norm(t), np.linalg.norm(a)
         cosine = t @ a / (norms[0] * norms[1]) if min(norms) > 0 else 0.0
-        ratio = weights.action * norms[1] / (weights.text * norms[0]) if norms[0] else np.nan
+        ratio = weights["action"] * norms[1] / (weights["text"] * norms[0]) if norms[0] else np.nan
         return np.array([*norms, ratio, cosine, np.mean(t * a < 0)])
 
     text = {name: np.asarray(x, np.float64) for name, x in text.items()}
@@ -77,17 +77,27 @@ def by_hand(text, actions, share, weights):
     return report(whole), [report(a) if s else unknown(report(a)) for s, a in zip(share, actions)]
 
 
+def two(action, text=1.0):
+    return {"text": text, "action": action}
+
+
+def numbers(comparison):
+    """Both norms, ratio, cosine and conflict."""
+    return [comparison.norms["text"], comparison.norms["action"], *comparison.pairs["text", "action"]]
+
+
 def difference(report, hand, conflicts=0.0) -> float:
     """The largest difference, relative to the largest value of its kind; `conflicts` may differ by that much more."""
     (whole, layers), bins = hand
     pairs = [(report.whole, whole)]
     pairs += [(report.layers[g], v) for g, v in layers.items()]
-    pairs += [(report.by_time, np.stack([b[0] for b in bins]))]
-    pairs += [(report.layers_by_time[g], np.stack([b[1][g] for b in bins])) for g in layers]
-    assert report.layers.keys() == layers.keys() == report.layers_by_time.keys()
+    pairs += [(report.by_time["action"], np.stack([b[0] for b in bins]))]
+    by_layer = report.layers_by_time["action"]
+    pairs += [(by_layer[g], np.stack([b[1][g] for b in bins])) for g in layers]
+    assert report.layers.keys() == layers.keys() == by_layer.keys()
     largest = 0.0
     for got, want in pairs:
-        got = np.stack([np.asarray(x) for x in got], axis=-1)
+        got = np.stack([np.asarray(x) for x in numbers(got)], axis=-1)
         assert got.shape == want.shape
         for i in range(5):
             finite = np.isfinite(want[..., i]) & np.isfinite(got[..., i])
@@ -120,20 +130,67 @@ def test_quadratics_by_layer_and_time():
 
     def losses(p):
         actions = jnp.stack([c * half_square(p, y) for c, y in zip(scales, b)])
-        return TimedLosses(half_square(p, a), actions, jnp.asarray(share))
+        return two(LossByTime(actions, jnp.asarray(share)), LossByTime(half_square(p, a), jnp.ones(())))
 
     inside = trunk.inside(params, ("net",), "trunk")
-    weights = Pair(0.5, 3.0)
+    weights = two(3.0, text=0.5)
     report = jax.jit(lambda p: diagnose(losses, p, inside, weights))(params)
     text = trunk.chosen(jax.tree.map(jnp.subtract, params, a), inside)
     actions = [
         trunk.chosen(jax.tree.map(lambda p, q: c * (p - q), params, y), inside) for c, y in zip(scales, b)
     ]
     assert set(report.layers) == {"net/layers", "net/head/w"}
-    assert report.layers_by_time["net/layers"].cosine.shape == (BINS, 3)
+    by_layer, pair = report.layers_by_time["action"], ("text", "action")
+    assert by_layer["net/layers"].pairs[pair].cosine.shape == (BINS, 3)
     assert difference(report, by_hand(text, actions, share, weights)) < 1e-6
-    for found in (report.by_time, report.layers_by_time["net/head/w"]):  # a bin that was not drawn
-        assert np.isnan(found.cosine[2]) and np.isnan(found.action_norm[2])
+    for found in (report.by_time["action"], by_layer["net/head/w"]):  # a bin that was not drawn
+        assert np.isnan(found.pairs[pair].cosine[2]) and np.isnan(found.norms["action"][2])
+
+
+def test_every_two_of_several_losses():
+    """A loss without a time and two with one: pairs, bins beside whole losses, and their names in the log."""
+    rng = np.random.default_rng(2)
+    x = {"net": {"w": jnp.asarray(rng.normal(size=7), jnp.float32)}}
+    points = {
+        "text": rng.normal(size=(1, 7)),
+        "action": rng.normal(size=(2, 7)),
+        "depth": rng.normal(size=(2, 7)),
+    }
+    shares = {"action": np.array([0.25, 0.75]), "depth": np.array([0.5, 0.5])}
+
+    def losses(p):
+        means = {n: jnp.sum((p["net"]["w"] - jnp.float32(a)) ** 2, axis=1) / 2 for n, a in points.items()}
+        timed = {n: LossByTime(means[n], jnp.float32(shares[n])) for n in shares}
+        return timed | {"text": LossByTime(means["text"][0], jnp.ones(()))}
+
+    weights = {"text": 1.0, "action": 3.0, "depth": 0.5}
+    report = jax.jit(lambda p: diagnose(losses, p, trunk.inside(p, ("net",), "trunk"), weights))(x)
+    bins = {n: np.asarray(x["net"]["w"], np.float64) - a for n, a in points.items()}
+    whole = {n: shares.get(n, np.ones(1)) @ g for n, g in bins.items()}
+
+    def cosine(a, b):
+        return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+    for pair, beside in report.whole.pairs.items():
+        a, b = (whole[n] for n in pair)
+        ratio = weights[pair[1]] * np.linalg.norm(b) / (weights[pair[0]] * np.linalg.norm(a))
+        np.testing.assert_allclose(beside, [ratio, cosine(a, b), np.mean(a * b < 0)], rtol=1e-5)
+    assert set(report.whole.pairs) == {("text", "action"), ("text", "depth"), ("action", "depth")}
+    logged = as_metrics(report)
+    for name, (first, second) in (
+        ("cosine", ("text", "action")),
+        ("cosine_action_depth", ("action", "depth")),
+    ):
+        want = [cosine(whole[first], g) for g in bins[second]]
+        np.testing.assert_allclose(logged[f"diagnostics/{name}_by_time"], want, rtol=1e-5)
+    np.testing.assert_allclose(
+        logged["diagnostics/action_norm_by_time"], np.linalg.norm(bins["action"], axis=1), rtol=1e-5
+    )
+    assert set(report.by_time["action"].pairs) == {("text", "action")}
+
+
+def of(model) -> Objective:
+    return Objective(model=model, process=PROCESS, config=OBJECTIVE)
 
 
 def naive(model, params, data, draws):
@@ -141,13 +198,12 @@ def naive(model, params, data, draws):
 
     def loss(p, mask, weights):
         masked = data.replace(action_mask=mask)
-        counts = count(masked, OBJECTIVE)
-        return transfusion_loss(
-            model, PROCESS, OBJECTIVE, p, masked, draws, counts, weights=Pair(*weights)
-        ).total
+        objective = of(model)
+        counts = objective.counts(masked, draws)
+        return objective.losses(p, masked, draws, counts, weights=two(weights[1], weights[0])).total
 
     gradient = jax.jit(jax.grad(loss))
-    bins = np.minimum((np.asarray(draws.t)[:, 0] * BINS).astype(int), BINS - 1)
+    bins = np.minimum((np.asarray(draws.terms["action"].t)[:, 0] * BINS).astype(int), BINS - 1)
     masks = [data.action_mask & (bins == i)[:, None, None] for i in range(BINS)]
     share = [float(mask.sum() / data.action_mask.sum()) for mask in masks]
     actions = [gradient(params, mask, jnp.array([0.0, 1.0])) for mask in masks]
@@ -158,15 +214,13 @@ def test_real_model_has_the_gradients_of_separate_passes():
     cfg = small.config()
     data = small.batch(cfg, b=6)
     model, params = small.init(cfg, data)
-    draws = draw(jax.random.key(5), data, PROCESS, OBJECTIVE)
+    draws = of(model).draw(jax.random.key(5), data)
     inside = trunk.inside(params, ("backbone",), "trunk")
-    weights = Pair(1.0, 10.0)
+    weights = two(10.0)
 
     @jax.jit
     def report_of(p):
-        return diagnose(
-            lambda p: timed_losses(model, PROCESS, OBJECTIVE, p, data, draws, bins=BINS), p, inside, weights
-        )
+        return diagnose(lambda p: of(model).by_time(p, data, draws, bins=BINS), p, inside, weights)
 
     report = report_of(params)
     text, actions, share = naive(model, params, data, draws)
@@ -174,7 +228,8 @@ def test_real_model_has_the_gradients_of_separate_passes():
     # Keys' biases have no gradient but rounding errors, whose signs are anyone's: a few conflicts more or less.
     hand = by_hand(chosen[0], chosen[1:], share, weights)
     assert difference(report, hand, conflicts=0.05) < 1e-6
-    assert 0 < report.whole.conflict < 1 and report.whole.ratio > 0
+    beside = report.whole.pairs["text", "action"]
+    assert 0 < beside.conflict < 1 and beside.ratio > 0
     assert set(report.layers) == {
         "backbone/llm/layers", "backbone/llm/embedder", "backbone/llm/final_norm", "backbone/img/embedding",
         "backbone/img/Transformer", "backbone/img/Transformer/encoderblock", "backbone/img/head",
@@ -236,7 +291,7 @@ def network():
         member = jax.nn.one_hot(d["t"], BINS)
         error = jnp.mean((h @ p["expert"]["w"] - d["action"]) ** 2, axis=1)
         text = jnp.mean((h @ p["backbone"]["head"]["w"] - d["text"]) ** 2)
-        return TimedLosses(text, error @ member / member.sum(0), member.mean(0))
+        return two(LossByTime(error @ member / member.sum(0), member.mean(0)), LossByTime(text, jnp.ones(())))
 
     return params, data, losses
 
@@ -279,13 +334,17 @@ def main() -> None:
     with 12 samples on one device, with 4 empty ones on eight, there in two microbatches."""
     params, data, losses = network()
     inside = trunk.inside(params, ("backbone",), "trunk")
-    policies = GradientRatio(2.0), PCGrad(2.0)
+    policies = GradientRatio(two(2.0)), PCGrad(two(2.0))
     text, *actions = (
-        jax.jit(jax.grad(lambda p, i=i: jnp.append(losses(p, data).action, losses(p, data).text)[i]))(params)
+        jax.jit(
+            jax.grad(
+                lambda p, i=i: jnp.append(losses(p, data)["action"].mean, losses(p, data)["text"].mean)[i]
+            )
+        )(params)
         for i in (BINS, *range(BINS))
     )
     chosen = [trunk.chosen(g, inside) for g in (text, *actions)]
-    hand = by_hand(chosen[0], chosen[1:], np.asarray(losses(params, data).share), Pair(1.0, 2.0))
+    hand = by_hand(chosen[0], chosen[1:], np.asarray(losses(params, data)["action"].share), two(2.0))
     places = {
         "backbone": {"layers": {"w": P(None, "fsdp", "tensor")}, "head": {"w": P("fsdp", "tensor")}},
         "expert": {"w": P("fsdp", "tensor")},
@@ -298,17 +357,16 @@ def main() -> None:
         placed, batch = jax.device_put(params, shardings), to_device(data, batch_sharding(mesh))
 
         def weighed(p, d):
-            def two(p):
-                found = losses(p, d)
-                return Pair(found.text, jnp.sum(found.share * found.action))
+            def means(p):
+                return {n: jnp.sum(x.share * x.mean) for n, x in losses(p, d).items()}, None
 
-            gradients, _ = per_loss(two, p)
-            products = trunk.products(gradients, inside)
-            weights = [policy.weights(0, policy.init(), products) for policy in policies]
+            gradients, _ = per_loss(means, p)
+            gram = trunk.gram_matrix(gradients, ("text", "action"), inside)
+            weights = [policy.weights(0, policy.init(), gram) for policy in policies]
             return weights, [combine(w, gradients, inside) for w in weights]
 
         with activate(mesh):
-            report = jax.jit(lambda p, d: diagnose(lambda p: losses(p, d), p, inside, Pair(1.0, 2.0)))(
+            report = jax.jit(lambda p, d: diagnose(lambda p: losses(p, d), p, inside, two(2.0)))(
                 placed, batch
             )
             found = jax.tree.map(np.asarray, jax.jit(weighed)(placed, batch))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from tests.models import small
+from tests.objectives.found import losses_of
+from tests.objectives.toy import Toy
 from vla_jax.config import TrainConfig
 from vla_jax.data.prompts import drop_prompts, null_prompt
 from vla_jax.flow.config import ProcessConfig
@@ -15,10 +17,19 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import action_error, count, draw, transfusion_loss
+from vla_jax.objectives.objective import Objective
+from vla_jax.objectives.terms.action import action_error
 from vla_jax.types import Given
 
 PROCESS = make_process(ProcessConfig())
+
+
+def of(objective, model=Toy()) -> Objective:
+    return Objective(model=model, process=PROCESS, config=objective)
+
+
+def draw(key, data, objective):
+    return of(objective).draw(jax.random.key(key), data)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +65,12 @@ def test_prompts_are_dropped_sample_by_sample_at_the_given_rate(setup):
 def test_without_the_options_the_draws_are_what_they_were(setup):
     """Noise, times and visible plans do not depend on the new draws, so that old runs can be repeated."""
     data, _, _ = setup
-    plain = draw(jax.random.key(5), data, PROCESS, ObjectiveConfig(noise_draws=2))
-    prefixed = draw(jax.random.key(5), data, PROCESS, ObjectiveConfig(noise_draws=2, rtc_prefix=3))
+    plain = draw(5, data, ObjectiveConfig(noise_draws=2))
+    prefixed = draw(5, data, ObjectiveConfig(noise_draws=2, rtc_prefix=3))
+    np.testing.assert_array_equal(plain.plan_visible, prefixed.plan_visible)
+    plain, prefixed = plain.terms["action"], prefixed.terms["action"]
     assert plain.prefix is None
-    for name in ("t", "target", "plan_visible"):
+    for name in ("t", "target"):
         np.testing.assert_array_equal(getattr(plain, name), getattr(prefixed, name))
     free = np.arange(plain.x_t.shape[2]) >= np.asarray(prefixed.prefix)[..., None]
     np.testing.assert_array_equal(plain.x_t[free], prefixed.x_t[free])
@@ -68,7 +81,7 @@ def test_without_the_options_the_draws_are_what_they_were(setup):
 def test_prefixes_are_uniform_up_to_the_limit(setup):
     data, _, _ = setup
     many = jax.tree.map(lambda x: jnp.repeat(x, 2000, axis=0), data)
-    prefix = draw(jax.random.key(0), many, PROCESS, ObjectiveConfig(rtc_prefix=3)).prefix
+    prefix = draw(0, many, ObjectiveConfig(rtc_prefix=3)).terms["action"].prefix
     np.testing.assert_allclose(np.bincount(prefix.ravel(), minlength=4) / prefix.size, 0.25, atol=0.02)
 
 
@@ -76,11 +89,10 @@ def test_the_loss_is_the_mean_over_what_follows_the_prefix(setup):
     """Against the expert called with a time per token: t = 1 and the data in the prefix, error behind it only."""
     data, model, params = setup
     objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
-    draws = draw(jax.random.key(2), data, PROCESS, objective)
-    counts = count(data, objective, draws)
-    got = jax.jit(lambda p, *xs: transfusion_loss(model, PROCESS, objective, p, *xs))(
-        params, data, draws, counts
-    )
+    draws = draw(2, data, objective)
+    counts = of(objective).counts(data, draws)
+    got = jax.jit(lambda *xs: losses_of(of(objective, model), *xs))(params, data, draws, counts)
+    draws = draws.terms["action"]
 
     horizon = draws.x_t.shape[2]
     first = np.asarray(draws.prefix[:, 0])
@@ -90,26 +102,27 @@ def test_the_loss_is_the_mean_over_what_follows_the_prefix(setup):
 
     @jax.jit
     def predict(x_t, t):
-        cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
-        return model.apply({"params": params}, cache, Given.of(data), x_t, t, method="denoise")
+        context, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
+        return model.apply({"params": params}, context, Given.of(data), x_t, t, method="denoise")
 
     prediction = predict(draws.x_t[:, 0], t)
     mask = np.asarray(data.action_mask) & ~inside[..., None]
     squared = (np.asarray(prediction) - np.asarray(draws.target[:, 0])) ** 2
     np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
-    assert counts.action == mask.sum() and got.elements_by_time.sum() == mask.sum()
+    assert counts["action"] == mask.sum() and got.elements_by_time.sum() == mask.sum()
 
 
 def test_a_prefix_that_is_not_learned_still_is_seen(setup):
     data, model, params = setup
     objective = ObjectiveConfig(rtc_prefix=3, plan_visible=0.0)
-    draws = draw(jax.random.key(2), data, PROCESS, objective)
+    drawn = draw(2, data, objective)
+    draws = drawn.terms["action"]
     row = int(np.argmax(draws.prefix[:, 0]))
 
     @jax.jit
     def error_of(x_t):
-        cache, _ = model.apply({"params": params}, data, jnp.zeros(4, bool), method="prefill")
-        return action_error(model, PROCESS, objective, params, cache, data, draws._replace(x_t=x_t))
+        reading = of(objective, model).read(params, data, drawn)
+        return action_error(reading, draws._replace(x_t=x_t))
 
     error, other = (error_of(x) for x in (draws.x_t, draws.x_t.at[row, 0, 0].add(1.0)))
     assert (error[row, 0, : int(draws.prefix[row, 0])] == 0).all()

@@ -23,9 +23,7 @@ from vla_jax.objectives.weighting import (
     GradientRatio,
     GradNorm,
     LossEma,
-    Pair,
     PCGrad,
-    Products,
     Scheduled,
     Uncertainty,
     WeightingConfig,
@@ -41,8 +39,21 @@ START = np.array([2.0, 3.0, -1.0], np.float32)
 RATE = 0.1
 
 
+def two(action, text=1.0):
+    """λ of two losses."""
+    return {"text": text, "action": action}
+
+
 def losses(x, floor=0.0):
-    return Pair(0.5 * jnp.sum((x - A) ** 2) + floor, 0.5 * jnp.sum((x - B) ** 2) + floor)
+    return two(0.5 * jnp.sum((x - B) ** 2) + floor, 0.5 * jnp.sum((x - A) ** 2) + floor)
+
+
+def gram_of(gradients, inside):
+    return trunk.gram_matrix(gradients, ("text", "action"), inside)
+
+
+def values(named):
+    return [named["text"], named["action"]]
 
 
 def descend(policy, steps=600, floor=0.0, start=START):
@@ -50,11 +61,11 @@ def descend(policy, steps=600, floor=0.0, start=START):
 
     def step(carry, i):
         x, state, _ = carry
-        gradients, found = per_loss(lambda p: losses(p["x"], floor), {"x": x})
-        products = trunk.products(gradients, {"x": True}) if policy.uses_gradients else None
-        weights = policy.weights(i, state, products)
+        gradients, found = per_loss(lambda p: (losses(p["x"], floor),) * 2, {"x": x})
+        gram = gram_of(gradients, {"x": True}) if policy.uses_gradients else None
+        weights = policy.weights(i, state, gram)
         gradient = combine(weights, gradients, {"x": True})["x"]
-        return (x - RATE * gradient, policy.update(state, found, products), gradient), weights.trunk
+        return (x - RATE * gradient, policy.update(state, found, gram), gradient), weights.trunk
 
     first = (jnp.asarray(start), policy.init(), jnp.zeros(3))
     (x, state, gradient), weights = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(steps)))(first)
@@ -75,19 +86,19 @@ def assert_at(x, theta, atol=1e-4):
 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 4.0])
 def test_fixed_reaches_its_point_of_the_front(weight):
-    assert_at(descend(Fixed(weight))[0], weight / (1 + weight))
+    assert_at(descend(Fixed(two(weight)))[0], weight / (1 + weight))
 
 
 @pytest.mark.parametrize("shape", ["step", "linear", "cosine"])
 def test_schedules_end_at_the_point_of_lambda(shape):
-    policy = Scheduled(3.0, 0.0, shape, 100, 200)
+    policy = Scheduled(two(3.0), 0.0, shape, 100, 200)
     assert_at(descend(policy)[0], 0.75)
-    before = np.asarray([policy.at(i) for i in (0, 50, 99)])
+    before = np.asarray([policy.at(i, 3.0) for i in (0, 50, 99)])
     np.testing.assert_array_equal(before, 0)
-    assert float(policy.at(200)) == float(policy.at(599)) == 3
+    assert float(policy.at(200, 3.0)) == float(policy.at(599, 3.0)) == 3
     at = {"step": (3, 3), "linear": (0.75, 1.5), "cosine": (3 * (1 - np.cos(np.pi / 4)) / 2, 1.5)}
-    np.testing.assert_allclose([policy.at(125), policy.at(150)], at[shape], rtol=1e-6)
-    assert policy.can_be_zero and not Scheduled(3.0, 1.0, shape, 100, 200).can_be_zero
+    np.testing.assert_allclose([policy.at(125, 3.0), policy.at(150, 3.0)], at[shape], rtol=1e-6)
+    assert policy.can_be_zero and not Scheduled(two(3.0), 1.0, shape, 100, 200).can_be_zero
 
 
 def stationary(weight, floor):
@@ -106,74 +117,74 @@ def stationary(weight, floor):
 
 
 @pytest.mark.parametrize("weight", [1.0, 1.5])
-@pytest.mark.parametrize("policy", [lambda w: Uncertainty(w, 0.2), lambda w: LossEma(w, 0.9)])
+@pytest.mark.parametrize("policy", [lambda w: Uncertainty(two(w), 0.2), lambda w: LossEma(two(w), 0.9)])
 def test_losses_that_are_normalised_have_the_stationary_point_of_their_logarithms(policy, weight):
     """At rest both weights are the closed form, 1 / L_text and λ / L_action."""
     floor = 20.0
     x, _, _, weights = descend(policy(weight), steps=4000, floor=floor)
     assert_at(x, stationary(weight, floor), atol=1e-3)
-    text, action = losses(x, floor)
-    np.testing.assert_allclose(weights.text[-1], 1 / text, rtol=1e-4)
-    np.testing.assert_allclose(weights.action[-1], weight / action, rtol=1e-4)
+    text, action = values(losses(x, floor))
+    np.testing.assert_allclose(weights["text"][-1], 1 / text, rtol=1e-4)
+    np.testing.assert_allclose(weights["action"][-1], weight / action, rtol=1e-4)
 
 
 def test_uncertainty_minimises_its_objective():
     """Its step is the gradient of exp(-s) L + s by automatic differentiation."""
-    s, loss = Pair(0.3, -0.4), Pair(1.7, 0.2)
-    want = jax.grad(lambda s: sum(jnp.exp(-s[i]) * loss[i] + s[i] for i in range(2)))(s)
-    got = Uncertainty(2.0, 0.1).update(jax.tree.map(jnp.float32, s), loss, None)
-    np.testing.assert_allclose(got, [s[i] - 0.1 * want[i] for i in range(2)], rtol=1e-6)
+    s, loss = two(-0.4, 0.3), jax.tree.map(jnp.float32, two(0.2, 1.7))
+    want = jax.grad(lambda s: sum(jnp.exp(-s[i]) * loss[i] + s[i] for i in s))(s)
+    got = Uncertainty(two(2.0), 0.1).update(jax.tree.map(jnp.float32, s), loss, None)
+    np.testing.assert_allclose(values(got), [s[i] - 0.1 * want[i] for i in ("text", "action")], rtol=1e-6)
 
 
 def test_the_running_mean_has_no_bias():
-    policy, state, seen = LossEma(2.0, 0.9), LossEma(2.0, 0.9).init(), [3.0, 1.0, 4.0]
-    np.testing.assert_array_equal(policy.weights(0, state, None).trunk, [1, 2])
+    policy, state, seen = LossEma(two(2.0), 0.9), LossEma(two(2.0), 0.9).init(), [3.0, 1.0, 4.0]
+    np.testing.assert_array_equal(values(policy.weights(0, state, None).trunk), [1, 2])
     for loss in seen:
-        state = policy.update(state, Pair(jnp.float32(loss), jnp.float32(5)), None)
+        state = policy.update(state, two(jnp.float32(5), jnp.float32(loss)), None)
     coefficients = 0.9 ** np.arange(2, -1, -1)
     mean = coefficients @ seen / coefficients.sum()
-    np.testing.assert_allclose(policy.weights(3, state, None).trunk, [1 / mean, 2 / 5], rtol=1e-6)
+    np.testing.assert_allclose(values(policy.weights(3, state, None).trunk), [1 / mean, 2 / 5], rtol=1e-6)
 
 
 def test_gradnorm_balances_training_rates():
     """At rest L_text / L_text(0) = L_action / L_action(0), where the two gradients cancel: θ in closed form."""
-    x, gradient, state, weights = descend(GradNorm(1.0, 0.05, 1.5), steps=3000)
+    x, gradient, state, weights = descend(GradNorm(two(1.0), 0.05, 1.5), steps=3000)
     first = losses(START)
-    root = np.sqrt(float(first.text) / float(first.action))
+    root = np.sqrt(float(first["text"]) / float(first["action"]))
     assert_at(x, root / (1 + root), atol=1e-3)
     np.testing.assert_allclose(gradient, 0, atol=1e-3)
-    np.testing.assert_allclose(weights.text + weights.action, 2, rtol=1e-6)
-    np.testing.assert_allclose(state["first"], first, rtol=1e-6)
+    np.testing.assert_allclose(weights["text"] + weights["action"], 2, rtol=1e-6)
+    np.testing.assert_allclose(values(state["first"]), values(first), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("weight", "alpha"), [(1.0, 0.0), (2.0, 0.0), (1.0, 1.5), (0.5, 0.5)])
 def test_gradnorm_balance(weight, alpha):
     """With gradients and losses that stand still: G_action / G_text = λ (r_action / r_text)^α."""
-    policy = GradNorm(weight, 0.3, alpha)
-    first, later = Pair(jnp.float32(2.0), jnp.float32(3.0)), Pair(jnp.float32(1.0), jnp.float32(0.6))
-    products = Products(jnp.float32(16.0), jnp.float32(0.25), jnp.float32(-1.0))
-    state = policy.update(policy.init(), first, products)
+    policy = GradNorm(two(weight), 0.3, alpha)
+    first, later = two(jnp.float32(3.0), jnp.float32(2.0)), two(jnp.float32(0.6), jnp.float32(1.0))
+    gram = jnp.array([[16.0, -1.0], [-1.0, 0.25]])
+    state = policy.update(policy.init(), first, gram)
     for _ in range(100):
-        state = policy.update(state, later, products)
-    w = policy.weights(0, state, products).trunk
-    got = (w.action * 0.5) / (w.text * 4.0)
+        state = policy.update(state, later, gram)
+    w = policy.weights(0, state, gram).trunk
+    got = (w["action"] * 0.5) / (w["text"] * 4.0)
     np.testing.assert_allclose(got, weight * ((0.6 / 3.0) / (1.0 / 2.0)) ** alpha, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
 def test_gradient_ratio_holds_in_every_step(weight):
-    policy = GradientRatio(weight)
-    gradients, _ = per_loss(lambda p: losses(p["x"]), {"x": jnp.asarray(START)})
-    w = policy.weights(0, policy.init(), trunk.products(gradients, {"x": True})).trunk
-    norms = [np.linalg.norm(g["x"]) for g in gradients]
-    assert w.text == 1
-    np.testing.assert_allclose(w.action * norms[1], weight * norms[0], rtol=1e-6)
+    policy = GradientRatio(two(weight))
+    gradients, _ = per_loss(lambda p: (losses(p["x"]), None), {"x": jnp.asarray(START)})
+    w = policy.weights(0, policy.init(), gram_of(gradients, {"x": True})).trunk
+    norms = [np.linalg.norm(g["x"]) for g in values(gradients)]
+    assert w["text"] == 1
+    np.testing.assert_allclose(w["action"] * norms[1], weight * norms[0], rtol=1e-6)
 
 
 def test_gradient_ratio_rests_where_the_stronger_loss_does():
     """On the front the gradients point against each other: the ratio decides, and at 1 every point is at rest."""
-    assert_at(descend(GradientRatio(0.5), steps=1500)[0], 0)
-    x, gradient, _, _ = descend(GradientRatio(1.0), steps=1500)
+    assert_at(descend(GradientRatio(two(0.5)), steps=1500)[0], 0)
+    x, gradient, _, _ = descend(GradientRatio(two(1.0)), steps=1500)
     theta, distance = front(x)
     assert 0 < theta < 1 and distance < 1e-3
     np.testing.assert_allclose(gradient, 0, atol=1e-3)
@@ -183,13 +194,10 @@ vectors = st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4).map(np.fl
 weights_ = st.floats(0.05, 20)
 
 
-def products_of(text, action):
-    return Products(*(jnp.float32(p) for p in (text @ text, action @ action, text @ action)))
-
-
 def applied(policy, text, action):
-    w = policy.weights(0, policy.init(), products_of(text, action)).trunk
-    return float(w.text) * text + float(w.action) * action
+    both = np.stack([text, action])
+    w = policy.weights(0, policy.init(), jnp.float32(both @ both.T)).trunk
+    return float(w["text"]) * text + float(w["action"]) * action
 
 
 @settings(max_examples=60, deadline=None)
@@ -210,7 +218,7 @@ def test_pcgrad_is_the_projection(text, action, weight):
     scale = np.linalg.norm(text) + np.linalg.norm(weighted)
     conflict = max(-(text @ weighted), 0) / min(text @ text, weighted @ weighted)
     np.testing.assert_allclose(
-        applied(PCGrad(weight), text, action), want, atol=1e-5 * scale * (1 + conflict)
+        applied(PCGrad(two(weight)), text, action), want, atol=1e-5 * scale * (1 + conflict)
     )
 
 
@@ -219,7 +227,7 @@ def test_pcgrad_is_the_projection(text, action, weight):
 def test_mgda_is_the_shortest_combination(text, action, weight):
     """No convex combination is shorter, and it descends on both losses unless it is zero."""
     weighted = weight * action
-    got = applied(MGDA(weight), text, action) / 2
+    got = applied(MGDA(two(weight)), text, action) / 2
     size = max(text @ text, weighted @ weighted, 1e-6)
     shares = np.linspace(0, 1, 101)[:, None]
     shortest = ((shares * text + (1 - shares) * weighted) ** 2).sum(1).min()
@@ -234,7 +242,7 @@ def test_mgda_is_the_shortest_combination(text, action, weight):
 def test_cagrad_is_the_best_for_the_worse_off_within_its_ball(text, action, weight, radius):
     """No direction of a fine grid over the ball's part of the two gradients' plane makes the smaller descent larger."""
     weighted = weight * action
-    got = applied(CAGrad(weight, radius), text, action) / 2
+    got = applied(CAGrad(two(weight), radius), text, action) / 2
     mean = (text + weighted) / 2
     length = np.linalg.norm(mean)
     size = max(text @ text, weighted @ weighted, 1e-6)
@@ -248,12 +256,14 @@ def test_cagrad_is_the_best_for_the_worse_off_within_its_ball(text, action, weig
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_cagrad_rests_where_the_plain_sum_does(weight):
-    assert_at(descend(CAGrad(weight, 0.5), steps=1500)[0], weight / (1 + weight), atol=1e-3)
+    assert_at(descend(CAGrad(two(weight), 0.5), steps=1500)[0], weight / (1 + weight), atol=1e-3)
     text, action = np.array([1.0, 2.0]), np.array([-3.0, 0.5])
-    np.testing.assert_allclose(applied(CAGrad(weight, 0.0), text, action), text + weight * action, rtol=1e-6)
+    np.testing.assert_allclose(
+        applied(CAGrad(two(weight), 0.0), text, action), text + weight * action, rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("policy", [PCGrad(1.0), PCGrad(3.0), MGDA(1.0), MGDA(3.0)])
+@pytest.mark.parametrize("policy", [PCGrad(two(1.0)), PCGrad(two(3.0)), MGDA(two(1.0)), MGDA(two(3.0))])
 def test_surgery_rests_on_the_front_and_only_there(policy):
     x, gradient, _, _ = descend(policy, steps=2000)
     theta, distance = front(x)
@@ -270,36 +280,43 @@ def test_outside_the_trunk_each_loss_has_its_own_gradient():
 
     def both(p):
         found = losses(p["backbone"])
-        return Pair(found.text, found.action * p["expert"] ** 2)
+        return two(found["action"] * p["expert"] ** 2, found["text"]), None
 
     gradients, _ = per_loss(both, params)
     inside = trunk.inside(params, ("backbone",), "trunk")
-    for policy in (PCGrad(3.0), MGDA(3.0), CAGrad(3.0, 0.5)):
-        weights = policy.weights(0, None, trunk.products(gradients, inside))
+    for policy in (PCGrad(two(3.0)), MGDA(two(3.0)), CAGrad(two(3.0), 0.5)):
+        weights = policy.weights(0, None, gram_of(gradients, inside))
         got = combine(weights, gradients, inside)
-        np.testing.assert_allclose(got["expert"], 3 * gradients.action["expert"], rtol=1e-6)
+        np.testing.assert_allclose(got["expert"], 3 * gradients["action"]["expert"], rtol=1e-6)
         assert (
-            np.abs(got["backbone"] - gradients.text["backbone"] - 3 * gradients.action["backbone"]).max()
+            np.abs(
+                got["backbone"] - gradients["text"]["backbone"] - 3 * gradients["action"]["backbone"]
+            ).max()
             > 0.1
         )
 
 
 def test_a_loss_that_is_not_in_the_batch_teaches_nothing():
-    absent, none = Pair(jnp.float32(0), jnp.float32(0)), Products(*jnp.zeros(3))
-    for policy in (Uncertainty(1.0, 0.1), LossEma(1.0, 0.9), GradNorm(1.0, 0.1, 1.5), GradientRatio(2.0)):
+    absent, none = two(jnp.float32(0), jnp.float32(0)), jnp.zeros((2, 2))
+    for policy in (
+        Uncertainty(two(1.0), 0.1),
+        LossEma(two(1.0), 0.9),
+        GradNorm(two(1.0), 0.1, 1.5),
+        GradientRatio(two(2.0)),
+    ):
         state = policy.init()
         jax.tree.map(np.testing.assert_array_equal, policy.update(state, absent, none), state)
-        assert np.isfinite(policy.weights(0, state, none).trunk).all()
-    for policy in (PCGrad(2.0), MGDA(2.0), CAGrad(2.0, 0.5)):
-        assert np.isfinite(policy.weights(0, None, none).trunk).all()
+        assert np.isfinite(values(policy.weights(0, state, none).trunk)).all()
+    for policy in (PCGrad(two(2.0)), MGDA(two(2.0)), CAGrad(two(2.0), 0.5)):
+        assert np.isfinite(values(policy.weights(0, None, none).trunk)).all()
 
 
 def test_every_policy_is_built_and_its_state_is_scalars():
     for name in OPTIONS:
-        policy = make_weighting(WeightingConfig(policy=name), 2.0, 1000)
+        policy = make_weighting(WeightingConfig(policy=name), two(2.0), 1000)
         assert all(x.shape == () and x.dtype == jnp.float32 for x in jax.tree.leaves(policy.init()))
         assert policy.uses_gradients == ("trunk" in OPTIONS[name])
-    assert make_weighting(WeightingConfig(policy="cosine", begin=0.1, end=0.3), 2.0, 1000).end == 300
+    assert make_weighting(WeightingConfig(policy="cosine", begin=0.1, end=0.3), two(2.0), 1000).end == 300
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,23 @@
 """A model of a few matrices, a process without noise and a batch with ragged masks: steps that compile in no time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.config import TrainConfig
 from vla_jax.flow.base import Corrupted
+from vla_jax.flow.processes import Flow
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.train.config import LoopConfig, OptimConfig
-from vla_jax.types import Batch, Context, KeysValues
+from vla_jax.types import Batch, Context
 
 WIDTH, VOCAB, DIM, HORIZON, LENGTH = 8, 11, 3, 4, 6
 
 
 class Toy:
-    """Token features; their masked mean is all that the expert sees, through keys and values."""
+    """Token features; their masked mean is all that the expert sees, as two features: keys and values."""
 
     def apply(self, variables, *args, method):
         return getattr(self, method)(variables["params"], *args)
@@ -23,19 +26,23 @@ class Toy:
         hidden = jnp.tanh(p["backbone"]["embed"][batch.tokens] @ p["backbone"]["mix"])
         total = jnp.sum(jnp.where(batch.token_mask[..., None], hidden, 0), axis=1)
         seen = total / jnp.maximum(jnp.sum(batch.token_mask, axis=1), 1)[:, None]
-        kv = KeysValues(seen @ p["backbone"]["key"], seen @ p["backbone"]["value"])
-        mask = batch.token_mask
-        return Context(kv=kv, mask=mask, visible=mask, positions=jnp.cumsum(mask, axis=1)), hidden
+        features = jnp.stack([seen @ p["backbone"]["key"], seen @ p["backbone"]["value"]], axis=1)
+        everywhere = jnp.ones(features.shape[:2], bool)
+        positions = jnp.zeros(features.shape[:2], jnp.int32)
+        context = Context(features=features, mask=everywhere, visible=everywhere, positions=positions)
+        return context, hidden
 
     def output_table(self, p):
         return p["backbone"]["embed"]
 
     def denoise(self, p, context, given, x_t, t):
-        seen = jnp.tanh(context.kv.keys + given.state @ p["expert"]["state"]) * context.kv.values
+        keys, values = context.features[:, 0], context.features[:, 1]
+        seen = jnp.tanh(keys + given.state @ p["expert"]["state"]) * values
         return x_t @ p["expert"]["x"] + (seen @ p["expert"]["out"])[:, None] + t[:, None, None]
 
 
-class Process:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process(Flow):
     """Noise and times that are a function of the sample, so that a sample's loss does not depend on its place."""
 
     def corrupt(self, key, a):

@@ -23,7 +23,7 @@ from vla_jax.layers.attention import attend, prefix_lm
 from vla_jax.layers.axes import constrain
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import count, draw, transfusion_loss
+from vla_jax.objectives.objective import Objective
 from vla_jax.sharding import MeshConfig, activate, batch_sharding, make_mesh, placement
 from vla_jax.sharding.config import AXES
 from vla_jax.train.prefetch import to_device
@@ -90,14 +90,13 @@ def converted() -> dict[str, Any]:
 
 def main() -> None:
     cfg = small.config()
-    model, process, objective = VLA(cfg), make_process(ProcessConfig()), ObjectiveConfig()
+    model, process = VLA(cfg), make_process(ProcessConfig())
+    objective = Objective(model=model, process=process, config=ObjectiveConfig())
     host = jax.tree.map(np.asarray, small.batch(cfg, b=8))
 
     def loss(params, batch):
-        draws = draw(jax.random.key(1), batch, process, objective)
-        return transfusion_loss(
-            model, process, objective, params, batch, draws, count(batch, objective)
-        ).total
+        drawn = objective.draw(jax.random.key(1), batch)
+        return objective.losses(params, batch, drawn, objective.counts(batch, drawn)).total
 
     out = {}
     for name, shape in MESHES.items():

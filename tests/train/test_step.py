@@ -204,10 +204,10 @@ def test_validation_is_the_mean_over_all_batches_elements():
     evaluate = jax.jit(make_eval_step(model, make_process(cfg.process), cfg))
     halves = [jax.tree.map(lambda x: x[rows], data) for rows in (slice(0, 2), slice(2, 4))]
     sums = [evaluate(params, half, jax.random.key(0)) for half in halves]
-    got = add_up(sums, cfg.objective)
-    assert sums[0].counts.text != sums[1].counts.text
-    text = sum(float(s.sums.text) for s in sums) / float(data.token_loss.sum())
-    action = sum(float(s.sums.action) for s in sums) / (2 * float(data.action_mask.sum()))
+    got = add_up(sums)
+    assert sums[0].counts["text"] != sums[1].counts["text"]
+    text = sum(float(s.sums["text"].loss) for s in sums) / float(data.token_loss.sum())
+    action = sum(float(s.sums["action"].loss) for s in sums) / (2 * float(data.action_mask.sum()))
     np.testing.assert_allclose(got["text_loss"], text, rtol=1e-6)
     np.testing.assert_allclose(got["action_loss"], action, rtol=1e-6)
 

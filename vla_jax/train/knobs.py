@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 class Knobs(NamedTuple):
     """What may differ between models that are trained by one program; scalars."""
 
-    seed: Int[Array, ""]
+    seed: Int[Array, "*cells"]
     """TrainConfig.seed: of augmentation, times and noise. The order of the data is not the step's business."""
-    action_weight: Float[Array, ""]
-    """objective.action_weight; above 0 exactly where that of the step's own configuration is."""
-    insulation: Float[Array, ""]
+    weights: dict[str, Float[Array, "*cells"]]
+    """λ of each term that the step's own configuration computes, by name; above 0."""
+    insulation: Float[Array, "*cells"]
     """objective.insulation."""
-    learning_rate: Float[Array, ""]
+    learning_rate: Float[Array, "*cells"]
     """optim.learning_rate over that of the step's own configuration."""

@@ -18,7 +18,7 @@ from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import Model
+from vla_jax.objectives.terms import Model
 from vla_jax.train.flops import Trained
 from vla_jax.train.patterns import choose, fits, leaf_names
 from vla_jax.train.state import InitParams, TrainState
@@ -87,7 +87,9 @@ class _Network:
 def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
     """What of each part has a gradient, from the shapes of a state; for the count of FLOPs."""
     shapes, trained = flatten(state.whole(averaged=False)), flatten(state.params).keys()
-    if not objective.text and objective.insulation == 0:  # nothing that is learned depends on the backbone
+    if (
+        objective.asked == ("action",) and objective.insulation == 0
+    ):  # nothing that is learned depends on the backbone
         trained = {name for name in trained if name.startswith("expert/")}
 
     def share(*prefixes: str) -> float | None:

@@ -90,11 +90,8 @@ class Progress:
 
     def show(self, step: int, metrics: Mapping[str, float], perf: Mapping[str, float]) -> None:
         """Shows the losses of a step and the speed."""
-        parts = {
-            name: f"{float(metrics[name]):.4g}"
-            for name in ("loss", "text_loss", "action_loss")
-            if name in metrics
-        }
+        losses = dict.fromkeys(["loss", "text_loss", *sorted(n for n in metrics if n.endswith("_loss"))])
+        parts = {name: f"{float(metrics[name]):.4g}" for name in losses if name in metrics}
         parts["step"] = f"{perf['step_seconds'] * 1e3:.0f}ms"
         parts["wait"] = f"{perf['data_wait_seconds'] * 1e3:.0f}ms"
         parts["samples/s"] = f"{perf['samples_per_second']:.0f}"

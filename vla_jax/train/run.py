@@ -19,7 +19,7 @@ from vla_jax.config import TrainConfig, config_hash, to_json, upgraded
 from vla_jax.data.bundle import DataBundle, prepare
 from vla_jax.data.index import DatasetIndex, index_dataset, split_episodes
 from vla_jax.data.loader import Loader, make_loader
-from vla_jax.flow.processes import make_process
+from vla_jax.flow.processes import Process, make_process
 from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
@@ -331,7 +331,7 @@ def init_params(model: VLA, example: Batch, batch_size: int | None = None):
     return init
 
 
-def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilder):
+def make_validate(model: VLA, process: Process, config: TrainConfig, builder: StateBuilder):
     """(parameters, device batches) → metrics. Noise is the same in every validation, so that they compare."""
     mesh = builder.mesh
     eval_step = jax.jit(
@@ -345,7 +345,7 @@ def make_validate(model: VLA, process, config: TrainConfig, builder: StateBuilde
         sums = [
             settled(eval_step(params, batch, jax.random.fold_in(key, i))) for i, batch in enumerate(batches)
         ]
-        return add_up(sums, config.objective)
+        return add_up(sums)
 
     return validate
 

@@ -1,29 +1,24 @@
-"""The gradient of a batch: in microbatches, of both losses together or apart, weighed by a λ policy, compared."""
+"""Where gradients are taken: of a batch in microbatches, of all losses together or apart, weighed by a λ policy."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.config import TrainConfig
-from vla_jax.objectives.config import DiagnosticsConfig, ObjectiveConfig
+from vla_jax.flow.processes import Process
+from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.diagnostics import as_metrics, diagnose
-from vla_jax.objectives.transfusion import (
-    Counts,
-    Draws,
-    Losses,
-    Model,
-    count,
-    reduction,
-    timed_losses,
-    transfusion_loss,
-)
+from vla_jax.objectives.objective import Losses, Objective, StepDraws, term_metrics
+from vla_jax.objectives.terms import LossByTime, Model, names_of
 from vla_jax.objectives.weighting import (
-    Pair,
+    Gram,
+    Named,
     Weighting,
-    WeightingConfig,
+    Weights,
     combine,
     make_weighting,
     per_loss,
@@ -34,17 +29,21 @@ from vla_jax.train.state import TrainState
 from vla_jax.types import Batch, PyTree
 
 Metrics = dict[str, Float[Array, "..."]]
+Lambdas = Mapping[str, float | Float[Array, "*cells"]]
+"""λ of each term that is computed, by name, in the order of the terms."""
 
 
 class Weighed(NamedTuple):
     """What a step's batch says about the parameters."""
 
     gradients: PyTree
-    losses: Losses
+    total: Float[Array, ""]
+    metrics: Metrics
+    """Of the losses, see `term_metrics`; and their weights, where those are not constants."""
     weighting: PyTree | None
     """The next state of the λ policy."""
-    weights: Pair
-    """What multiplied the two mean losses' gradients on the trunk."""
+    weights: Named
+    """What multiplied the mean losses' gradients on the trunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,77 +51,72 @@ class Problem:
     """What is minimised: the losses of a model on a batch."""
 
     model: Model
-    process: object
+    process: Process
     config: TrainConfig
     knobs: Knobs | None = None
     """Values in place of the configuration's; None: the configuration's own, compiled in."""
 
     @property
-    def action_weight(self) -> float | Float[Array, ""]:
-        """λ. It is a plain 0 where the term is left out."""
-        constant = self.config.objective.action_weight
-        return constant if self.knobs is None or constant == 0 else self.knobs.action_weight
-
-    @property
-    def weighting(self) -> Weighting | None:
-        """The λ policy; None where the loss is CE + λ · L(actions) with a constant λ."""
-        return None if is_plain(self.config.objective) else policy_of(self.config, self.action_weight)
-
-    def losses(
-        self, params: PyTree, batch: Batch, draws: Draws, counts: Counts, weights: Pair | None = None
-    ) -> Losses:
-        """The Transfusion loss; `weights` of the two means default to 1 and λ."""
-        if weights is None and self.knobs is not None:
-            weights = Pair(1.0, self.action_weight)
-        return transfusion_loss(
-            self.model,
-            self.process,
-            self.config.objective,
-            params,
-            batch,
-            draws,
-            counts,
+    def objective(self) -> Objective:
+        """The losses; see there."""
+        return Objective(
+            model=self.model,
+            process=self.process,
+            config=self.config.objective,
             target_tokens=self.config.data.max_target_tokens,
             action_targets=self.config.data.fast.max_targets or None,
-            weights=weights,
             insulation=None if self.knobs is None else self.knobs.insulation,
         )
+
+    @property
+    def lambdas(self) -> Lambdas:
+        """λ of each term that is computed."""
+        config, knobs = self.config.objective, self.knobs
+        return {n: config.weight(n) if knobs is None else knobs.weights[n] for n in self.objective.names}
 
     def gradients(
         self,
         params: PyTree,
         batch: Batch,
-        draws: Draws,
+        drawn: StepDraws,
         *,
-        weights: Pair | None = None,
+        weights: Lambdas | None = None,
+        only: str | None = None,
         apart: bool = False,
     ) -> tuple[PyTree, Losses]:
-        """Gradient and losses of the whole batch, in `accumulate` microbatches; `apart`: a Pair of gradients.
+        """Gradient and losses of the whole batch, in `accumulate` microbatches.
 
-        Each microbatch's loss is its share of the batch's (the denominators are those of the batch), so shares and
-        gradients add up, whatever the masks. Microbatches are strided: every device keeps a part of each.
+        `weights` multiply the mean losses (default: λ); `only` one of them is computed; `apart`: a gradient of each, by
+        name. Each microbatch's loss is its share of the batch's (the denominators are those of the batch), so shares
+        and gradients add up, whatever the masks. Microbatches are strided: every device keeps a part of each.
         """
-        counts = count(batch, self.config.objective, draws)
+        objective = self.objective
+        counts = objective.counts(batch, drawn)
+        weights = self.lambdas if weights is None else weights
 
-        def loss(params: PyTree, batch: Batch, draws: Draws) -> tuple[Array, Losses]:
-            losses = self.losses(params, batch, draws, counts, weights)
+        def loss(params: PyTree, batch: Batch, drawn: StepDraws) -> tuple[Array, Losses]:
+            losses = objective.losses(params, batch, drawn, counts, weights=weights, only=only)
             return losses.total, losses
 
-        def both(params: PyTree, batch: Batch, draws: Draws) -> tuple[Pair, Losses]:
-            return per_loss(lambda p: self.losses(p, batch, draws, counts), params)
+        def each(params: PyTree, batch: Batch, drawn: StepDraws) -> tuple[dict[str, PyTree], Losses]:
+            def means(params: PyTree) -> tuple[Named, Losses]:
+                losses = objective.losses(params, batch, drawn, counts, weights=weights)
+                return {name: found.loss / counts[name] for name, found in losses.terms.items()}, losses
 
-        gradient = both if apart else jax.grad(loss, has_aux=True)
+            return per_loss(means, params)
+
+        gradient = each if apart else jax.grad(loss, has_aux=True)
         parts = self.config.train.accumulate
         if parts == 1:
-            return gradient(params, batch, draws)
+            return gradient(params, batch, drawn)
 
         def split(x: Array) -> Array:
             return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        def add(total, microbatch):
+        def add(total: PyTree, microbatch: tuple[Batch, StepDraws]) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
-        microbatches = jax.tree.map(split, (batch, draws))
+        microbatches = jax.tree.map(split, (batch, drawn))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], microbatches)),
@@ -130,69 +124,70 @@ class Problem:
         total, _ = jax.lax.scan(add, zeros, microbatches)
         return total
 
-    def weighed(self, state: TrainState, batch: Batch, draws: Draws) -> Weighed:
+    def weighed(self, state: TrainState, batch: Batch, drawn: StepDraws) -> Weighed:
         """The gradient as the λ policy wants it. The policy sees the losses in the configured reduction."""
-        weighting = self.weighting
-        if weighting is None:
-            gradients, losses = self.gradients(state.params, batch, draws)
-            return Weighed(gradients, losses, state.weighting, Pair(1.0, self.action_weight))
-        objective = self.config.objective
-        scale = reduction(batch, objective)
-        if weighting.uses_gradients:
-            pair, losses = self.gradients(state.params, batch, draws, apart=True)
-            pair = Pair(*(jax.tree.map(lambda g: s * g, tree) for s, tree in zip(scale, pair)))
-            inside = trunk.inside(state.params, objective.weighting.trunk, "objective.weighting.trunk")
-            products = trunk.products(pair, inside)
-            weights = weighting.weights(state.step, state.weighting, products)
-            gradients = combine(weights, pair, inside)
-        else:
-            products = None
-            weights = weighting.weights(state.step, state.weighting, products)
+        objective, lambdas = self.objective, self.lambdas
+        counts = objective.counts(batch, drawn)
+        if is_plain(self.config.objective):
+            gradients, losses = self.gradients(state.params, batch, drawn)
+            weights = {name: jnp.asarray(weight, jnp.float32) for name, weight in lambdas.items()}
+            metrics = term_metrics(losses.terms, counts)
+            return Weighed(gradients, losses.total, metrics, state.weighting, weights)
 
-            def both():
-                on_means = Pair(*(w * s for w, s in zip(weights.trunk, scale)))
-                return self.gradients(state.params, batch, draws, weights=on_means)
+        policy, scales = policy_of(self.config, lambdas), objective.scales(batch)
+        found = self._by_gradients if policy.uses_gradients else self._by_losses
+        gradients, losses, weights, gram = found(policy, scales, state, batch, drawn)
+        metrics = term_metrics(losses.terms, counts)
+        seen = {name: scales[name] * metrics[f"{name}_loss"] for name in lambdas}
+        total = sum(weights.trunk[name] * seen[name] for name in lambdas)
+        on_means = {name: weights.trunk[name] * scales[name] for name in lambdas}
+        remembered = policy.update(state.weighting, seen, gram)
+        if policy.can_be_zero:
+            metrics |= _not_computed(policy.is_zero(state.step), metrics, lambdas)
+        metrics |= {f"{name}_weight": on_means[name] for name in lambdas}
+        return Weighed(gradients, total, metrics, remembered, on_means)
 
-            def text_only():
-                alone = dataclasses.replace(
-                    objective, action_weight=0.0, weighting=WeightingConfig(), diagnostics=DiagnosticsConfig()
-                )
-                one = dataclasses.replace(self, config=dataclasses.replace(self.config, objective=alone))
-                return one.gradients(state.params, batch, draws, weights=Pair(scale.text, 0.0))
+    def _by_gradients(
+        self, policy: Weighting, scales: Named, state: TrainState, batch: Batch, drawn: StepDraws
+    ) -> tuple[PyTree, Losses, Weights, Gram]:
+        """For a policy that compares gradients: one forward pass, a backward pass for each loss."""
+        each, losses = self.gradients(state.params, batch, drawn, apart=True)
+        each = {name: jax.tree.map(lambda g, s=scales[name]: s * g, tree) for name, tree in each.items()}
+        inside = trunk.inside(
+            state.params, self.config.objective.weighting.trunk, "objective.weighting.trunk"
+        )
+        gram = trunk.gram_matrix(each, policy.lambdas, inside)
+        weights = policy.weights(state.step, state.weighting, gram)
+        return combine(weights, each, inside), losses, weights, gram
 
-            # 0 · loss would let a NaN of the expert through, and would compute it.
-            is_zero = weighting.is_zero(state.step) if weighting.can_be_zero else False
-            gradients, losses = jax.lax.cond(is_zero, text_only, both) if weighting.can_be_zero else both()
+    def _by_losses(
+        self, policy: Weighting, scales: Named, state: TrainState, batch: Batch, drawn: StepDraws
+    ) -> tuple[PyTree, Losses, Weights, None]:
+        """For a policy whose weights are known before the backward pass: one of the weighted sum."""
+        weights = policy.weights(state.step, state.weighting, None)
+        on_means = {name: weights.trunk[name] * scales[name] for name in scales}
 
-        seen = Pair(scale.text * losses.text, scale.action * losses.action)
-        total = weights.trunk.text * seen.text + weights.trunk.action * seen.action
-        remembered = weighting.update(state.weighting, seen, products)
-        if weighting.can_be_zero:  # not computed is not zero
-            losses = losses._replace(action=jnp.where(is_zero, jnp.nan, losses.action))
-        on_means = Pair(*(w * s for w, s in zip(weights.trunk, scale)))
-        return Weighed(gradients, losses._replace(total=total), remembered, on_means)
+        def gradients(only: str | None = None) -> tuple[PyTree, Losses]:
+            return self.gradients(state.params, batch, drawn, weights=on_means, only=only)
 
-    def diagnostics(self, state: TrainState, batch: Batch, draws: Draws, weights: Pair) -> Metrics:
-        """The comparison of the two gradients before the update, in every n-th step; NaN in the others."""
+        if not policy.can_be_zero:
+            return *gradients(), weights, None
+        # 0 · loss would let a NaN of the expert through, and would compute it.
+        zero = policy.is_zero(state.step)
+        return *jax.lax.cond(zero, lambda: gradients("text"), gradients), weights, None
+
+    def diagnostics(self, state: TrainState, batch: Batch, drawn: StepDraws, weights: Named) -> Metrics:
+        """The comparison of the gradients before the update, in every n-th step; NaN in the others."""
         diagnostics = self.config.objective.diagnostics
         inside = trunk.inside(state.params, diagnostics.trunk, "objective.diagnostics.trunk")
-        some = jax.tree.map(lambda x: x[:: diagnostics.stride], (batch, draws))  # every device keeps a part
+        some = jax.tree.map(lambda x: x[:: diagnostics.stride], (batch, drawn))  # every device keeps a part
+        in_order = {name: weights[name] for name in self.objective.names}
 
-        def losses(params: PyTree):
-            return timed_losses(
-                self.model,
-                self.process,
-                self.config.objective,
-                params,
-                *some,
-                bins=diagnostics.time_bins,
-                target_tokens=self.config.data.max_target_tokens,
-                action_targets=self.config.data.fast.max_targets or None,
-                insulation=None if self.knobs is None else self.knobs.insulation,
-            )
+        def losses(params: PyTree) -> dict[str, LossByTime]:
+            return self.objective.by_time(params, *some, bins=diagnostics.time_bins)
 
         def compare() -> Metrics:
-            return as_metrics(diagnose(losses, state.params, inside, weights))
+            return as_metrics(diagnose(losses, state.params, inside, in_order))
 
         def nothing() -> Metrics:
             return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(compare))
@@ -200,13 +195,22 @@ class Problem:
         return jax.lax.cond((state.step + 1) % diagnostics.every == 0, compare, nothing)
 
 
-def policy_of(config: TrainConfig, action_weight: float | Float[Array, ""] | None = None) -> Weighting:
-    """The λ policy of a run; `action_weight` in place of the configuration's."""
-    weight = config.objective.action_weight if action_weight is None else action_weight
-    return make_weighting(config.objective.weighting, weight, config.train.steps)
+def policy_of(config: TrainConfig, lambdas: Lambdas | None = None) -> Weighting:
+    """The λ policy of a run; `lambdas` in place of the configuration's."""
+    objective = config.objective
+    given = {
+        name: objective.weight(name) if lambdas is None else lambdas[name] for name in names_of(objective)
+    }
+    return make_weighting(objective.weighting, given, config.train.steps)
 
 
 def is_plain(objective: ObjectiveConfig) -> bool:
-    """Whether the loss is CE + λ · L(actions) with a constant λ between means: no weight depends on anything."""
+    """Whether the loss is a sum of means with constant λ: no weight depends on anything."""
     reductions = (objective.text_reduction, objective.action_reduction)
     return objective.weighting.policy == "fixed" and reductions == ("mean", "mean")
+
+
+def _not_computed(zero: Bool[Array, ""], metrics: Metrics, names: Lambdas) -> Metrics:
+    """The losses that were left out of this step: NaN, because not computed is not zero."""
+    others = [f"{name}_loss" for name in names if name != "text"]
+    return {name: jnp.where(zero, jnp.nan, metrics[name]) for name in others}

@@ -1,7 +1,9 @@
-"""λ policies: how the action loss is weighed against the text loss. See `base` for what one is."""
+"""λ policies: how the losses are weighed against one another. See `base` for what one is."""
+
+from collections.abc import Mapping
 
 from vla_jax.objectives.weighting import trunk
-from vla_jax.objectives.weighting.base import Pair, Products, Weighting, Weights, combine
+from vla_jax.objectives.weighting.base import Gram, Named, Scalar, Weighting, Weights, combine
 from vla_jax.objectives.weighting.cagrad import CAGrad
 from vla_jax.objectives.weighting.config import SCHEDULES, WeightingConfig
 from vla_jax.objectives.weighting.fixed import Fixed
@@ -20,10 +22,10 @@ __all__ = [
     "Fixed",
     "GradNorm",
     "GradientRatio",
+    "Gram",
     "LossEma",
+    "Named",
     "PCGrad",
-    "Pair",
-    "Products",
     "Scheduled",
     "Uncertainty",
     "Weighting",
@@ -36,19 +38,19 @@ __all__ = [
 ]
 
 
-def make_weighting(config: WeightingConfig, action_weight: float, steps: int) -> Weighting:
-    """The policy of a run of `steps` steps."""
+def make_weighting(config: WeightingConfig, lambdas: Mapping[str, float | Scalar], steps: int) -> Weighting:
+    """The policy of a run of `steps` steps; `lambdas` are the weights that the configuration gives, by term."""
     if config.policy in SCHEDULES:
         begin, end = (round(share * steps) for share in (config.begin, config.end))
-        return Scheduled(action_weight, config.start, config.policy, begin, end)
+        return Scheduled(lambdas, config.start, config.policy, begin, end)
     make = {
-        "fixed": lambda: Fixed(action_weight),
-        "uncertainty": lambda: Uncertainty(action_weight, config.rate),
-        "loss_ema": lambda: LossEma(action_weight, config.decay),
-        "gradnorm": lambda: GradNorm(action_weight, config.rate, config.asymmetry),
-        "gradient_ratio": lambda: GradientRatio(action_weight),
-        "pcgrad": lambda: PCGrad(action_weight),
-        "mgda": lambda: MGDA(action_weight),
-        "cagrad": lambda: CAGrad(action_weight, config.radius),
+        "fixed": lambda: Fixed(lambdas),
+        "uncertainty": lambda: Uncertainty(lambdas, config.rate),
+        "loss_ema": lambda: LossEma(lambdas, config.decay),
+        "gradnorm": lambda: GradNorm(lambdas, config.rate, config.asymmetry),
+        "gradient_ratio": lambda: GradientRatio(lambdas),
+        "pcgrad": lambda: PCGrad(lambdas),
+        "mgda": lambda: MGDA(lambdas),
+        "cagrad": lambda: CAGrad(lambdas, config.radius),
     }
     return make[config.policy]()

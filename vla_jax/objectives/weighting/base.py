@@ -1,88 +1,105 @@
-"""What a λ policy is: two weights per step, a function of step, losses, gradients and its own state.
+"""What a λ policy is: a weight for every loss per step, a function of step, losses, gradients and its own state.
 
-With two losses every known balancing rule gives a linear combination of their gradients, and what it knows of the
-gradients are their three inner products on the shared trunk. So a policy is three pure functions of scalars,
+Every known balancing rule gives a linear combination of the losses' gradients, and what it knows of the gradients are
+their inner products on the shared trunk: the Gram matrix, n × n for n losses. So a policy is three pure functions of
+scalars,
 
     state   = policy.init()
-    weights = policy.weights(step, state, products)          # what multiplies the gradients of this step
-    state   = policy.update(state, losses, products)         # what is remembered for the next
+    weights = policy.weights(step, state, gram)          # what multiplies the gradients of this step
+    state   = policy.update(state, losses, gram)         # what is remembered for the next
 
-and one that does not ask for `products` costs nothing: its weights are known before the backward pass.
+and one that does not ask for `gram` costs nothing: its weights are known before the backward pass.
 """
 
-from typing import Any, ClassVar, NamedTuple, Protocol
+import abc
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from vla_jax.types import PyTree
 
 Scalar = Float[Array, ""]
-State = Any
+Named = dict[str, Scalar]
+"""One value for each loss, by the name of its term. Look them up by name: what has passed through a transformation of
+JAX is sorted."""
+Remembered = Any
 """A tree of float32 scalars, or None; it is checkpointed with the training state."""
-
-
-class Pair(NamedTuple):
-    """One value for each loss."""
-
-    text: Any
-    action: Any
-
-
-class Products(NamedTuple):
-    """Inner products of the two losses' gradients on the shared trunk."""
-
-    text: Scalar
-    """‖g_text‖²"""
-    action: Scalar
-    """‖g_action‖²"""
-    both: Scalar
-    """g_text · g_action"""
+Gram = Float[Array, "n n"]
+"""g_i · g_j on the shared trunk, in the order of `Weighting.lambdas`; ‖g_i‖² on its diagonal."""
 
 
 class Weights(NamedTuple):
-    """What multiplies the two gradients, on the shared trunk and on all other parameters."""
+    """What multiplies the gradients, on the shared trunk and on all other parameters."""
 
-    trunk: Pair
-    rest: Pair
+    trunk: Named
+    rest: Named
 
 
-class Weighting(Protocol):
-    """A λ policy: a frozen dataclass of its constants. `weight` is objective.action_weight, above 0."""
+@dataclasses.dataclass(frozen=True)
+class Weighting(abc.ABC):
+    """A λ policy: its constants. This base remembers nothing."""
 
-    uses_gradients: ClassVar[bool]
-    """Whether it needs `products`, and with them the gradient of each loss (a second backward pass)."""
+    lambdas: Mapping[str, float | Scalar]
+    """λ of each term as the configuration gives it, above 0; traced where models of several λ are trained together."""
+
+    uses_gradients: ClassVar[bool] = False
+    """Whether it needs `gram`, and with it the gradient of each loss (a backward pass for each)."""
 
     @property
     def can_be_zero(self) -> bool:
-        """Whether the action weight may be exactly 0 for some steps; the expert is then not run in them, and
-        `is_zero(step)` says which they are."""
+        """Whether the weights of all but the text may be exactly 0 for some steps; then only the text is computed in
+        them, and `is_zero(step)` says which they are."""
+        return False
 
-    def init(self) -> State:
+    def is_zero(self, step: Int[Array, ""] | int) -> Bool[Array, ""]:
+        """Whether this step is one of them."""
+        return jnp.zeros((), bool)
+
+    def init(self) -> Remembered:
         """The state before the first step."""
+        return None
 
-    def weights(self, step: Int[Array, ""], state: State, products: Products | None) -> Weights:
-        """The weights of this step; `products` is None unless `uses_gradients`."""
+    @abc.abstractmethod
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+        """The weights of this step; `gram` is None unless `uses_gradients`."""
 
-    def update(self, state: State, losses: Pair, products: Products | None) -> State:
+    def update(self, state: Remembered, losses: Named, gram: Gram | None) -> Remembered:
         """The next state, from the unweighted losses of this step. A loss of exactly 0 was not in the batch."""
+        return state
+
+    def by_name(self, value: Callable[[str], Any]) -> Named:
+        """A value for each loss, in the order of the terms. A plain dict would be sorted by JAX, and checksums of old
+        checkpoints depend on the order of what a policy remembers."""
+        return OrderedDict((name, jnp.asarray(value(name), jnp.float32)) for name in self.lambdas)
+
+    def scaled(self, gram: Gram) -> Gram:
+        """The inner products of the gradients of λ_i L_i."""
+        given = self.vector()
+        return given[:, None] * given * gram
+
+    def vector(self) -> Float[Array, " n"]:
+        """λ in the order of the terms."""
+        return jnp.stack([jnp.asarray(weight, jnp.float32) for weight in self.lambdas.values()])
+
+    def everywhere(self, value: Callable[[str], Any]) -> Weights:
+        """The same weights on all parameters: those of a weighted sum of losses."""
+        found = self.by_name(value)
+        return Weights(found, found)
+
+    def on_trunk(self, factors: Float[Array, " n"]) -> Weights:
+        """factor · λ on the trunk; λ elsewhere, where each parameter has its own loss's gradient."""
+        trunk = dict(zip(self.lambdas, self.vector() * factors))
+        return Weights(trunk, self.by_name(lambda name: self.lambdas[name]))
 
 
-class Stateless:
-    """The part of a policy that remembers nothing."""
-
-    def init(self) -> State:
-        """None."""
-        return None
-
-    def update(self, state: State, losses: Pair, products: Products | None) -> State:
-        """None."""
-        return None
-
-
-def everywhere(text: Any, action: Any) -> Weights:
-    """The same weights on all parameters: those of a weighted sum of losses."""
-    pair = Pair(jnp.asarray(text, jnp.float32), jnp.asarray(action, jnp.float32))
-    return Weights(pair, pair)
+def dot(a: Float[Array, "*m n"], b: Float[Array, " n"]) -> Float[Array, "*m"]:
+    """Σ a b over the last axis. A matrix product would be rounded to bfloat16 on a TPU, and to TF32 on a GPU."""
+    return jnp.sum(a * b, axis=-1)
 
 
 def ratio(over: Scalar, under: Scalar, otherwise: Scalar | float) -> Scalar:
@@ -91,16 +108,17 @@ def ratio(over: Scalar, under: Scalar, otherwise: Scalar | float) -> Scalar:
     return jnp.where(valid, over / jnp.where(valid, under, 1), otherwise)
 
 
-def zeros(n: int) -> tuple[Scalar, ...]:
-    """Scalars of a new state."""
-    return tuple(jnp.zeros((), jnp.float32) for _ in range(n))
+def zero() -> Scalar:
+    """A scalar of a new state."""
+    return jnp.zeros((), jnp.float32)
 
 
-def combine(weights: Weights, gradients: Pair, inside: Any) -> Any:
-    """w_text · g_text + w_action · g_action; `inside` is a tree of bools, True on the shared trunk."""
+def combine(weights: Weights, gradients: Mapping[str, PyTree], inside: PyTree) -> PyTree:
+    """Σ w_i · g_i; `inside` is a tree of bools, True on the shared trunk."""
 
-    def leaf(in_trunk: bool, text: Array, action: Array) -> Array:
+    def leaf(in_trunk: bool, *parts: Array) -> Array:
         w = weights.trunk if in_trunk else weights.rest
-        return w.text * text + w.action * action
+        terms = [w[name] * part for name, part in zip(gradients, parts, strict=True)]
+        return sum(terms[1:], terms[0])
 
-    return jax.tree.map(leaf, inside, gradients.text, gradients.action)
+    return jax.tree.map(leaf, inside, *gradients.values())

@@ -5,7 +5,7 @@ from typing import Literal
 
 from vla_jax.finite import finite
 
-Policy = Literal[
+PolicyName = Literal[
     "fixed", "step", "linear", "cosine", "uncertainty", "loss_ema", "gradnorm", "gradient_ratio", "pcgrad", "mgda",
     "cagrad",
 ]  # fmt: skip
@@ -25,21 +25,24 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """The options that each policy reads."""
 SCHEDULES = ("step", "linear", "cosine")
+RELATIVE = (*SCHEDULES, "gradient_ratio")
+"""Policies that leave the text's weight at 1 and set the others relative to it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite("objective.weighting.")
 class WeightingConfig:
-    """How λ comes about in each step; `objective.action_weight` is its scale in every policy."""
+    """How every λ comes about in each step. In every policy its scale is what the configuration gives:
+    `objective.action_weight`, and `objective.weights` of further terms. The text's is 1."""
 
-    policy: Policy = "fixed"
+    policy: PolicyName = "fixed"
     """fixed: λ. step, linear, cosine: from `start` to λ over the run. uncertainty: learned log-variances. loss_ema:
-    each loss over its running mean, actions times λ. gradnorm: balanced gradient norms and training rates.
-    gradient_ratio: the action gradient's norm is λ times the text's. pcgrad: conflicting parts are projected out.
-    mgda: the shortest combination of both gradients. cagrad: near their sum, the best for the loss that gains less.
-    The last five take a second backward pass."""
+    each loss over its running mean, times its λ. gradnorm: balanced gradient norms and training rates.
+    gradient_ratio: a gradient's norm is λ times the text's. pcgrad: conflicting parts are projected out. mgda: the
+    shortest combination of all gradients. cagrad: near their sum, the best for the loss that gains least. The last five
+    take a backward pass for each loss."""
     start: float = 0.0
-    """step, linear, cosine: λ at the beginning; while it is 0 the expert is not run."""
+    """step, linear, cosine: λ of all but the text at the beginning; while it is 0 only the text is computed."""
     begin: float = 0.5
     """step, linear, cosine: share of the run after which λ leaves `start`."""
     end: float = 1.0
@@ -82,6 +85,4 @@ class WeightingConfig:
         if not 0 <= self.radius < 1:
             raise ValueError(f"objective.weighting.radius={self.radius}: must be in [0, 1)")
         if not self.trunk:
-            raise ValueError(
-                "objective.weighting.trunk names no path; backbone is all that both losses share"
-            )
+            raise ValueError("objective.weighting.trunk names no path; backbone is what all losses share")

@@ -1,19 +1,16 @@
-"""λ is a constant."""
+"""Every λ is a constant."""
 
 import dataclasses
-from typing import ClassVar
 
-from vla_jax.objectives.weighting.base import Stateless, Weights, everywhere
+from jaxtyping import Array, Int
+
+from vla_jax.objectives.weighting.base import Gram, Remembered, Weighting, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed(Stateless):
-    """w = (1, λ), as in Transfusion (λ = 5), π0.5 (10) and knowledge insulation (1)."""
+class Fixed(Weighting):
+    """w = λ, e.g. (1, λ) for text and action: Transfusion (λ = 5), π0.5 (10), knowledge insulation (1)."""
 
-    weight: float
-    uses_gradients: ClassVar[bool] = False
-    can_be_zero: ClassVar[bool] = False
-
-    def weights(self, step, state, products) -> Weights:
-        """(1, λ)."""
-        return everywhere(1.0, self.weight)
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+        """λ as it is given."""
+        return self.everywhere(lambda name: self.lambdas[name])

@@ -1,36 +1,46 @@
-"""λ holds the actions' gradient on the trunk at a fixed share of the text's."""
+"""λ holds each gradient on the trunk at a fixed share of the text's."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from vla_jax.objectives.weighting.base import Scalar, Weights, everywhere, ratio
+from vla_jax.objectives.weighting.base import Gram, Named, Scalar, Weighting, Weights, ratio
+from vla_jax.objectives.weighting.saved import bare, with_names
 
 
 @dataclasses.dataclass(frozen=True)
-class GradientRatio:
-    """w = (1, r · ‖g_text‖ / ‖g_action‖): in every step ‖w_action g_action‖ / ‖g_text‖ = r, the action weight.
+class GradientRatio(Weighting):
+    """w_text = 1, w_i = λ_i · ‖g_text‖ / ‖g_i‖: in every step ‖w_i g_i‖ / ‖g_text‖ = λ_i.
 
-    Where a batch lacks one of the losses the last weight holds; before the first it is r.
+    Where a batch lacks one of the two losses the last weight holds; before the first it is λ_i.
     """
 
-    weight: float
     uses_gradients: ClassVar[bool] = True
-    can_be_zero: ClassVar[bool] = False
 
-    def init(self) -> dict[str, Scalar]:
-        """The last weight; in a dict, because a checkpoint's items are trees."""
-        return {"weight": jnp.full((), self.weight, jnp.float32)}
+    def init(self) -> dict[str, Scalar | Named]:
+        """The last weight of each loss but the text's; in a dict, because a checkpoint's items are trees."""
+        return {"weight": bare({name: jnp.asarray(self.lambdas[name], jnp.float32) for name in self._others})}
 
-    def weights(self, step, state, products) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram | None) -> Weights:
         """Those of this step's gradients."""
-        return everywhere(1.0, self._weight(state, products))
+        found = self._weights(state, gram)
+        return self.everywhere(lambda name: found.get(name, 1.0))
 
-    def update(self, state, losses, products) -> dict[str, Scalar]:
-        """The weight of this step."""
-        return {"weight": self._weight(state, products)}
+    def update(self, state: dict, losses: Named, gram: Gram | None) -> dict[str, Scalar | Named]:
+        """The weights of this step."""
+        return {"weight": bare(self._weights(state, gram))}
 
-    def _weight(self, state, products) -> Scalar:
-        norms = jnp.sqrt(ratio(products.text, products.action, 0.0))
-        return jnp.where(norms > 0, self.weight * norms, state["weight"])
+    @property
+    def _others(self) -> list[str]:
+        return [name for name in self.lambdas if name != "text"]
+
+    def _weights(self, state: dict, gram: Gram) -> Named:
+        last, at = with_names(state["weight"], self._others), list(self.lambdas)
+        text, found = at.index("text"), {}
+        for name in self._others:
+            i = at.index(name)
+            norms = jnp.sqrt(ratio(gram[text, text], gram[i, i], 0.0))
+            found[name] = jnp.where(norms > 0, self.lambdas[name] * norms, last[name])
+        return found

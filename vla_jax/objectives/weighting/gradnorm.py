@@ -1,13 +1,13 @@
 """GradNorm: weights that balance gradient norms and training rates (Chen et al. 2018, arXiv:1711.02257).
 
-With G_i = ‖w_i g_i‖ on the trunk and r_i = L_i / L_i(0), the loss's inverse training rate relative to the mean of
-both, the rule's target is G_i = mean(G) · r_i^α. For two losses that is one equation,
+With G_i = ‖w_i g_i‖ on the trunk and r_i = L_i / L_i(0), the loss's inverse training rate relative to the mean of all,
+the rule's target is G_i = mean(G) · r_i^α. That is one equation for each loss but the first,
 
-    G_action / G_text = λ · (r_action / r_text)^α
+    G_i / G_1 = λ_i / λ_1 · (r_i / r_1)^α
 
-(λ = 1 in the paper), with the weights normalised to w_text + w_action = 2. The paper descends on the absolute
-difference of both sides; here ρ = log(w_action / w_text) descends on half the squared difference of their logarithms.
-It has the same minimum, and its step does not depend on the gradients' size.
+(λ = 1 in the paper), with the weights normalised to Σ w = n. The paper descends on the absolute difference of both
+sides; here each ρ_i = log(w_i / w_1) descends on half the squared difference of their logarithms. It has the same
+minimum, and its step does not depend on the gradients' size.
 """
 
 import dataclasses
@@ -15,34 +15,50 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from vla_jax.objectives.weighting.base import Pair, Weights, everywhere, ratio, zeros
+from vla_jax.objectives.weighting.base import Gram, Named, Weighting, Weights, ratio, zero
+from vla_jax.objectives.weighting.saved import bare, with_names
 
 
 @dataclasses.dataclass(frozen=True)
-class GradNorm:
-    """ρ ← ρ - rate · (log G_action / G_text - log λ (r_action / r_text)^α)."""
+class GradNorm(Weighting):
+    """ρ_i ← ρ_i - rate · (log G_i / G_1 - log λ_i / λ_1 · (r_i / r_1)^α)."""
 
-    weight: float
     rate: float
     asymmetry: float
     uses_gradients: ClassVar[bool] = True
-    can_be_zero: ClassVar[bool] = False
 
     def init(self) -> dict:
-        """ρ, and the losses of the first step (0: not seen yet)."""
-        return {"log_ratio": zeros(1)[0], "first": Pair(*zeros(2))}
+        """ρ of each loss but the first, and the losses of the first step (0: not seen yet)."""
+        return {
+            "log_ratio": bare({name: zero() for name in self._others}),
+            "first": self.by_name(lambda name: 0.0),
+        }
 
-    def weights(self, step, state, products) -> Weights:
-        """2 · softmax of (0, ρ)."""
-        return everywhere(2 * jax.nn.sigmoid(-state["log_ratio"]), 2 * jax.nn.sigmoid(state["log_ratio"]))
+    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram | None) -> Weights:
+        """n · softmax of (0, ρ)."""
+        logs = with_names(state["log_ratio"], self._others)
+        shares = jax.nn.softmax(jnp.stack([zero(), *(logs[name] for name in self._others)]))
+        found = dict(zip(self.lambdas, len(self.lambdas) * shares))
+        return self.everywhere(found.__getitem__)
 
-    def update(self, state, losses, products) -> dict:
-        """One step towards the balance; none where a loss or its gradient is 0."""
-        first = Pair(*(jnp.where(f > 0, f, loss) for f, loss in zip(state["first"], losses)))
-        norms = jnp.sqrt(ratio(products.action, products.text, 0.0))
-        rates = ratio(ratio(losses.action, first.action, 0.0), ratio(losses.text, first.text, 0.0), 0.0)
-        valid = (norms > 0) & (rates > 0)
-        norms, rates = jnp.where(valid, norms, 1), jnp.where(valid, rates, 1)
-        off = state["log_ratio"] + jnp.log(norms) - jnp.log(self.weight) - self.asymmetry * jnp.log(rates)
-        return {"log_ratio": state["log_ratio"] - jnp.where(valid, self.rate * off, 0), "first": first}
+    def update(self, state: dict, losses: Named, gram: Gram | None) -> dict:
+        """One step towards the balance; none where one of the two losses or its gradient is 0."""
+        seen = state["first"]
+        first = self.by_name(lambda name: jnp.where(seen[name] > 0, seen[name], losses[name]))
+        progress = {name: ratio(losses[name], first[name], 0.0) for name in self.lambdas}
+        logs, (one, *_) = with_names(state["log_ratio"], self._others), self.lambdas
+        found = {}
+        for i, name in enumerate(self._others, start=1):
+            norms = jnp.sqrt(ratio(gram[i, i], gram[0, 0], 0.0))
+            rates = ratio(progress[name], progress[one], 0.0)
+            valid = (norms > 0) & (rates > 0)
+            norms, rates = jnp.where(valid, norms, 1), jnp.where(valid, rates, 1)
+            target = jnp.log(self.lambdas[name] / self.lambdas[one]) + self.asymmetry * jnp.log(rates)
+            found[name] = logs[name] - jnp.where(valid, self.rate * (logs[name] + jnp.log(norms) - target), 0)
+        return {"log_ratio": bare(found), "first": first}
+
+    @property
+    def _others(self) -> list[str]:
+        return list(self.lambdas)[1:]

@@ -1,43 +1,41 @@
-"""Each loss is divided by its own running mean, so that both count as 1 whatever their units."""
+"""Each loss is divided by its own running mean, so that all count as 1 whatever their units."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from vla_jax.objectives.weighting.base import Pair, Scalar, Weights, everywhere, zeros
+from vla_jax.objectives.weighting.base import Gram, Named, Scalar, Weighting, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class LossEma:
-    """w = (1 / m_text, λ / m_action), m the bias-corrected exponential mean of the losses before this step.
+class LossEma(Weighting):
+    """w_i = λ_i / m_i, m the bias-corrected exponential mean of the losses before this step.
 
     A loss that was not seen yet has m = 1.
     """
 
-    weight: float
     decay: float
-    uses_gradients: ClassVar[bool] = False
-    can_be_zero: ClassVar[bool] = False
 
-    def init(self) -> dict[str, Pair]:
+    def init(self) -> dict[str, Named]:
         """The decayed sum of each loss, and the sum of its coefficients, which corrects the bias."""
-        return {"loss": Pair(*zeros(2)), "total": Pair(*zeros(2))}
+        return {"loss": self.by_name(lambda name: 0.0), "total": self.by_name(lambda name: 0.0)}
 
-    def weights(self, step, state, products) -> Weights:
-        """The inverse of the two means."""
+    def weights(self, step: Int[Array, ""] | int, state: dict[str, Named], gram: Gram | None) -> Weights:
+        """λ times the inverse of the means."""
 
-        def inverse(total: Scalar, loss: Scalar) -> Scalar:
+        def inverse(name: str) -> Scalar:
+            total, loss = state["total"][name], state["loss"][name]
             return jnp.where(total > 0, total / jnp.where(loss > 0, loss, 1), 1.0)
 
-        text, action = (inverse(*x) for x in zip(state["total"], state["loss"]))
-        return everywhere(text, self.weight * action)
+        return self.everywhere(lambda name: self.lambdas[name] * inverse(name))
 
-    def update(self, state, losses, products) -> dict[str, Pair]:
+    def update(self, state: dict[str, Named], losses: Named, gram: Gram | None) -> dict[str, Named]:
         """Takes the losses into the means."""
 
-        def mix(old: Pair, new: Pair) -> Pair:
-            mixed = (self.decay * o + (1 - self.decay) * n for o, n in zip(old, new))
-            return Pair(*(jnp.where(loss > 0, m, o) for loss, m, o in zip(losses, mixed, old)))
+        def mix(old: Named, new: Named) -> Named:
+            mixed = {name: self.decay * old[name] + (1 - self.decay) * new[name] for name in old}
+            return self.by_name(lambda name: jnp.where(losses[name] > 0, mixed[name], old[name]))
 
-        return {"loss": mix(state["loss"], losses), "total": mix(state["total"], Pair(1.0, 1.0))}
+        ones = self.by_name(lambda name: 1.0)
+        return {"loss": mix(state["loss"], losses), "total": mix(state["total"], ones)}

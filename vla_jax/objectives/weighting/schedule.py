@@ -4,12 +4,11 @@
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from vla_jax.objectives.weighting.base import Stateless, Weights, everywhere
+from vla_jax.objectives.weighting.base import Gram, Remembered, Scalar, Weighting, Weights
 
 SHAPES = {
     "linear": lambda u: u,
@@ -19,41 +18,39 @@ SHAPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduled(Stateless):
-    """λ(i) = start + (λ - start) · f(u), u = clip((i - begin) / (end - begin), 0, 1), with i counted from 0.
+class Scheduled(Weighting):
+    """λ_i(step) = start + (λ_i - start) · f(u), u = clip((step - begin) / (end - begin), 0, 1), for all but the text.
 
-    `begin` and `end` are steps; "step" has λ from step `begin` on and no end.
+    `begin` and `end` are steps, counted from 0; "step" has λ from step `begin` on and no end.
     """
 
-    weight: float
     start: float
     shape: str
     begin: int
     end: int
-    uses_gradients: ClassVar[bool] = False
 
     @property
     def can_be_zero(self) -> bool:
         """Before `begin`, where it starts from 0."""
         return self.start == 0
 
-    def weights(self, step, state, products) -> Weights:
-        """(1, λ(step))."""
-        return everywhere(1.0, self.at(step))
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+        """1 for the text, λ(step) for the others."""
+        return self.everywhere(lambda name: 1.0 if name == "text" else self.at(step, self.lambdas[name]))
 
-    def at(self, step) -> Float[Array, ""]:
+    def at(self, step: Int[Array, ""] | int, given: float | Scalar) -> Float[Array, ""]:
         """λ of a step."""
         progress = self._progress(step)
         if self.shape == "step":
-            return jnp.where(progress > 0, self.weight, self.start).astype(jnp.float32)
-        return self.start + (self.weight - self.start) * progress
+            return jnp.where(progress > 0, given, self.start).astype(jnp.float32)
+        return self.start + (given - self.start) * progress
 
-    def is_zero(self, step) -> Bool[Array, ""]:
-        """Whether λ of a step is 0. It does not depend on `weight`: where models of several weights are trained in
-        one program they agree on it."""
+    def is_zero(self, step: Int[Array, ""] | int) -> Bool[Array, ""]:
+        """Whether λ of a step is 0. It does not depend on the given λ: where models of several λ are trained in one
+        program they agree on it."""
         return (self._progress(step) == 0) & (self.start == 0)
 
-    def _progress(self, step) -> Float[Array, ""]:
+    def _progress(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """f(u), from 0 at `start` to 1 at λ."""
         since = jnp.asarray(step, jnp.float32) - self.begin
         if self.shape == "step":

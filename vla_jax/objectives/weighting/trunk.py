@@ -1,16 +1,18 @@
 """The shared trunk: parameters chosen by path, and the gradients' inner products on them."""
 
 import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vla_jax.objectives.weighting.base import Pair, Products
+from vla_jax.objectives.weighting.base import Gram
+from vla_jax.types import PyTree
 
 
-def inside(params: Any, paths: tuple[str, ...], where: str) -> Any:
+def inside(params: PyTree, paths: tuple[str, ...], where: str) -> PyTree:
     """A tree of bools: True for parameters that are, or lie under, one of `paths` (``backbone/llm/layers``).
 
     Raises ValueError where a path holds no parameter; `where` names the option in the message.
@@ -24,13 +26,15 @@ def inside(params: Any, paths: tuple[str, ...], where: str) -> Any:
     )
 
 
-def products(gradients: Pair, inside: Any) -> Products:
-    """‖g_text‖², ‖g_action‖² and g_text · g_action over the trunk, on any mesh: sums are over the whole arrays."""
-    text, action = (chosen(tree, inside) for tree in gradients)
-    return Products(_dot(text, text), _dot(action, action), _dot(text, action))
+def gram_matrix(gradients: Mapping[str, PyTree], names: Iterable[str], inside: PyTree) -> Gram:
+    """g_i · g_j over the trunk for every two of the named losses, on any mesh: sums are over the whole arrays."""
+    trees = [chosen(gradients[name], inside) for name in names]
+    upper = {(i, j): _dot(trees[i], trees[j]) for j in range(len(trees)) for i in range(j + 1)}
+    rows = [[upper[min(i, j), max(i, j)] for j in range(len(trees))] for i in range(len(trees))]
+    return jnp.stack([jnp.stack(row) for row in rows])
 
 
-def chosen(tree: Any, inside: Any) -> dict[str, Array]:
+def chosen(tree: PyTree, inside: PyTree) -> dict[str, Array]:
     """The trunk's leaves by their paths."""
     marks = jax.tree.leaves(inside)
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -11,12 +11,14 @@ import pytest
 
 from tests.models import small
 from tests.models.test_action_tokens import with_action_tokens
+from tests.objectives.found import losses_of
 from tests.objectives.test_cross_entropy import avals
+from tests.objectives.toy import Toy
 from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.objectives.transfusion import Counts, count, draw, reduction, transfusion_loss
+from vla_jax.objectives.objective import Objective
 from vla_jax.train.run import init_params
 
 PROCESS = make_process(ProcessConfig())
@@ -30,45 +32,52 @@ def setup():
     return data, model, params
 
 
+def of(objective, model=Toy(), **options) -> Objective:
+    return Objective(model=model, process=PROCESS, config=objective, **options)
+
+
+def draw(key, data, objective):
+    return of(objective).draw(jax.random.key(key), data)
+
+
+def count(data, objective, draws=None):
+    return of(objective).counts(data, draw(0, data, objective) if draws is None else draws)
+
+
 def losses(model, params, data, objective=ObjectiveConfig(), *, key=0, draws=None, counts=None, **kwargs):
-    draws = draw(jax.random.key(key), data, PROCESS, objective) if draws is None else draws
-    return _losses(model, objective, tuple(kwargs.items()))(
-        params, data, draws, counts or count(data, objective)
-    )
+    draws = draw(key, data, objective) if draws is None else draws
+    counts = counts or count(data, objective, draws)
+    return _losses(model, objective, tuple(kwargs.items()))(params, data, draws, counts)
 
 
 @functools.cache
 def _losses(model, objective, kwargs):
-    return jax.jit(
-        lambda params, data, draws, counts: transfusion_loss(
-            model, PROCESS, objective, params, data, draws, counts, **dict(kwargs)
-        )
-    )
+    return jax.jit(functools.partial(losses_of, of(objective, model, **dict(kwargs))))
 
 
 @functools.cache
 def _gradient(model, objective, term):
     def loss(params, data, draws):
-        counts = count(data, objective)
-        return getattr(transfusion_loss(model, PROCESS, objective, params, data, draws, counts), term)
+        return getattr(
+            losses_of(of(objective, model), params, data, draws, count(data, objective, draws)), term
+        )
 
     return jax.jit(jax.value_and_grad(loss))
 
 
 def gradient(model, params, data, term, objective=ObjectiveConfig(), key=0):
-    return _gradient(model, objective, term)(
-        params, data, draw(jax.random.key(key), data, PROCESS, objective)
-    )
+    return _gradient(model, objective, term)(params, data, draw(key, data, objective))
 
 
 def test_equals_numpy(setup):
     """CE and FM written out: means over valid tokens and elements of the whole batch, λ between them."""
     data, model, params = setup
     objective = ObjectiveConfig(action_weight=3.0, plan_visible=0.0)
-    draws = draw(jax.random.key(0), data, PROCESS, objective)
+    draws = draw(0, data, objective)
     got = losses(model, params, data, objective, draws=draws)
-    x_t = draws.x_t[:, 0]
-    prediction, logits = jax.jit(model.apply)({"params": params}, data, x_t, draws.t[:, 0])
+    noisy = draws.terms["action"]
+    x_t = noisy.x_t[:, 0]
+    prediction, logits = jax.jit(model.apply)({"params": params}, data, x_t, noisy.t[:, 0])
     logits = np.asarray(logits, np.float64)
     total = n = right = 0
     for row in range(4):
@@ -79,7 +88,7 @@ def test_equals_numpy(setup):
                 right += z.argmax() == data.tokens[row, i]
                 n += 1
     mask = np.asarray(data.action_mask)
-    squared = (np.asarray(prediction) - np.asarray(draws.target[:, 0])) ** 2
+    squared = (np.asarray(prediction) - np.asarray(noisy.target[:, 0])) ** 2
     np.testing.assert_allclose(got.text, total / n, rtol=1e-5)
     np.testing.assert_allclose(got.text_accuracy, right / n, rtol=1e-6)
     np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
@@ -100,9 +109,10 @@ def test_padded_dims_are_learned_where_asked(setup):
         (ObjectiveConfig(plan_visible=0.0), np.asarray(data.action_mask)),
         (ObjectiveConfig(plan_visible=0.0, padding_loss=True), np.repeat(steps[..., None], 3, axis=-1)),
     ):
-        draws = draw(jax.random.key(0), data, PROCESS, objective)
+        draws = draw(0, data, objective)
         got = losses(model, params, data, objective, draws=draws)
-        x_t, t, target = draws.x_t[:, 0], draws.t[:, 0], np.asarray(draws.target[:, 0])
+        noisy = draws.terms["action"]
+        x_t, t, target = noisy.x_t[:, 0], noisy.t[:, 0], np.asarray(noisy.target[:, 0])
         noise = np.asarray(x_t)[..., 2] / (1 - np.asarray(t))[:, None]  # x_t = (1 - t) noise + t · 0
         np.testing.assert_allclose(target[..., 2], -noise, rtol=1e-4, atol=1e-5)
         assert np.abs(noise).max() > 1
@@ -110,20 +120,20 @@ def test_padded_dims_are_learned_where_asked(setup):
         squared = (np.asarray(prediction) - target) ** 2
         np.testing.assert_allclose(got.action, squared[mask].mean(), rtol=1e-5)
         np.testing.assert_allclose(got.action_by_time.sum(), squared[mask].sum(), rtol=1e-5)
-        assert got.elements_by_time.sum() == mask.sum() == count(data, objective).action
+        assert got.elements_by_time.sum() == mask.sum() == count(data, objective)["action"]
         summed = dataclasses.replace(objective, action_reduction="sum")
-        np.testing.assert_allclose(reduction(data, summed).action, mask.sum() / 4, rtol=1e-6)
+        np.testing.assert_allclose(of(summed).scales(data)["action"], mask.sum() / 4, rtol=1e-6)
         prefixed = dataclasses.replace(objective, rtc_prefix=3)
-        draws = draw(jax.random.key(0), data, PROCESS, prefixed)
-        behind = np.arange(steps.shape[1]) >= np.asarray(draws.prefix)
-        assert 0 < count(data, prefixed, draws).action == (mask & behind[..., None]).sum() < mask.sum()
+        draws = draw(0, data, prefixed)
+        behind = np.arange(steps.shape[1]) >= np.asarray(draws.terms["action"].prefix)
+        assert 0 < count(data, prefixed, draws)["action"] == (mask & behind[..., None]).sum() < mask.sum()
 
 
 def test_targets_are_the_clean_velocity(setup):
     """x_t and the target determine noise and data: a = x_t + (1 - t) v; masked elements count as zero."""
     data, _, _ = setup
     objective = ObjectiveConfig(noise_draws=3)
-    d = draw(jax.random.key(1), data, PROCESS, objective)
+    d = draw(1, data, objective).terms["action"]
     recovered = d.x_t + (1 - d.t[..., None, None]) * d.target
     want = jnp.where(data.action_mask, data.actions, 0)[:, None]
     np.testing.assert_allclose(recovered, jnp.broadcast_to(want, recovered.shape), atol=1e-5)
@@ -168,7 +178,7 @@ def test_microbatches_add_up(setup):
     """Shares of ragged microbatches sum to the loss of the whole batch."""
     data, model, params = setup
     objective = ObjectiveConfig(noise_draws=2)
-    draws = draw(jax.random.key(0), data, PROCESS, objective)
+    draws = draw(0, data, objective)
     counts = count(data, objective)
     want = losses(model, params, data, objective, draws=draws, counts=counts)
     parts = [
@@ -188,7 +198,7 @@ def test_microbatches_add_up(setup):
 def test_lambda_does_not_depend_on_batch_or_padding(setup):
     """A batch twice over, or padded, has the same loss."""
     data, model, params = setup
-    draws = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig())
+    draws = draw(0, data, ObjectiveConfig())
     want = losses(model, params, data, draws=draws)
     double = losses(
         model,
@@ -270,15 +280,12 @@ def test_no_logits_elsewhere(kind):
     data, model = with_action_tokens(small.batch(cfg, b), b), VLA(cfg)
     if kind == "tokens":
         data = data.replace(actions=None, action_mask=None)
-    draws = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig())
+    draws = draw(0, data, ObjectiveConfig())
     params = jax.eval_shape(init_params(model, data), jax.random.key(0))
 
     def loss(params):
-        counts = count(data, ObjectiveConfig())
-        bounds = dict(target_tokens=targets, action_targets=chunk)
-        return transfusion_loss(
-            model, PROCESS, ObjectiveConfig(), params, data, draws, counts, **bounds
-        ).total
+        bounded = of(ObjectiveConfig(), model, target_tokens=targets, action_targets=chunk)
+        return bounded.losses(params, data, draws, count(data, ObjectiveConfig(), draws)).total
 
     made = avals(jax.make_jaxpr(jax.grad(loss))(nn.unbox(params)).jaxpr)
     rows = {a.size // vocab for a in made if a.shape[-1:] == (vocab,) and a.ndim == 3}
@@ -288,17 +295,15 @@ def test_no_logits_elsewhere(kind):
 def test_more_draws_are_the_same_loss_on_average(setup):
     """K draws of one pass average what K passes with one draw give."""
     data, model, params = setup
-    many = draw(jax.random.key(0), data, PROCESS, ObjectiveConfig(noise_draws=4))
+    many = draw(0, data, ObjectiveConfig(noise_draws=4))
     got = losses(model, params, data, ObjectiveConfig(noise_draws=4), draws=many).action
-    singles = [
-        losses(
-            model,
-            params,
-            data,
-            draws=many._replace(**{n: getattr(many, n)[:, i : i + 1] for n in ("x_t", "t", "target")}),
-        ).action
-        for i in range(4)
-    ]
+    noisy = many.terms["action"]
+
+    def alone(i):
+        one = noisy._replace(**{n: getattr(noisy, n)[:, i : i + 1] for n in ("x_t", "t", "target")})
+        return losses(model, params, data, draws=many._replace(terms=many.terms | {"action": one})).action
+
+    singles = [alone(i) for i in range(4)]
     np.testing.assert_allclose(got, np.mean(singles), rtol=1e-5)
 
 
@@ -307,7 +312,7 @@ def test_empty_modalities_are_zero(setup):
     none = data.replace(
         token_loss=jnp.zeros_like(data.token_loss), action_mask=jnp.zeros_like(data.action_mask)
     )
-    got = losses(model, params, none, counts=Counts(jnp.ones(()), jnp.ones(())))
+    got = losses(model, params, none, counts={"text": jnp.ones(()), "action": jnp.ones(())})
     assert got.total == 0
 
 
