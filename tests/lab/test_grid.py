@@ -34,6 +34,15 @@ def test_names_are_as_short_as_they_can_be():
     assert cells[0].name == "text.width=32,expert.width=16,seed=4"
 
 
+def test_kinds_have_fields_of_their_own():
+    """A kind is a value like any other; a field that the chosen kind lacks is one line."""
+    tokens = ["model.expert.kind=tokens", "data.prompt=fast", "data.normalization=quantile"]
+    (cell,) = make_cells(BASE, [*tokens, "model.expert.horizon=7"], seeds=1)
+    assert cell.config.kind == "tokens" and cell.config.model.expert.horizon == 7
+    with pytest.raises(ValueError, match=r"^TokensConfig has no field width, which the grid wants to vary$"):
+        make_cells(BASE, [*tokens, "model.expert.width=16"], seeds=1)
+
+
 def test_a_combination_is_checked_as_a_whole():
     """κ = 0 is refused for mgda, but where the grid changes both at once only the result counts."""
     base = dataclasses.replace(BASE, objective=dataclasses.replace(BASE.objective, insulation=0.0))

@@ -3,7 +3,7 @@
 python -m launch.sweep --config configs/lambda_study.py --out runs/study --seeds 3 \\
     --grid objective.action_weight=0,0.1,1,10 --grid objective.insulation=0,1
 
-Cells that differ only in objective.action_weight (above 0), objective.insulation, optim.learning_rate and the seed are
+Cells that differ only in weights of losses (above 0), objective.insulation, optim.learning_rate and the seed are
 trained side by side in one program, on the same batches in the same order; other fields, and λ = 0, make further
 programs. Killed at any moment, the same command goes on where it stopped. `python -m launch.report --sweep OUT` makes
 tables and figures.

@@ -1,5 +1,6 @@
 """The pictures of a sweep's report. Each takes settings or rows and returns a figure, or None where it has no data."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vla_jax.files import read_lines
+from vla_jax.lab.columns import loss_column, losses_of, terms_of
 from vla_jax.lab.front import Verdict, Verdicts, pareto
 from vla_jax.lab.table import Mean, Row, Setting, others_varied
 from vla_jax.sim.figures import style
@@ -26,13 +28,21 @@ TITLES = {
     "plan_accuracy": "plan names the right object",
     "diversity": "diversity of chunks",
 }
+
+
+def title_of(name: str) -> str:
+    """A column for people."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
 GREY = "#8a8a8a"
 
 
 def draw_front(settings: Sequence[Setting]) -> Figure | None:
-    """CE against action loss, and text accuracy against success: a line through the fixed λ of each κ, policies as
-    marks. Bars are 95 % intervals over seeds."""
-    pairs = [("ce", "action_loss", True), ("text_accuracy", "success", False)]
+    """Every two losses, and text accuracy against success: a line through the fixed λ of each κ, policies as marks.
+    Bars are 95 % intervals over seeds."""
+    pairs = [(x, y, True) for x, y in itertools.combinations(losses_of(settings), 2)]
+    pairs.append(("text_accuracy", "success", False))
     pairs = [pair for pair in pairs if any(s.mean(pair[0]) and s.mean(pair[1]) for s in settings)]
     if not pairs:
         return None
@@ -40,7 +50,7 @@ def draw_front(settings: Sequence[Setting]) -> Figure | None:
     grid = np.atleast_1d(figure.subplots(1, len(pairs)))
     for axes, (x, y, log) in zip(grid, pairs):
         _front_panel(axes, settings, x, y, log)
-    handles, labels = _unique_legend(grid)
+    handles, labels = unique_legend(grid)
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9.5)
     return figure
 
@@ -85,7 +95,7 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
         )
     text_only = [s for s in settings if s.weight == 0 and s.mean(x)]
     if text_only:
-        axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label="λ = 0: text alone")
+        axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label=f"{text_only[0].symbol} = 0")
     if log:
         axes.set_xscale("log"), axes.set_yscale("log")
     shown = [s for s in settings if s.mean(x) and s.mean(y)]
@@ -94,12 +104,14 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
     if log:
         _plain_ticks(axes)
     title = f"{'small' if log else 'large'} is good; filled: no λ of its κ is better in both"
-    style.tidy(axes, xlabel=TITLES[x], ylabel=TITLES[y], title=title)
+    style.tidy(axes, xlabel=title_of(x), ylabel=title_of(y), title=title)
 
 
 def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
     """Every metric as a function of λ, one line per κ, bands over seeds."""
-    names = [n for n in TITLES if any(len(line) > 1 for _, line in _fixed_lines(settings, n, n))]
+    losses = losses_of(settings)
+    columns = dict.fromkeys([*losses, *TITLES])
+    names = [n for n in columns if any(len(line) > 1 for _, line in _fixed_lines(settings, n, n))]
     if not names:
         return None
     columns = min(4, len(names))
@@ -133,11 +145,11 @@ def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
         shown = [s.mean(name) for _, line in _fixed_lines(settings, name, name) for s in line]
         _keep_to_values(axes.set_ylim, shown)
         axes.set_xscale("log")
-        if name in ("ce", "action_loss"):
+        if name in losses:
             axes.set_yscale("log")
             _plain_ticks(axes, x=False)
-        style.tidy(axes, xlabel="λ", title=TITLES[name])
-    handles, labels = _unique_legend(grid)
+        style.tidy(axes, xlabel=settings[0].symbol, title=title_of(name))
+    handles, labels = unique_legend(grid)
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
@@ -182,48 +194,6 @@ def draw_policies(verdicts: Verdicts | None) -> Figure | None:
     return figure
 
 
-def draw_gradients(rows: Sequence[Row]) -> Figure | None:
-    """λ_eff and cosine over training, by layer and by flow time, for one seed of some fixed λ and of the policies."""
-    chosen = [row for row in _some_rows(rows) if _diagnosed(row)]
-    if not chosen:
-        return None
-    figure = style.new_figure(
-        13.5,
-        7.2,
-        f"The two gradients on the trunk, seed {chosen[0].config.seed}; λ_eff = ‖λ g_act‖ / ‖g_txt‖",
-    )
-    grid = figure.subplots(2, 3)
-    for number, row in enumerate(chosen):
-        lines = _diagnosed(row)
-        look = _look(number, row)
-        for axes, name in zip(grid[:, 0], ("ratio", "cosine")):
-            steps, values = curve(lines, f"diagnostics/{name}")
-            axes.plot(steps, smooth(values, max(1, len(values) // 12)), **look)
-        late = lines[len(lines) // 2 :]
-        layers = _by_layer(late)
-        for axes, name in zip(grid[:, 1], ("ratio", "cosine")):
-            values = np.array([v[name] for v in layers.values()])
-            if name == "ratio":  # a layer that the actions do not touch has no place on a logarithmic axis
-                values = np.where(values > 0, values, np.nan)
-            axes.plot(range(len(layers)), values, marker="o", ms=3, **look)
-            axes.set_xticks(range(len(layers)), list(layers), rotation=35, ha="right", fontsize=8)
-        for axes, name in zip(grid[:, 2], ("ratio", "cosine")):
-            by_time = np.array([line[f"diagnostics/{name}_by_time"] for line in late], float)
-            bins = by_time.shape[1]
-            axes.plot((np.arange(bins) + 0.5) / bins, np.nanmean(by_time, axis=0), **look)
-    for column, label in enumerate(("step", "", "flow time t (0 noise, 1 data)")):
-        where = ("over training", "by layer, second half", "by flow time, second half")[column]
-        style.tidy(grid[0, column], xlabel=label, title=f"λ_eff {where}")
-        style.tidy(grid[1, column], xlabel=label, title=f"cosine {where}")
-        grid[0, column].set_yscale("log")
-        grid[1, column].axhline(0, color=GREY, linewidth=1)
-        for axes in grid[:, 1]:
-            axes.tick_params(axis="x", labelsize=8)
-    handles, labels = _unique_legend(grid.ravel())
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9.5)
-    return figure
-
-
 def draw_by_time(settings: Sequence[Setting]) -> Figure | None:
     """The validation action loss by bin of flow time, one line per fixed λ; one panel per κ."""
     lines = [(k, [s for s in line if s.rows[0].by_time()]) for k, line in _fixed_lines(settings, "ce", "ce")]
@@ -237,39 +207,44 @@ def draw_by_time(settings: Sequence[Setting]) -> Figure | None:
             by_time = np.mean([row.by_time() for row in setting.rows], axis=0)
             shade = number / max(len(line) - 1, 1)
             x = (np.arange(len(by_time)) + 0.5) / len(by_time)
-            axes.plot(x, by_time, color=_shade(shade), label=f"λ = {setting.weight:g}", linewidth=1.5)
+            axes.plot(
+                x, by_time, color=_shade(shade), label=f"{setting.symbol} = {setting.weight:g}", linewidth=1.5
+            )
         style.tidy(axes, xlabel="flow time t (0 noise, 1 data)", title=f"κ = {kappa:g}")
-    handles, labels = _unique_legend(grid)
+    handles, labels = unique_legend(grid)
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def draw_curves(rows: Sequence[Row]) -> Figure | None:
     """Training and validation losses of some rows."""
-    chosen = _some_rows(rows)
+    chosen = some_rows(rows)
     figure = style.new_figure(
-        11, 4.6, f"Training (lines) and held-out (marks) losses, seed {chosen[0].config.seed}"
+        5.5 * len(terms_of(rows)),
+        4.6,
+        f"Training (lines) and held-out (marks) losses, seed {chosen[0].config.seed}",
     )
-    grid = figure.subplots(1, 2)
+    terms = terms_of(rows)
+    grid = np.atleast_1d(figure.subplots(1, len(terms)))
     for number, row in enumerate(chosen):
-        lines = _metrics(row.folder)
-        look = _look(number, row)
-        for axes, key in zip(grid, ("text_loss", "action_loss")):
+        lines = logged(row.folder)
+        drawn = look_of(number, row)
+        for axes, key in zip(grid, (f"{name}_loss" for name in terms)):
             steps, values = curve(lines, key)
-            axes.plot(steps, smooth(values, max(1, len(values) // 20)), **look)
+            axes.plot(steps, smooth(values, max(1, len(values) // 20)), **drawn)
             axes.plot(
                 *curve(lines, f"val/{key}"),
                 linestyle="none",
                 marker="o",
                 ms=4,
                 mfc="white",
-                color=look["color"],
+                color=drawn["color"],
             )
-    for axes, title in zip(grid, ("text loss (CE per token)", "action loss")):
+    for axes, name in zip(grid, terms):
         axes.set_yscale("log")
         _plain_ticks(axes, x=False)
-        style.tidy(axes, xlabel="step", title=title)
-    handles, labels = _unique_legend(grid)
+        style.tidy(axes, xlabel="step", title=title_of(loss_column(name)))
+    handles, labels = unique_legend(grid)
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9.5)
     return figure
 
@@ -281,7 +256,7 @@ def _fixed_lines(settings: Sequence[Setting], x: str, y: str) -> list[tuple[floa
     return [(k, sorted((s for s in found if s.kappa == k), key=lambda s: s.weight)) for k in kappas]
 
 
-def _some_rows(rows: Sequence[Row], fixed: int = 4) -> list[Row]:
+def some_rows(rows: Sequence[Row], fixed: int = 4) -> list[Row]:
     """The first seed of a few fixed λ > 0, evenly spread, and of every other policy, at the largest κ."""
     seed, kappa = min(r.config.seed for r in rows), max(r.kappa for r in rows)
     own = [r for r in rows if r.config.seed == seed and r.kappa == kappa and r.weight > 0]
@@ -290,14 +265,14 @@ def _some_rows(rows: Sequence[Row], fixed: int = 4) -> list[Row]:
     return [constant[i] for i in places] + [r for r in own if r.policy != "fixed"] or list(rows[:1])
 
 
-def _look(number: int, row: Row) -> dict[str, Any]:
+def look_of(number: int, row: Row) -> dict[str, Any]:
     """A line's colour and style: fixed λ are shades of one colour, policies have their own, dashed."""
     if row.policy == "fixed":
         shade = (np.log10(row.weight) + 2) / 4
         return {
             "color": _shade(float(np.clip(shade, 0, 1))),
             "linewidth": 1.7,
-            "label": f"λ = {row.weight:g}",
+            "label": f"{row.symbol} = {row.weight:g}",
         }
     colour = style.PALETTE[(number + 1) % len(style.PALETTE)]
     dashes = ("--", "-.", ":")[number // len(style.PALETTE) % 3]
@@ -359,7 +334,8 @@ def _plain_ticks(axes: Axes, x: bool = True) -> None:
         axis.set_tick_params(which="minor", labelsize=8, labelcolor=style.FAINT)
 
 
-def _unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
+def unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
+    """The lines of all panels, each label once."""
     found: dict[str, Line2D] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -367,32 +343,6 @@ def _unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
     return list(found.values()), list(found)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a cell has logged while it was trained."""
     return read_lines(folder / "metrics.jsonl")
-
-
-def _diagnosed(row: Row) -> list[dict[str, Any]]:
-    """The lines of a row's log that compare gradients."""
-    return [line for line in _metrics(row.folder) if line.get("diagnostics/cosine") is not None]
-
-
-def _by_layer(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Layer → mean ratio and cosine; stacked groups are taken apart."""
-    found: dict[str, dict[str, float]] = {}
-    for name in ("ratio", "cosine"):
-        ending = f"/{name}"
-        for key in lines[0]:
-            path = key.removeprefix("diagnostics/")
-            of_a_bin = path.split("/")[0][1:].isdigit()
-            if path == key or not path.endswith(ending) or of_a_bin:
-                continue
-            values = np.array([np.atleast_1d(np.array(line[key], float)) for line in lines])
-            group = (
-                path.removesuffix(ending)
-                .removeprefix("backbone/")
-                .replace("Transformer/encoderblock", "block")
-            )
-            for i, value in enumerate(np.nanmean(values, axis=0)):
-                label = f"{group} {i}" if values.shape[1] > 1 else group
-                found.setdefault(label, {})[name] = float(value)
-    return dict(sorted(found.items()))

@@ -1,12 +1,13 @@
-"""How two losses trade off: the Pareto front, what it dominates, and what a policy loses against the best fixed λ.
+"""How losses trade off: the Pareto front, what it dominates, and what a policy loses against the best fixed λ.
 
 All of it is done on log(loss), because the losses have different units and range over decades. With lo and hi the
 smallest and the largest seed mean among the fixed λ > 0 (at κ = 1, where there are any), a loss L counts as
 
     u(L) = clip((log L - log lo) / (log hi - log lo), 0, 1)        0: as good, 1: as bad as any fixed λ
 
-- **hypervolume** of points (u_text, u_action): the area they dominate in the unit square (Zitzler & Thiele 1999).
-- **cost** of a point: (u_text + u_action) / 2. **Regret** of a policy: its cost minus that of the best fixed λ, the one
+- **hypervolume** of points (u_text, u_action, …): the share of the unit square, or cube, that they dominate (Zitzler &
+  Thiele 1999).
+- **cost** of a point: the mean of its u. **Regret** of a policy: its cost minus that of the best fixed λ, the one
   of the lowest mean cost, paired by seed. That λ is chosen with the results at hand, which no user has before the
   sweep: a regret of 0 is a success of the policy.
 """
@@ -19,11 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from vla_jax.lab.table import LOSSES, Mean, Setting, mean_of
+from vla_jax.lab.columns import losses_of
+from vla_jax.lab.table import Mean, Setting, mean_of
 
 
-def pareto(points: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Indices of the points that no other one is at least as good as in both and better in one; lower is better."""
+def pareto(points: Float[np.ndarray, "n losses"]) -> list[int]:
+    """Indices of the points that no other one is at least as good as in all and better in one; lower is better."""
     points = np.asarray(points, float)
 
     def dominated(i: int) -> bool:
@@ -35,33 +37,40 @@ def pareto(points: Float[np.ndarray, "n 2"]) -> list[int]:
 
 
 def pareto_settings(settings: Sequence[Setting]) -> list[Setting]:
-    """Settings than which no other one has smaller seed means of both losses."""
-    both = [s for s in settings if all(s.mean(name) for name in LOSSES)]
-    points = np.array([[s.mean(name).mean for name in LOSSES] for s in both]).reshape(-1, 2)
-    return [both[i] for i in pareto(points)]
+    """Settings than which no other one has smaller seed means of all losses."""
+    names = losses_of(settings)
+    if len(names) < 2:
+        return []
+    full = _with_all(settings, names)
+    points = np.array([[s.mean(name).mean for name in names] for s in full]).reshape(-1, len(names))
+    return [full[i] for i in pareto(points)]
 
 
-def hypervolume(points: Float[np.ndarray, "n 2"]) -> float:
-    """The area in the unit square that is at least as bad as some point in both; lower is better."""
-    points = np.clip(np.asarray(points, float).reshape(-1, 2), 0, 1)
-    area, height = 0.0, 1.0
-    for x, y in sorted(map(tuple, points)):
-        if y < height:
-            area += (1 - x) * (height - y)
-            height = y
-    return float(area)
+def hypervolume(points: Float[np.ndarray, "n losses"]) -> float:
+    """The share of the unit cube that is at least as bad as some point in all losses; lower is better.
+
+    Cut into slices at the points' last coordinates: in each, what the points below it dominate of the other losses.
+    """
+    points = np.clip(np.atleast_2d(np.asarray(points, float)), 0, 1)
+    if points.shape[1] == 1:
+        return float(1 - points.min(initial=1))
+    points = points[np.argsort(points[:, -1])]
+    heights = np.diff(points[:, -1], append=1)
+    return sum(h * hypervolume(points[: i + 1, :-1]) for i, h in enumerate(heights) if h > 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """u of both losses."""
+    """u of every loss."""
 
-    low: Float[np.ndarray, "2"]
-    high: Float[np.ndarray, "2"]
+    names: tuple[str, ...]
+    """The losses' columns."""
+    low: Float[np.ndarray, " losses"]
+    high: Float[np.ndarray, " losses"]
 
-    def __call__(self, setting: Setting) -> Float[np.ndarray, "seeds 2"]:
-        """(u_text, u_action) of each seed."""
-        losses = np.array([[row.metric(name) for name in LOSSES] for row in setting.rows], float)
+    def __call__(self, setting: Setting) -> Float[np.ndarray, "seeds losses"]:
+        """(u_text, u_action, …) of each seed."""
+        losses = np.array([[row.metric(name) for name in self.names] for row in setting.rows], float)
         return np.clip((np.log(losses) - self.low) / (self.high - self.low), 0, 1)
 
 
@@ -91,21 +100,23 @@ class Verdicts(NamedTuple):
 
 
 def fixed_settings(settings: Sequence[Setting]) -> list[Setting]:
-    """Fixed λ > 0 with both losses, at the largest κ there is."""
-    found = [s for s in settings if s.policy == "fixed" and all(s.mean(name) for name in LOSSES)]
+    """Fixed λ > 0 with all losses, at the largest κ there is."""
+    found = [s for s in _with_all(settings, losses_of(settings)) if s.policy == "fixed"]
     kappa = max((s.kappa for s in found), default=1.0)
     return sorted((s for s in found if s.kappa == kappa), key=lambda s: s.weight)
 
 
 def judge(settings: Sequence[Setting]) -> Verdicts | None:
     """Compares all policies with the fixed λ of the same κ; None where fewer than two fixed λ differ."""
-    fixed = fixed_settings(settings)
-    means = np.log([[s.mean(name).mean for name in LOSSES] for s in fixed]) if fixed else np.zeros((0, 2))
-    if len(fixed) < 2 or (means.min(axis=0) == means.max(axis=0)).any():
+    fixed, names = fixed_settings(settings), losses_of(settings)
+    if len(fixed) < 2 or len(names) < 2:
         return None
-    scale = Scale(means.min(axis=0), means.max(axis=0))
+    means = np.log([[s.mean(name).mean for name in names] for s in fixed])
+    if (means.min(axis=0) == means.max(axis=0)).any():
+        return None
+    scale = Scale(names, means.min(axis=0), means.max(axis=0))
     others = [s for s in settings if s.policy != "fixed" and s.kappa == fixed[0].kappa]
-    others = [s for s in others if all(s.mean(name) for name in LOSSES)]
+    others = _with_all(others, names)
     best = min(fixed, key=lambda s: scale(s).mean())
     able = [s for s in fixed if s.mean("success")]
     winner = max(able, key=lambda s: s.mean("success").mean) if able else None
@@ -148,12 +159,13 @@ def apart(settings: Sequence[Setting]) -> list[Apart]:
     """Every setting beside the fixed λ > 0 of the smallest mean loss (a different one for each loss).
 
     Seeds differ more than settings do, and in the same direction everywhere: paired by seed, three of them tell
-    differences that the intervals of the losses themselves hide. Empty without a fixed λ of both losses.
+    differences that the intervals of the losses themselves hide. Empty without a fixed λ of all losses.
     """
-    fixed = [s for s in settings if s.policy == "fixed" and all(s.mean(name) for name in LOSSES)]
-    if not fixed:
+    names = losses_of(settings)
+    fixed = [s for s in _with_all(settings, names) if s.policy == "fixed"]
+    if not fixed or len(names) < 2:
         return []
-    best = {name: min(fixed, key=lambda s: s.mean(name).mean) for name in LOSSES}
+    best = {name: min(fixed, key=lambda s: s.mean(name).mean) for name in names}
 
     def beside(setting: Setting, name: str) -> Mean | None:
         seeds = _shared(setting, best[name])
@@ -163,7 +175,12 @@ def apart(settings: Sequence[Setting]) -> list[Apart]:
         mean, low, high, values = mean_of(own[seed] - least[seed] for seed in seeds)
         return Mean(*map(math.expm1, (mean, low, high)), tuple(map(math.expm1, values)))
 
-    return [Apart(s, {name: beside(s, name) for name in LOSSES}) for s in settings]
+    return [Apart(s, {name: beside(s, name) for name in names}) for s in settings]
+
+
+def _with_all(settings: Sequence[Setting], names: Sequence[str]) -> list[Setting]:
+    """The settings that have all of the losses."""
+    return [s for s in settings if all(s.mean(name) for name in names)]
 
 
 def _shared(*settings: Setting) -> list[int]:

@@ -9,8 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from vla_jax.config import TrainConfig
+from vla_jax.models.kinds import TABLES, of_kind
+from vla_jax.objectives.terms import TERMS
 
 KAPPA = "objective.insulation"
+WEIGHTS = "objective.weights"
+"""Its entries are fields too: ``objective.weights.NAME``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,16 +48,18 @@ def make_cells(base: TrainConfig, grid: Sequence[str], seeds: int) -> list[Cell]
             continue  # without an action loss κ scales nothing: one cell stands for all its values
         label = ",".join(f"{names.get(field, field)}={_text(value)}" for field, value in chosen.items())
         changes = {"data.seed": order} | chosen
-        if weight == 0:
-            changes = {"objective.diagnostics.every": 0} | changes  # there is one gradient only
-        config = replaced(base, changes)
-        cells.append(Cell(name=label, values=chosen, config=config))
+        quiet = {"objective.diagnostics.every": 0} | changes
+        zero = weight == 0 or any(v == 0 for f, v in chosen.items() if f.startswith(f"{WEIGHTS}."))
+        if zero and len(replaced(base, quiet).objective.asked) < 2:
+            changes = quiet  # there is one gradient only
+        cells.append(Cell(name=label, values=chosen, config=replaced(base, changes)))
     return cells
 
 
 def parse_grid(entries: Sequence[str]) -> dict[str, list[Any]]:
     """Field → values. Raises ValueError for unknown fields, wrong values and repetitions."""
-    hints = dict(fields_of(TrainConfig))
+    others = [name for name in TERMS if name not in ("text", "action")]
+    hints = dict(fields_of(TrainConfig)) | {f"{WEIGHTS}.{name}": float for name in others}
     axes: dict[str, list[Any]] = {}
     for entry in entries:
         field, equals, texts = entry.partition("=")
@@ -99,30 +105,44 @@ def parse_value(field: str, hint: Any, text: str) -> Any:
 
 
 def fields_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of all fields of a dataclass of dataclasses, with their types."""
+    """Dotted names of all fields of a dataclass of dataclasses, with their types; of a backbone or an expert those of
+    every kind, some names more than once."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from fields_of(hint, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", hint
+        for one in TABLES.get(hint, {"": hint}).values():
+            if dataclasses.is_dataclass(one):
+                yield from fields_of(one, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}", one
 
 
 def replaced(config: Any, values: Mapping[str, Any]) -> Any:
-    """A copy with dotted fields changed, all at once: each dataclass is checked in its new state only."""
+    """A copy with dotted fields changed, all at once: each dataclass is checked in its new state only.
+
+    Of named values, as `objective.weights` are, each is a field.
+    """
+    if isinstance(config, tuple):
+        return tuple((dict(config) | values).items())
     own = {field: value for field, value in values.items() if "." not in field}
-    parts = {field.split(".")[0] for field in values if "." in field}
-    for part in parts:
-        inner = {f.removeprefix(f"{part}."): v for f, v in values.items() if f.startswith(f"{part}.")}
-        own[part] = replaced(getattr(config, part), inner)
+    if isinstance(config, tuple(TABLES)) and "kind" in own:
+        config = of_kind(config, own.pop("kind"), "model")
+    parts: dict[str, dict[str, Any]] = {}
+    for field, value in values.items():
+        part, dot, rest = field.partition(".")
+        if dot:
+            parts.setdefault(part, {})[rest] = value
+    lacks = sorted({*own, *parts} - {field.name for field in dataclasses.fields(config)})
+    if lacks:
+        raise ValueError(f"{type(config).__name__} has no field {lacks[0]}, which the grid wants to vary")
+    own |= {part: replaced(getattr(config, part), inner) for part, inner in parts.items()}
     return dataclasses.replace(config, **own)
 
 
 def value_of(config: Any, field: str) -> Any:
-    """The value of a dotted field."""
+    """The value of a dotted field; 0 of a weight that is not named."""
     for part in field.split("."):
-        config = getattr(config, part)
+        config = dict(config).get(part, 0.0) if isinstance(config, tuple) else getattr(config, part)
     return config
 
 

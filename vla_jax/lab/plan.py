@@ -9,10 +9,8 @@ import numpy as np
 
 from vla_jax.config import TrainConfig, config_hash
 from vla_jax.lab.grid import Cell, replaced
+from vla_jax.objectives.terms import names_of
 from vla_jax.train.knobs import Knobs
-
-TRACED = ("seed", "objective.action_weight", "objective.insulation", "optim.learning_rate")
-"""The fields of `train.knobs.Knobs`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,10 @@ class Group:
         rate = self.config.optim.learning_rate
         return Knobs(
             seed=np.array([c.seed for c in configs], np.uint32),
-            action_weight=np.array([c.objective.action_weight for c in configs], np.float32),
+            weights={
+                name: np.array([c.objective.weight(name) for c in configs], np.float32)
+                for name in names_of(self.config.objective)
+            },
             insulation=np.array([c.objective.insulation for c in configs], np.float32),
             learning_rate=np.array([c.optim.learning_rate / rate for c in configs], np.float32),
         )
@@ -47,13 +48,14 @@ class Group:
 def plan(cells: Sequence[Cell]) -> list[Group]:
     """Groups as large as they can be, in the order of their first cells.
 
-    λ = 0 leaves the action loss out of the program, because 0 · loss would still propagate its NaN: cells with λ = 0
-    are groups of their own.
+    λ = 0 leaves a loss out of the program, because 0 · loss would still propagate its NaN: cells that leave out the
+    same losses are groups of their own.
     """
     programs: dict[TrainConfig, list[Cell]] = {}
     for cell in cells:
-        has_actions = float(cell.config.objective.action_weight > 0)
-        canonical = {"seed": 0, "objective.action_weight": has_actions}
+        objective = cell.config.objective
+        canonical = {"seed": 0, "objective.action_weight": float(objective.action_weight > 0)}
+        canonical |= {"objective.weights": tuple((n, 1.0) for n, weight in objective.weights if weight > 0)}
         canonical |= {"objective.insulation": 1.0, "optim.learning_rate": 1.0}
         programs.setdefault(replaced(cell.config, canonical), []).append(cell)
     return [Group(tuple(members)) for members in programs.values()]

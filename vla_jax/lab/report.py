@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from vla_jax.files import write_json
-from vla_jax.lab import figures, html
+from vla_jax.lab import figures, gradients, html
+from vla_jax.lab.columns import along_one_axis, columns_of, losses_of
 from vla_jax.lab.front import Apart, Verdicts, apart, judge, pareto_settings
 from vla_jax.lab.store import Store
 from vla_jax.lab.table import (
-    METRICS,
     Mean,
     Row,
     Setting,
@@ -29,7 +29,8 @@ from vla_jax.sim.figures import style
 PERCENT = (
     "text_accuracy", "success", "swapped_success", "plan_accuracy", "forced_plan_followed", "collision",
 )  # fmt: skip
-SHOWN = ("ce", "action_loss", "text_accuracy", "success", "swapped_success", "plan_accuracy", "diversity")
+SHOWN = ("text_accuracy", "success", "swapped_success", "plan_accuracy", "diversity")
+"""Columns beside the losses."""
 
 CAPTIONS = {
     "front": "Left, towards the lower left is better; right, towards the upper right. Numbers beside marks are λ. "
@@ -62,13 +63,17 @@ def write_report(
     """
     rows = where(read_rows(folders), conditions)
     check_comparable(rows)
+    rows = along_one_axis(rows)
     settings = settings_of(rows)
     verdicts = judge(settings)
     drawn = {name: figure for name, figure in draw_all(rows, settings, verdicts).items() if figure}
-    paths = {name: style.save(figure, out / f"{prefix}{name}.png") for name, figure in drawn.items()}
+    paths = {
+        name: style.save(figure, out / f"{prefix}{name.replace(':', '_')}.png")
+        for name, figure in drawn.items()
+    }
     numbers = summary(rows, settings, verdicts)
     write_json(numbers, out / f"{prefix}results.json")
-    (out / f"{prefix}results.csv").write_text(to_csv(records(rows)))
+    (out / f"{prefix}results.csv").write_text(to_csv(records(rows, columns_of(rows))))
     missing = unfinished(folders)
     page = out / f"{prefix}report.html"
     page.write_text(_page(folders, rows, settings, verdicts, paths, missing), encoding="utf-8")
@@ -83,7 +88,7 @@ def draw_all(
         "front": figures.draw_front(settings),
         "lambda": figures.draw_lambda(settings),
         "policies": figures.draw_policies(verdicts),
-        "gradients": figures.draw_gradients(rows),
+        **gradients.draw_all(rows),
         "by_time": figures.draw_by_time(settings),
         "curves": figures.draw_curves(rows),
     }
@@ -96,16 +101,16 @@ def summary(rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts
         return found and {"mean": found.mean, "low": found.low, "high": found.high}
 
     found = {
-        "cells": records(rows),
+        "cells": records(rows, columns_of(rows)),
         "pareto": [s.label for s in pareto_settings(settings)],
         "settings": [
             {
                 "policy": s.policy,
-                "action_weight": s.weight,
+                **_weights(s),
                 "insulation": s.kappa,
                 "label": s.label,
                 "seeds": len(s.rows),
-                **{name: mean(s.mean(name)) for name in METRICS},
+                **{name: mean(s.mean(name)) for name in columns_of(rows)},
             }
             for s in settings
         ],
@@ -123,7 +128,7 @@ def summary(rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts
         found["verdicts"] = [
             {
                 "policy": v.setting.policy,
-                "action_weight": v.setting.weight,
+                **_weights(v.setting),
                 "hypervolume": mean(v.hypervolume),
                 "regret": mean(v.regret),
                 "success_regret": mean(v.success_regret),
@@ -133,9 +138,26 @@ def summary(rows: Sequence[Row], settings: Sequence[Setting], verdicts: Verdicts
     return found
 
 
+def _weights(setting: Setting) -> dict[str, float]:
+    """λ of every term but the text's."""
+    objective = setting.rows[0].config.objective
+    others = {f"{name}_weight": weight for name, weight in objective.weights}
+    return {"action_weight": objective.action_weight, **others}
+
+
+def _heading(name: str) -> str:
+    """Of a picture; one of other gradients than those of text and actions names them."""
+    kind, *pair = name.split(":")
+    return HEADINGS[kind] + (f" of {pair[0]} and {pair[1]}" if pair else "")
+
+
+def _caption(name: str) -> str:
+    return CAPTIONS[name.split(":")[0]]
+
+
 def settings_table(settings: Sequence[Setting]) -> list[Mapping[str, str]]:
     """Settings with mean ± half width of the interval, for people."""
-    names = [name for name in SHOWN if any(s.mean(name) for s in settings)]
+    names = [name for name in (*losses_of(settings), *SHOWN) if any(s.mean(name) for s in settings)]
     return [
         {"setting": s.label, "seeds": str(len(s.rows))} | {n: text(n, s.mean(n)) for n in names}
         for s in settings
@@ -190,7 +212,7 @@ def _page(
         )
     ]
     sections += [
-        html.section(HEADINGS[name], html.picture(path, HEADINGS[name]), html.paragraph(CAPTIONS[name]))
+        html.section(_heading(name), html.picture(path, _heading(name)), html.paragraph(_caption(name)))
         for name, path in paths.items()
     ]
     if verdicts:
@@ -212,9 +234,9 @@ def verdict_table(verdicts: Verdicts) -> list[Mapping[str, str]]:
     lines = [*sorted(verdicts.policies, key=figures.by_regret), *verdicts.fixed]
     return [
         {
-            "policy": f"{v.setting.policy}, λ={v.setting.weight:g}",
+            "policy": f"{v.setting.policy}, {v.setting.symbol}={v.setting.weight:g}",
             "hypervolume": text("", v.hypervolume),
-            f"regret against λ={verdicts.best.weight:g}": text("", v.regret),
+            f"regret against {verdicts.best.symbol}={verdicts.best.weight:g}": text("", v.regret),
             "success lost against the most successful λ": text("success", v.success_regret),
         }
         for v in lines

@@ -183,9 +183,11 @@ def judge(cell: Cell, policy: Policy, store: Store, config: SweepConfig, trainin
 def summary(result: dict[str, Any]) -> str:
     """A result in a line."""
     val, loop = result["val"], result["closed_loop"] or {}
+    told = ("text_loss", "action_loss")
     shown = {
         "CE": val.get("text_loss"),
         "action loss": val.get("action_loss"),
+        **{name: value for name, value in sorted(val.items()) if name.endswith("_loss") and name not in told},
         "success": loop.get("success"),
     }
     text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)

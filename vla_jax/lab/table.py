@@ -19,7 +19,6 @@ from vla_jax.lab.store import Store
 
 METRICS: dict[str, tuple[str, str]] = {
     "ce": ("val", "text_loss"),
-    "action_loss": ("val", "action_loss"),
     "text_accuracy": ("val", "text_accuracy"),
     "success": ("closed_loop", "success"),
     "swapped_success": ("closed_loop", "swapped_success"),
@@ -28,14 +27,13 @@ METRICS: dict[str, tuple[str, str]] = {
     "collision": ("closed_loop", "collision"),
     "diversity": ("closed_loop", "chunk_diversity"),
 }
-"""Column → where it stands in a cell's result."""
+"""Column → where it stands in a cell's result; every other is of the validation, as ``action_loss``."""
 
 MEND = "delete the cell's folder and give launch.sweep the same command again"
 
-LOSSES = ("ce", "action_loss")
-
 TOLD_APART = (
-    "objective.action_weight", "objective.insulation", "objective.weighting.", "objective.diagnostics.",
+    "objective.action_weight", "objective.weights", "objective.insulation", "objective.weighting.",
+    "objective.diagnostics.",
 )  # fmt: skip
 """Fields (beginnings of them) in which the cells of one report may differ, besides the seed."""
 
@@ -57,6 +55,8 @@ class Row:
     config: TrainConfig
     result: dict[str, Any]
     folder: Path
+    axis: str = "action"
+    """The term whose λ the report is about: the one that the cells differ in."""
 
     @property
     def policy(self) -> str:
@@ -65,8 +65,13 @@ class Row:
 
     @property
     def weight(self) -> float:
-        """λ, or the policy's scale of it."""
-        return self.config.objective.action_weight
+        """λ of `axis`, or the policy's scale of it."""
+        return self.config.objective.weight(self.axis)
+
+    @property
+    def symbol(self) -> str:
+        """How λ of `axis` is written."""
+        return "λ" if self.axis == "action" else f"λ_{self.axis}"
 
     @property
     def kappa(self) -> float:
@@ -74,8 +79,8 @@ class Row:
         return self.config.objective.insulation
 
     def metric(self, name: str) -> float | None:
-        """A column of METRICS; None where it does not apply."""
-        where, key = METRICS[name]
+        """A column; None where it does not apply."""
+        where, key = METRICS.get(name, ("val", name))
         return (self.result[where] or {}).get(key)
 
     def by_time(self) -> list[float] | None:
@@ -98,8 +103,13 @@ class Setting:
 
     @property
     def weight(self) -> float:
-        """λ, or the policy's scale of it."""
+        """λ, or the policy's scale of it; see `Row`."""
         return self.rows[0].weight
+
+    @property
+    def symbol(self) -> str:
+        """How λ is written."""
+        return self.rows[0].symbol
 
     @property
     def kappa(self) -> float:
@@ -215,27 +225,29 @@ def settings_of(rows: Sequence[Row]) -> list[Setting]:
 
 def row_label(row: Row) -> list[str]:
     """What distinguishes a setting, for people: policy, λ, κ, and whatever else was varied."""
-    return [row.policy, f"λ={row.weight:g}", f"κ={row.kappa:g}", *others_varied(row)]
+    return [row.policy, f"{row.symbol}={row.weight:g}", f"κ={row.kappa:g}", *others_varied(row)]
 
 
 def others_varied(row: Row) -> list[str]:
     """What the sweep varied besides policy, λ, κ and seed: ``name=value``."""
     short = {"objective.weighting.policy", "objective.action_weight", "objective.insulation", "seed"}
+    short.add(f"objective.weights.{row.axis}")
     rest = {k: v for k, v in row.result["values"].items() if k not in short}
     return [f"{k.split('.')[-1]}={v}" for k, v in rest.items()]
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One flat record per cell."""
+def records(rows: Sequence[Row], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """One flat record per cell, of the given columns."""
     return [
         {
             "cell": row.name,
             "policy": row.policy,
-            "action_weight": row.weight,
+            "action_weight": row.config.objective.action_weight,
+            **{f"{name}_weight": weight for name, weight in row.config.objective.weights},
             "insulation": row.kappa,
             "seed": row.config.seed,
             **{k: v for k, v in row.result["values"].items() if value_of(row.config, k) == v},
-            **{name: row.metric(name) for name in METRICS},
+            **{name: row.metric(name) for name in columns},
             **{f"action_loss_t{i}": v for i, v in enumerate(row.by_time() or [])},
             "skipped": row.result["skipped"],
             "diverged": row.result["diverged"],

@@ -6,7 +6,7 @@ data are read once, the program is compiled once, and branches on the step stay 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from vla_jax.config import TrainConfig
-from vla_jax.objectives.transfusion import Model
+from vla_jax.flow.processes import Process
+from vla_jax.objectives.terms import Model
 from vla_jax.train import spikes
 from vla_jax.train.knobs import Knobs
 from vla_jax.train.state import InitParams, TrainState, creator
@@ -56,7 +57,7 @@ class Together:
     """The programs of a group of cells. `knobs` are [cells], as many as a multiple of the devices."""
 
     model: Model
-    process: object
+    process: Process
     config: TrainConfig
     """Resolved; of the group."""
     tx: optax.GradientTransformation
@@ -81,7 +82,7 @@ class Together:
         """The first states."""
 
         def one(knobs: Knobs) -> TrainState:
-            policy = policy_of(self.config, knobs.action_weight)
+            policy = policy_of(self.config, knobs.weights)
             ema = self.config.train.ema_decay is not None
             recent = spikes.first(self.config.train)
             create = creator(self.init_params, self.tx, ema=ema, weighting=policy.init, spikes=recent)
@@ -147,7 +148,7 @@ class Together:
 
         def validate(params: PyTree, batches: Iterator[Batch]) -> Metrics:
             sums = [jitted(params, batch, jnp.int32(i), self.knobs) for i, batch in enumerate(batches)]
-            return jax.vmap(partial(add_up, objective=self.config.objective))(sums)
+            return jax.vmap(add_up)(sums)
 
         return validate
 

@@ -48,7 +48,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw_curves(runs: Mapping[str, Records], *, title: str) -> Figure:
     """One panel per quantity that any run has, one colour per run; validation as marks on a dashed line."""
-    panels = [p for p in PANELS if any(len(curve(records, p[1])[0]) for records in runs.values())]
+    keys = {key for records in runs.values() for record in records for key in record}
+    others = sorted(key for key in keys if key.endswith("_loss") and "/" not in key)
+    losses = [(key.replace("_", " "), key, f"val/{key}", True) for key in others]
+    panels = [*PANELS, *(panel for panel in losses if panel[1] not in {p[1] for p in PANELS})]
+    panels = [p for p in panels if any(len(curve(records, p[1])[0]) for records in runs.values())]
     if not panels:
         raise ValueError(f"no run has any of {', '.join(p[1] for p in PANELS)} in its metrics.jsonl")
     columns = min(2, len(panels))
