@@ -28,7 +28,6 @@ from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.gemma import TextConfig
 from vla_jax.serve.compiled.cache import keep_programs
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.types import Observation
 
@@ -105,10 +104,10 @@ def _infer(
     if side == "openpi":
         reference = Reference(policy, num_steps=solver.num_steps, dtype=settings["dtype"])
         return lambda seen: reference.infer(seen, key), lambda seen: settings["text_tokens"]
-    compiled = CompiledPolicy(policy, compile_config(settings))
+    compiled = policy.compiled(compile_config(settings))
     return (
         lambda seen: compiled.act(seen, key, solver=solver),
-        lambda seen: compiled.length_of(compiled.encode(seen)),
+        lambda seen: compiled.runner.length_of(compiled.runner.encode(seen)),
     )
 
 
@@ -150,7 +149,7 @@ def variants(policy: Policy, settings: dict[str, Any], solver: SolverConfig) -> 
     observation, key = _seen(policy, batch, cameras), jax.random.key(0)
     for _ in range(settings["rounds"]):
         for name in wanted:
-            compiled = CompiledPolicy(policy, compile_config(settings, **chosen[name]))
+            compiled = policy.compiled(compile_config(settings, **chosen[name]))
             compiled.act(observation, key, solver=solver)
             compiled.act(observation, key, solver=solver)
             times = milliseconds(lambda: compiled.act(observation, key, solver=solver), settings["repeats"])

@@ -173,7 +173,7 @@ def sample(args: Args) -> dict[str, Any]:
         process=make_process(ProcessConfig()),
         solver=SolverConfig(method="euler", num_steps=args.steps),
         samples=1,
-        see_target=False,
+        plan_visible=False,
     )
     keys = [jax.random.split(jax.random.key(seed), len(valid)) for seed in range(2)]
     with Peak() as compiled:

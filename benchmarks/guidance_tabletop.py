@@ -48,7 +48,6 @@ def main() -> None:
     """Sweeps the weight, prints the table, writes the results."""
     args = cli(GuidanceArgs, description=__doc__)
     from vla_jax.serve.policy import Policy
-    from vla_jax.serve.sampling import sample_actions
 
     policy = Policy.load(args.checkpoint, batch_size=args.batch_size)
     if not policy.guides:
@@ -56,7 +55,7 @@ def main() -> None:
     rows, programs = [], []
     for weight in args.weights:
         rows.append({"weight": weight} | measure(policy, args, weight))
-        programs.append(sample_actions._cache_size())
+        programs.append(len(policy.runner.compiler.shapes))
         print(rows[-1], flush=True)
     print("\n" + table(rows))
     print(

@@ -398,7 +398,7 @@ def _wrong_keys(rng: np.random.Generator, observation: dict) -> bytes:
 def _wrong_options(rng: np.random.Generator, observation: dict) -> bytes:
     options = (
         {"seed": -1}, {"seed": 2**63}, {"seed": 1.5}, {"samples": 10**9}, {"deadline_ms": -1}, {"plan": "x"},
-        {"deadline_ms": float("nan")}, {"__class__": "x"}, [], "x", {"see_plan": True}, {"guidance": 2.0},
+        {"deadline_ms": float("nan")}, {"__class__": "x"}, [], "x", {"plan_visible": True}, {"guidance": 2.0},
     )  # fmt: skip
     return codec.encode({**observation, "options": options[rng.integers(len(options))]})
 

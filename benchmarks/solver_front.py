@@ -30,7 +30,6 @@ from vla_jax.cli.latency import in_float32
 from vla_jax.data.observations import take
 from vla_jax.flow.config import FIXED, SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.sim import metrics
 from vla_jax.sim.env import VectorEnv
@@ -114,9 +113,7 @@ def measure(args: FrontArgs) -> None:
     )
     for path in (out, plot):
         policy_report.check_writable(path)
-    compiled = CompiledPolicy(
-        policy, CompileConfig(rewrites=Rewrites(reuse=False), buckets=policy.call_sizes)
-    )
+    compiled = policy.compiled(CompileConfig(rewrites=Rewrites(reuse=False), buckets=policy.call_sizes))
     env = make_env(policy, kind, tasks[0] if tasks else None, args.observations)
     observation = env.reset(EvaluateConfig(episodes=args.observations).seeds())
     rows = errors(policy, compiled, observation, solvers)
@@ -153,7 +150,7 @@ def make_env(policy: Policy, kind: str, task: str | None, robots: int) -> Vector
 
 
 def errors(
-    policy: Policy, compiled: CompiledPolicy, observation: Observation, solvers: list[SolverConfig]
+    policy: Policy, compiled: Policy, observation: Observation, solvers: list[SolverConfig]
 ) -> list[dict[str, Any]]:
     """Relative error of each solver's chunks."""
     key = jax.random.key(7)
@@ -171,7 +168,7 @@ def errors(
 
 
 def latencies(
-    compiled: CompiledPolicy, observation: Observation, solvers: list[SolverConfig], calls: int
+    compiled: Policy, observation: Observation, solvers: list[SolverConfig], calls: int
 ) -> list[dict[str, float]]:
     """Milliseconds of a call for one robot, the solvers in turns."""
     one, key = take(observation, [0]), jax.random.key(0)
@@ -189,7 +186,7 @@ def latencies(
 
 
 def success(
-    compiled: CompiledPolicy, args: FrontArgs, solver: SolverConfig, kind: str, tasks: tuple[str, ...]
+    compiled: Policy, args: FrontArgs, solver: SolverConfig, kind: str, tasks: tuple[str, ...]
 ) -> dict[str, Any]:
     """Share of held-out episodes that end well, with its interval."""
     config = EvaluateConfig(episodes=args.episodes, execute=args.execute)
@@ -197,7 +194,7 @@ def success(
     records = []
     for task in tasks or (None,):
         for seeds in pieces_of(config.seeds(), ROBOTS):
-            env = make_env(compiled.policy, kind, task, len(seeds))
+            env = make_env(compiled, kind, task, len(seeds))
             records += runner.run(solver.method, env, seeds).records
             if kind == "metaworld":
                 env.close()

@@ -23,7 +23,6 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED
@@ -129,7 +128,7 @@ def test_an_imported_policy_acts_as_openpi_does(made, kind, dims, of):
     arrays, folder = made(kind, dims, of)
     policy = float32(folder)
     wanted = theirs(arrays, kind, dims, of, policy)
-    for actor in (policy, CompiledPolicy(policy, CompileConfig(buckets=(1,)))):
+    for actor in (policy, policy.compiled(CompileConfig(buckets=(1,)))):
         equals(kind, dims, actor.act(observation(), jax.random.key(SEED), solver=SOLVER), wanted)
 
 
@@ -175,7 +174,7 @@ def test_samples_and_continued_chunks(made):
     assert np.abs(continued - plain).max() > 0.1
     how = {"solver": SOLVER, "samples": 2}
     equals(kind, dims, policy.act(observation(), jax.random.key(SEED), **how)[0], plain)
-    for actor in (policy, CompiledPolicy(policy, CompileConfig(buckets=(1,)))):
+    for actor in (policy, policy.compiled(CompileConfig(buckets=(1,)))):
         equals(
             kind, dims, actor.act(observation(), jax.random.key(SEED), running=running, **how)[0], continued
         )

@@ -23,7 +23,6 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.gemma import TextConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.types import Observation
 
@@ -74,7 +73,7 @@ def acts_the_same_compiled(policy, seen):
     policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, model=model))
     solver = SolverConfig(num_steps=2)
     chunk = policy.act(seen, jax.random.key(0), solver=solver)
-    compiled = CompiledPolicy(policy, CompileConfig(buckets=(1,)))
+    compiled = policy.compiled(CompileConfig(buckets=(1,)))
     np.testing.assert_allclose(compiled.act(seen, jax.random.key(0), solver=solver), chunk, atol=1e-4)
     return chunk
 

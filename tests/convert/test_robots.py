@@ -12,7 +12,6 @@ from vla_jax.convert import Options, PolicyOptions, convert
 from vla_jax.data.robots.table import ROBOTS
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.executors import Running
 from vla_jax.serve.server.engine import Engine
 from vla_jax.serve.server.errors import Refused
@@ -79,7 +78,7 @@ def test_a_chunk_that_runs_is_continued_in_the_robots_units(converted):
     running = Running(actions=chunk, delay=1, end=3)
     solver = SolverConfig(num_steps=5)
     plain = policy.act(moved, jax.random.key(2), solver=solver, running=running)
-    compiled = CompiledPolicy(policy, CompileConfig(buckets=(1,)))
+    compiled = policy.compiled(CompileConfig(buckets=(1,)))
     again = compiled.act(moved, jax.random.key(2), solver=solver, running=running)
     np.testing.assert_allclose(again, plain, atol=1e-4)
     free = policy.act(moved, jax.random.key(2), solver=solver)
@@ -99,8 +98,8 @@ def test_a_prompt_is_needed_somewhere(converted):
 
 
 def test_cameras_that_a_robot_never_has_are_not_computed(converted):
-    compiled = CompiledPolicy(converted("droid", "droid"), CompileConfig(buckets=(1,)))
-    (shape, *_) = compiled.shapes(SOLVER)
+    compiled = converted("droid", "droid").compiled(CompileConfig(buckets=(1,)))
+    (shape, *_) = compiled.runner.shapes(SOLVER)
     assert [name for name, _, _ in shape.cameras] == ["base_0_rgb", "left_wrist_0_rgb"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 
 import jax
 import numpy as np
@@ -96,8 +97,8 @@ def test_it_measures_a_checkpoint_and_writes_what_it_found(tmp_path, monkeypatch
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(latency, "_policy", lambda args: None)
-    monkeypatch.setattr(latency, "CompiledPolicy", lambda *given, **how: None)
+    policy = types.SimpleNamespace(compiled=lambda *given, **how: None)
+    monkeypatch.setattr(latency, "_policy", lambda args: policy)
     monkeypatch.setattr(latency, "_report_head", lambda *given: {})
     monkeypatch.setattr(latency, "_head", lambda report: "")
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from tests.models import small
 from tests.models.joint import joint_forward
 from vla_jax.flow.config import ProcessConfig, SolverConfig
 from vla_jax.flow.processes import make_process
-from vla_jax.serve.sampling import sample_plain
+from vla_jax.serve.sampling import sample_actions
 
 
 @pytest.mark.parametrize(("time", "method", "num_steps"), [("mlp", "euler", 10), ("adarms", "midpoint", 5)])
@@ -22,9 +22,9 @@ def test_cached_sampling_equals_uncached(time, method, num_steps):
     model, params = small.init(cfg, data)
     keys = jax.random.split(jax.random.key(4), data.actions.shape[0])
     got = jax.jit(
-        lambda params: sample_plain(
+        lambda params: sample_actions(
             params, data, keys=keys, model=model, process=make_process(ProcessConfig()),
-            solver=SolverConfig(method=method, num_steps=num_steps), samples=1, see_target=False,
+            solver=SolverConfig(method=method, num_steps=num_steps), samples=1, plan_visible=False,
         )[:, 0]
     )(params)  # fmt: skip
 

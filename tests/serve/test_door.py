@@ -9,7 +9,7 @@ import pytest
 from tests.serve import toy
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
+from vla_jax.serve.compiled.runner import keys_of
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.engine import Engine
@@ -28,8 +28,8 @@ def policy() -> Policy:
 
 
 @pytest.fixture(scope="module")
-def compiled(policy) -> CompiledPolicy:
-    return CompiledPolicy(policy, CompileConfig(buckets=(1, 2), prompts=(32,)))
+def compiled(policy) -> Policy:
+    return policy.compiled(CompileConfig(buckets=(1, 2), prompts=(32,)))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_every_door_refuses_it_in_the_same_line(policy, compiled, mistake):
         lambda seen: policy.plan(seen, KEY),
         lambda seen: policy.act(seen, KEY, solver=SOLVER),
         lambda seen: compiled.act(seen, KEY, solver=SOLVER),
-        compiled.encode,
+        compiled.runner.encode,
     ):
         with pytest.raises(ValueError, match=line):
             door(wrong)
@@ -94,7 +94,7 @@ def test_the_policys_steering_is_checked_as_well(policy):
         with pytest.raises(ValueError, match=r"running.actions is float32.*shape \[2, 8, 3\]"):
             policy.act(SEEN, KEY, solver=SOLVER, running=running)
     with pytest.raises(ValueError, match=r"plan is a text of 2 characters"):
-        policy.act(SEEN, KEY, solver=SOLVER, plan="go", see_plan=True)
+        policy.act(SEEN, KEY, solver=SOLVER, plan="go", plan_visible=True)
 
 
 def test_a_camera_named_as_absent_is_a_masked_one_and_an_unseen_one_is_left_out(policy):
@@ -121,18 +121,18 @@ def test_a_state_far_from_the_data_is_taken(policy):
 
 def test_actions_that_are_not_finite_leave_no_policy(policy):
     broken = dataclasses.replace(policy, params=jax.tree.map(lambda p: p * np.nan, policy.params))
-    for one in (broken, CompiledPolicy(broken, CompileConfig(buckets=(2,), prompts=(32,)))):
+    for one in (broken, broken.compiled(CompileConfig(buckets=(2,), prompts=(32,)))):
         with pytest.raises(FloatingPointError, match="actions for robot 0, 1 are not finite"):
             one.act(SEEN, KEY, solver=SOLVER)
 
 
 def test_returned_actions_are_the_callers(policy, compiled):
     """Written to, they change no later answer; those of one program call are no view of a device's buffer."""
-    rows, keys = compiled.encode(SEEN), keys_of([1, 2])
+    rows, keys = compiled.runner.encode(SEEN), keys_of([1, 2])
     for call in (
         lambda: policy.act(SEEN, KEY, solver=SOLVER),
         lambda: compiled.act(SEEN, KEY, solver=SOLVER),
-        lambda: compiled.run(rows, keys, solver=SOLVER),
+        lambda: compiled.runner.run(rows, keys, solver=SOLVER),
     ):
         first = call()
         kept = first.copy()

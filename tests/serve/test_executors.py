@@ -31,9 +31,9 @@ class CountingPolicy:
         self.calls.append(("plan", jax.random.key_data(key).tolist(), temperature))
         return [f"plan {i}" for i in range(len(observation.instruction))]
 
-    def act(self, observation, key, *, solver, plan=None, see_plan=False):
+    def act(self, observation, key, *, solver, plan=None, plan_visible=False):
         assert solver is SOLVER
-        self.calls.append(("act", jax.random.key_data(key).tolist(), plan, see_plan))
+        self.calls.append(("act", jax.random.key_data(key).tolist(), plan, plan_visible))
         return observation.state[:, None, :] + np.arange(1, self.horizon + 1)[None, :, None]
 
 
@@ -52,7 +52,7 @@ class RunningPolicy(CountingPolicy):
 class NumberedPolicy(CountingPolicy):
     """Each chunk holds the number of its prediction in the first dimension, the step within it in the second."""
 
-    def act(self, observation, key, *, solver, plan=None, see_plan=False):
+    def act(self, observation, key, *, solver, plan=None, plan_visible=False):
         self.calls.append("act")
         steps = np.arange(self.horizon)
         chunk = np.stack([np.full(self.horizon, len(self.calls) - 1), steps], axis=-1)
@@ -107,7 +107,7 @@ def test_each_prediction_has_its_own_noise_and_an_episode_can_be_repeated():
 
 def test_plan_is_decoded_once_held_and_shown():
     policy = CountingPolicy()
-    config = ExecutorConfig(execute=2, see_plan=True)
+    config = ExecutorConfig(execute=2, plan_visible=True)
     executor = RecedingHorizon(policy, config, solver=SOLVER, key=jax.random.key(0))
     drive(executor, robots=2, rounds=3)
     assert [call[0] for call in policy.calls] == ["plan", "act", "act", "act"]
@@ -118,13 +118,13 @@ def test_plan_is_decoded_once_held_and_shown():
 def test_the_plans_temperature_reaches_the_policy():
     for temperature in (0.0, 0.7):
         policy = CountingPolicy()
-        drive(executor_of("receding", policy, see_plan=True, temperature=temperature), robots=1, rounds=1)
+        drive(executor_of("receding", policy, plan_visible=True, temperature=temperature), robots=1, rounds=1)
         assert policy.calls[0][0] == "plan" and policy.calls[0][2] == temperature
     with pytest.raises(ValueError, match=r"temperature=-1.* is negative"):
         ExecutorConfig(temperature=-1.0)
 
 
-def test_without_see_plan_nothing_is_decoded_and_a_forced_plan_is_shown_anyway():
+def test_without_plan_visible_nothing_is_decoded_and_a_forced_plan_is_shown_anyway():
     policy = CountingPolicy()
     executor = RecedingHorizon(policy, ExecutorConfig(execute=2), solver=SOLVER, key=jax.random.key(0))
     drive(executor, robots=2, rounds=2)

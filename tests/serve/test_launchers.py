@@ -79,7 +79,7 @@ def test_sample_draws_policies_side_by_side(runs, tmp_path, monkeypatch, capsys)
         (("--execute", "2", "--delay", "3", "--executor", "async"), "use --execute 3 or more"),
         (("--guidance", "2"), "prompt_dropout=0"),
         (("--num-steps", "0"), "num_steps 0"),
-        (("--temperature", "1"), "add --see-plan"),
+        (("--temperature", "1"), "add --plan-visible"),
         (("--overlap", "2"), "overlap=2 does nothing with executor receding"),
         (("--solver", "magic"), "magic"),
         (("--episodse", "4"), "did you mean --episodes?"),

@@ -31,17 +31,17 @@ def uncached(policy: Policy, batch, x, t, visible: bool):
     return model.apply(variables, cache, Given(state=batch.state), x, t, method="denoise")
 
 
-@pytest.mark.parametrize("see_plan", [False, True])
-def test_act_is_an_euler_loop_over_full_passes(see_plan):
+@pytest.mark.parametrize("plan_visible", [False, True])
+def test_act_is_an_euler_loop_over_full_passes(plan_visible):
     policy, observation = make(), toy.observe(8)
-    texts = ["pass left of the obstacle, then grasp the red cup"] * 8 if see_plan else None
-    got = policy.act(observation, KEY, solver=SOLVER, plan=texts, see_plan=see_plan)
+    texts = ["pass left of the obstacle, then grasp the red cup"] * 8 if plan_visible else None
+    got = policy.act(observation, KEY, solver=SOLVER, plan=texts, plan_visible=plan_visible)
 
     batch = jax.tree.map(jnp.asarray, policy.bundle.observation_batch(observation, texts))
     x = np.stack(
         [jax.random.normal(jax.random.fold_in(jax.random.split(KEY)[1], r), (8, 3)) for r in range(8)]
     )
-    predict = jax.jit(lambda x, t: uncached(policy, batch, x, t, see_plan))
+    predict = jax.jit(lambda x, t: uncached(policy, batch, x, t, plan_visible))
     for i in range(SOLVER.num_steps):
         x = x + predict(x, jnp.full(8, i / SOLVER.num_steps)) / SOLVER.num_steps
     statistics = policy.bundle.normalize.statistics[""].action
@@ -55,11 +55,11 @@ def test_a_plan_changes_the_actions_and_the_decoded_one_is_the_default():
     def act(**how):
         return policy.act(observation, KEY, solver=SOLVER, **how)
 
-    left = act(plan=["pass left of the obstacle, then grasp the red cup"] * 3, see_plan=True)
-    right = act(plan=["pass right of the obstacle, then grasp the red cup"] * 3, see_plan=True)
+    left = act(plan=["pass left of the obstacle, then grasp the red cup"] * 3, plan_visible=True)
+    right = act(plan=["pass right of the obstacle, then grasp the red cup"] * 3, plan_visible=True)
     assert np.abs(left - right).max() > 1e-3
     texts = policy.plan(observation, KEY)  # random ones, which are much longer when they are read
-    np.testing.assert_array_equal(act(plan=texts, see_plan=True), act(see_plan=True))
+    np.testing.assert_array_equal(act(plan=texts, plan_visible=True), act(plan_visible=True))
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_parameters_of_another_model_are_named():
 @pytest.mark.parametrize(
     ("objective", "how", "message"),
     [
-        ({}, {"plan": ["a"]}, "see_plan is False"),
-        ({}, {"plan": ["a", "b"], "see_plan": True}, "2 plans for 1 robots"),
+        ({}, {"plan": ["a"]}, "plan_visible is False"),
+        ({}, {"plan": ["a", "b"], "plan_visible": True}, "2 plans for 1 robots"),
         ({}, {"samples": 0}, "samples=0"),
-        ({"plan_visible": 0.0}, {"see_plan": True}, "plan_visible=0"),
+        ({"plan_visible": 0.0}, {"plan_visible": True}, "plan_visible=0"),
         ({"action_weight": 0.0}, {}, "has no actions"),
-        ({"text": False}, {"see_plan": True}, "cannot write plans"),
+        ({"text": False}, {"plan_visible": True}, "cannot write plans"),
     ],
 )
 def test_impossible_requests_are_refused(objective, how, message):
@@ -224,7 +224,7 @@ def test_impossible_requests_are_refused(objective, how, message):
 
 def test_a_plan_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="token"):
-        make().act(toy.observe(1), KEY, solver=SOLVER, plan=["left " * 60], see_plan=True)
+        make().act(toy.observe(1), KEY, solver=SOLVER, plan=["left " * 60], plan_visible=True)
 
 
 def test_padded_action_dims_are_masked_and_cut_off():

@@ -12,7 +12,6 @@ from tests.serve import toy
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.guidance import soft_weights
 from vla_jax.models.vla import VLA
-from vla_jax.serve import sampling
 from vla_jax.serve.executors import Running
 from vla_jax.serve.policy import Policy
 from vla_jax.types import Given
@@ -52,14 +51,15 @@ def silenced(observation):
 @pytest.fixture(scope="module")
 def swept(policy, observation):
     """Chunks for every weight, and how many programs that compiled."""
-    before = sampling.sample_actions._cache_size()
+    before = len(policy.runner.compiler.shapes)
     chunks = {w: policy.act(observation, KEY, solver=SOLVER, guidance=w) for w in WEIGHTS}
-    return chunks, sampling.sample_actions._cache_size() - before
+    return chunks, policy.runner.compiler.shapes[before:]
 
 
 def test_sweeping_the_weight_compiles_once(swept):
+    """One program of two prompts for all weights but 0 and 1, which are the plain one's: a single evaluation."""
     chunks, compiled = swept
-    assert compiled == 1
+    assert sorted(shape.guided for shape in compiled) == [False, True]
     assert all(np.abs(chunks[w] - chunks[1.0]).max() > 1e-4 for w in WEIGHTS if w != 1)
 
 
@@ -98,7 +98,7 @@ def test_other_weights_follow_the_formula_step_by_step(policy, observation, swep
 
 def test_guidance_goes_together_with_samples_and_plans(policy, observation):
     plan = ["pass left of the obstacle, then grasp the red cup"] * 3
-    how = {"solver": SOLVER, "samples": 2, "plan": plan, "see_plan": True}
+    how = {"solver": SOLVER, "samples": 2, "plan": plan, "plan_visible": True}
     guided, plain = (policy.act(observation, KEY, guidance=w, **how) for w in (3.0, None))
     assert guided.shape == plain.shape == (3, 2, 8, 3)
     assert np.abs(guided - plain).max() > 1e-3
@@ -183,7 +183,7 @@ def test_true_and_jacobian_free_forms_equal_the_written_out_loop(policy, observa
 
 
 def test_delays_and_horizons_compile_once(policy, observation, chunk):
-    before = sampling.sample_actions._cache_size()
+    before = len(policy.runner.compiler.shapes)
     for delay, end, bound in ((0, 4, 5.0), (2, 6, 5.0), (3, 3, 10.0)):
         policy.act(
             observation,
@@ -191,7 +191,7 @@ def test_delays_and_horizons_compile_once(policy, observation, chunk):
             solver=SolverConfig(num_steps=2),
             running=running(chunk, "vjp", delay, end, bound),
         )
-    assert sampling.sample_actions._cache_size() == before + 1
+    assert len(policy.runner.compiler.shapes) == before + 1
 
 
 def test_continuing_is_refused_where_it_cannot_be(observation, chunk, policy):

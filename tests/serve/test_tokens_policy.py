@@ -57,7 +57,7 @@ def test_actions_are_chunks_whatever_the_network_says(policy, caplog):
     sampled = policy.act(seen, jax.random.key(0), solver=SAMPLED, samples=4)
     assert sampled.shape == (3, 4, 8, 3)
     assert np.abs(sampled[:, 0] - sampled[:, 1]).max() > 0.01
-    planned = policy.act(seen, jax.random.key(0), solver=GREEDY, plan=["x"] * 3, see_plan=True)
+    planned = policy.act(seen, jax.random.key(0), solver=GREEDY, plan=["x"] * 3, plan_visible=True)
     assert planned.shape == (3, 8, 3)
     assert not caplog.records  # none was malformed
     statistics = policy.bundle.normalize.statistics[""].action

@@ -45,9 +45,9 @@ class ExpertPolicy:
             for i, text in enumerate(observation.instruction)
         ]
 
-    def act(self, observation, key, *, solver, plan=None, see_plan=False, samples=1):
-        assert see_plan or plan is None
-        self.asked.append((len(observation.instruction), see_plan, samples))
+    def act(self, observation, key, *, solver, plan=None, plan_visible=False, samples=1):
+        assert plan_visible or plan is None
+        self.asked.append((len(observation.instruction), plan_visible, samples))
         env = TRACKED[-1]
         away = np.abs(observation.state[:, None, :2] - np.asarray(env.state.position)).max(-1)
         rows = away.argmin(axis=1)

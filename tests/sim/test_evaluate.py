@@ -60,7 +60,7 @@ def test_a_policy_that_does_not_listen_is_found_out():
 
 def test_a_policy_that_ignores_plans_follows_about_half_of_the_forced_ones():
     class Stubborn(scripted.ExpertPolicy):
-        def act(self, observation, key, *, solver, plan=None, see_plan=False, samples=1):
+        def act(self, observation, key, *, solver, plan=None, plan_visible=False, samples=1):
             return super().act(observation, key, solver=solver, samples=samples)
 
     report = run(Stubborn()).report
@@ -68,18 +68,18 @@ def test_a_policy_that_ignores_plans_follows_about_half_of_the_forced_ones():
     assert 0.2 < report["forced_plan_followed"] < 0.8
 
 
-def test_policies_without_plans_have_no_plan_keys_and_refuse_see_plan():
+def test_policies_without_plans_have_no_plan_keys_and_refuse_plan_visible():
     class Silent(scripted.ExpertPolicy):
         writes_plans = sees_plans = False
 
     assert set(run(Silent()).report) == KEYS - {"plan_accuracy", "forced_plan_followed"}
-    with pytest.raises(ValueError, match="leave --see-plan out"):
-        run(Silent(), see_plan=True)
+    with pytest.raises(ValueError, match="leave --plan-visible out"):
+        run(Silent(), plan_visible=True)
 
 
-def test_see_plan_reaches_every_prediction():
+def test_plan_visible_reaches_every_prediction():
     policy = scripted.ExpertPolicy()
-    report = run(policy, see_plan=True).report
+    report = run(policy, plan_visible=True).report
     assert report["success"] == 1.0
     assert all(see for _, see, samples in policy.asked if samples == 1)
 

@@ -22,7 +22,7 @@ class Listening:
     def __init__(self):
         self.tracked: list[MetaWorldEnv] = []
 
-    def act(self, observation, key, *, solver, plan=None, see_plan=False, samples=1):
+    def act(self, observation, key, *, solver, plan=None, plan_visible=False, samples=1):
         env = self.tracked[-1]
         actions = []
         for picture, instruction in zip(observation.images["corner2"], observation.instruction):

@@ -95,7 +95,7 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
             process=make_process(config.process),
             solver=config.solver,
             samples=1,
-            see_target=False,
+            plan_visible=False,
         )
     return Lowered(lowered, builder.mesh, table, count_flops(config).chunk(config.solver.nfe))
 

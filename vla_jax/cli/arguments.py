@@ -26,8 +26,8 @@ class EvaluateArgs:
     num_steps: int | None = None
     """Solver steps; default: the training configuration's."""
     temperature: float | None = None
-    """Of what is written, plans with --see-plan and the chunks of policies that write tokens: 0 takes the likeliest, 1
-    samples; default: 0, of chunks the training configuration's."""
+    """Of what is written, plans with --plan-visible and the chunks of policies that write tokens: 0 takes the
+    likeliest, 1 samples; default: 0, of chunks the training configuration's."""
     execute: int | None = None
     """Actions run of each chunk before the next prediction; default: the training configuration's."""
     executor: Literal["receding", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix", "async"] = "receding"
@@ -40,7 +40,7 @@ class EvaluateArgs:
     guidance: float | None = None
     """The instruction's weight (classifier-free guidance), for policies trained with objective.prompt_dropout above 0;
     0 ignores it, 1 is the plain policy, more exaggerates."""
-    see_plan: bool = False
+    plan_visible: bool = False
     """Decode a plan at each episode's start and let the actions see it."""
     weights: Literal["ema", "params"] | None = None
     """Averaged or raw parameters; default: averaged where the run has them."""

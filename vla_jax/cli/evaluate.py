@@ -2,7 +2,7 @@
 
 python -m launch.evaluate --checkpoint runs/tabletop --episodes 512
 
-python -m launch.evaluate --checkpoint runs/tabletop --solver midpoint --num-steps 5 --execute 2 --see-plan
+python -m launch.evaluate --checkpoint runs/tabletop --solver midpoint --num-steps 5 --execute 2 --plan-visible
 
 python -m launch.evaluate --checkpoint runs/tabletop --executor rtc --execute 4 --delay 2      # see docs/execution.md
 

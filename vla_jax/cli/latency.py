@@ -27,9 +27,8 @@ from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.cache import keep_programs
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
+from vla_jax.serve.compiled.parameters import size_bytes
 from vla_jax.serve.compiled.parts import Parts
-from vla_jax.serve.compiled.policy import CompiledPolicy
-from vla_jax.serve.compiled.quantize import size_bytes
 from vla_jax.serve.policy import Policy
 from vla_jax.sim.evaluate import EvaluateConfig
 from vla_jax.sim.tabletop import TabletopEnv
@@ -62,7 +61,7 @@ def benchmark(args: BenchmarkArgs) -> None:
     if args.compilation_cache is not None:
         keep_programs(args.compilation_cache)
     policy = _policy(args)
-    compiled = CompiledPolicy(policy, _compile_config(args), mesh=mesh_of(args.mesh))
+    compiled = policy.compiled(_compile_config(args), mesh=mesh_of(args.mesh))
     report = _report_head(args, policy, compiled)
     print(_head(report))
     cases = _cases(args, policy)
@@ -124,9 +123,9 @@ def _cases(args: BenchmarkArgs, policy: Policy) -> list[Case]:
     return [Case(*case) for case in itertools.product(args.numbers("batch"), cameras, solvers)]
 
 
-def _measure(args: BenchmarkArgs, compiled: CompiledPolicy, cases: list[Case]) -> list[dict[str, Any]]:
+def _measure(args: BenchmarkArgs, compiled: Policy, cases: list[Case]) -> list[dict[str, Any]]:
     """Compiles every case, then lets all of them take turns."""
-    bundle = compiled.policy.bundle
+    bundle = compiled.bundle
     calls: dict[tuple, Callable[[], Any]] = {}
     rows: list[dict[str, Any]] = []
     for case in cases:
@@ -155,6 +154,7 @@ def _measure(args: BenchmarkArgs, compiled: CompiledPolicy, cases: list[Case]) -
             name: float(np.median(taken[case if name == "denoise" else case._replace(solver=None), name]))
             for name in PARTS
         }
+        medians["prefill"] -= medians["vision"]  # which is its first part
         row["ms"] = {"p50": float(p50), "p95": float(p95), "p99": float(p99), **medians}
         row["ms"]["overhead"] = float(p50) - sum(medians.values())
         row["calls"] = len(taken[case, "whole"])
@@ -166,20 +166,20 @@ def _measure(args: BenchmarkArgs, compiled: CompiledPolicy, cases: list[Case]) -
 
 
 def _compile(
-    args: BenchmarkArgs, compiled: CompiledPolicy, case: Case, observation: Observation
+    args: BenchmarkArgs, compiled: Policy, case: Case, observation: Observation
 ) -> tuple[dict[str, Any], Parts]:
     """The static half of a case's row, and its parts."""
-    rows = compiled.encode(observation)
+    rows = compiled.runner.encode(observation)
     names = tuple(rows[0].images)
     (shape,) = (
         shape
-        for shape in compiled.shapes(
-            case.solver, samples=(args.samples,), cameras=names, lengths=(compiled.length_of(rows),)
+        for shape in compiled.runner.shapes(
+            case.solver, samples=(args.samples,), cameras=names, lengths=(compiled.runner.length_of(rows),)
         )
         if shape.rows == case.batch
     )
     start = time.perf_counter()
-    executable = compiled.compiler.executable(shape)
+    executable = compiled.runner.compiler.executable(shape)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {
         "batch": case.batch,
@@ -192,10 +192,10 @@ def _compile(
         "memory": _memory(executable),
         "roofline": _bound(args, compiled, case, shape.length),
     }
-    return row, Parts(compiled, shape, rows)
+    return row, Parts(compiled.runner, shape, rows)
 
 
-def _whole(compiled: CompiledPolicy, case: Case, observation: Observation, samples: int) -> Callable[[], Any]:
+def _whole(compiled: Policy, case: Case, observation: Observation, samples: int) -> Callable[[], Any]:
     """The call as a robot makes it: numpy to numpy, which waits for the device."""
     key = jax.random.key(0)
     return lambda: compiled.act(observation, key, solver=case.solver, samples=samples)
@@ -221,11 +221,11 @@ def _device_peak() -> int | None:
     return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else None
 
 
-def _bound(args: BenchmarkArgs, compiled: CompiledPolicy, case: Case, length: int) -> dict[str, Any] | None:
+def _bound(args: BenchmarkArgs, compiled: Policy, case: Case, length: int) -> dict[str, Any] | None:
     """Least milliseconds per part."""
-    mesh, model = compiled.compiler.mesh, compiled.policy.config.model
-    dtype = compiled.config.dtype or model.dtype
-    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.compiler.weights))
+    mesh, model = compiled.mesh, compiled.config.model
+    dtype = compiled.serving.dtype or model.dtype
+    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.params))
     if best is None:
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
@@ -272,7 +272,7 @@ def _seen(policy: Policy) -> tuple[_Seen, str]:
     else:
         observations, what = [observe(policy.bundle, 1, seed=2)], "pictures of random noise"
     keys = [jax.random.key(1 + number) for number in range(len(observations))]
-    plain = in_float32(policy).on_device()
+    plain = in_float32(policy)
     with jax.default_matmul_precision("highest"):
         references = [plain.act(o, key, solver=REFERENCE) for o, key in zip(observations, keys)]
     return _Seen(observations, keys, references), what
@@ -284,16 +284,16 @@ def in_float32(policy: Policy) -> Policy:
     return dataclasses.replace(policy, config=dataclasses.replace(policy.config, model=model))
 
 
-def _error(policy: Policy, compiled: CompiledPolicy, solver: SolverConfig, seen: _Seen) -> float:
+def _error(policy: Policy, compiled: Policy, solver: SolverConfig, seen: _Seen) -> float:
     """Root mean square error of normalised chunks from the reference, over the reference's root mean square."""
     found = [compiled.act(o, key, solver=solver) for o, key in zip(seen.observations, seen.keys)]
     found, reference = (policy.in_scale(np.concatenate(chunks)) for chunks in (found, seen.references))
     return float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))
 
 
-def _report_head(args: BenchmarkArgs, policy: Policy, compiled: CompiledPolicy) -> dict[str, Any]:
-    mesh, dtype = compiled.compiler.mesh, compiled.config.dtype or policy.config.model.dtype
-    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.compiler.weights))
+def _report_head(args: BenchmarkArgs, policy: Policy, compiled: Policy) -> dict[str, Any]:
+    mesh, dtype = compiled.mesh, compiled.serving.dtype or policy.config.model.dtype
+    best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.params))
     return {
         "what": str(args.checkpoint or args.config or args.model),
         "random_parameters": args.checkpoint is None,
@@ -303,10 +303,10 @@ def _report_head(args: BenchmarkArgs, policy: Policy, compiled: CompiledPolicy) 
         "mesh": None if mesh is None else dict(mesh.shape),
         "peak": None if best is None else dataclasses.asdict(best),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(policy.params)),
-        "weight_bytes": size_bytes(compiled.compiler.weights),
+        "weight_bytes": size_bytes(compiled.params),
         "dtype": dtype,
-        "weights": compiled.config.weights,
-        "rewrites": dataclasses.asdict(compiled.config.rewrites),
+        "weights": compiled.serving.weights,
+        "rewrites": dataclasses.asdict(compiled.serving.rewrites),
         "protocol": {"rounds": args.rounds, "repeats": args.repeats, "samples": args.samples},
         "versions": {"jax": jax.__version__},
     }

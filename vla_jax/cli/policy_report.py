@@ -31,10 +31,10 @@ def evaluate(args: EvaluateArgs) -> None:
             check_writable(path)
     policy = Policy.load(args.checkpoint, weights=args.weights, batch_size=args.batch_size)
     tokens = policy.config.kind == "tokens"
-    if args.temperature is not None and not (tokens or args.see_plan):
+    if args.temperature is not None and not (tokens or args.plan_visible):
         raise ValueError(
             f"--temperature does not apply: a policy of kind {policy.config.kind} writes nothing but plans; add "
-            "--see-plan, or leave it out"
+            "--plan-visible, or leave it out"
         )
     solver = solver_of(policy, args.solver, args.num_steps, args.temperature if tokens else None)
     kind, tasks = environment_of(policy, args.env)
@@ -42,7 +42,7 @@ def evaluate(args: EvaluateArgs) -> None:
         episodes=args.episodes,
         seed=args.seed,
         execute=args.execute,
-        see_plan=args.see_plan,
+        plan_visible=args.plan_visible,
         temperature=args.temperature or 0.0,
         executor=args.executor,
         delay=args.delay,

@@ -12,6 +12,7 @@ from vla_jax.flow.adaptive import integrate_adaptive
 from vla_jax.flow.config import ADAPTIVE, SolverConfig
 from vla_jax.flow.paths import time_dtype
 from vla_jax.flow.solvers import Field, integrate, time_grid
+from vla_jax.types import PyTree
 
 
 class Corrupted(NamedTuple):
@@ -85,9 +86,17 @@ def elementwise(
 
 
 def solve(
-    field: Field, x: Float[Array, "b ..."], solver: SolverConfig, *, intermediates: bool = False
+    field: Field,
+    x: Float[Array, "b ..."],
+    solver: SolverConfig,
+    *,
+    intermediates: bool = False,
+    stages: PyTree = None,
 ) -> Samples:
-    """Carry `x` along ``dx/dt = field(x, t)`` from t = 0 to t = 1, with fixed or adaptive steps."""
+    """Carry `x` along ``dx/dt = field(x, t)`` from t = 0 to t = 1, with fixed or adaptive steps.
+
+    `stages`, for fixed steps only: see `integrate`.
+    """
     times = time_grid(solver.grid, solver.num_steps)
     if solver.method in ADAPTIVE:
         return Samples(
@@ -101,5 +110,6 @@ def solve(
                 intermediates=intermediates,
             )
         )
-    end = integrate(field, x, times, method=solver.method, unroll=solver.unroll, intermediates=intermediates)
+    how = dict(method=solver.method, unroll=min(solver.unroll, solver.num_steps), stages=stages)
+    end = integrate(field, x, times, intermediates=intermediates, **how)
     return Samples(end.x, solver.nfe, end.trajectory)

@@ -27,6 +27,7 @@ from vla_jax.flow.schedules import VP, CondOT, Cosine, LinearVP, Polynomial, Sch
 from vla_jax.flow.solvers import Field
 from vla_jax.flow.step_schedules import CosineSteps, LinearSteps
 from vla_jax.flow.times import Beta, LogitNormal, TimeSampler, Uniform
+from vla_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,16 @@ class Flow:
         noise: Float[Array, "b ..."] | None = None,
         dtype: DTypeLike = jnp.float32,
         intermediates: bool = False,
+        stages: PyTree = None,
     ) -> Samples:
-        """Solve ``dx/dt = field(x, t)`` from noise at t = 0 (drawn from `key` unless given) to t = 1."""
+        """Solve ``dx/dt = field(x, t)`` from noise at t = 0 (drawn from `key` unless given) to t = 1.
+
+        `stages`: see `solvers.integrate`.
+        """
         if solver.method in STOCHASTIC:
             raise ValueError(f"solver.method {solver.method} samples a ddpm process, not flow; use euler")
         x = start(key, shape, dtype, noise)
-        return solve(field, x, solver, intermediates=intermediates)
+        return solve(field, x, solver, intermediates=intermediates, stages=stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vla_jax.flow.paths import align, time_dtype
+from vla_jax.types import PyTree
 
-Field = Callable[[Float[Array, "b ..."], Float[Array, " b"]], Float[Array, "b ..."]]
+Field = Callable[..., Float[Array, "b ..."]]
+"""(x [b …], t [b]) → prediction [b …]; see `integrate` for a third argument."""
 
 
 class Tableau(NamedTuple):
@@ -65,6 +67,15 @@ def time_grid(name: str, num_steps: int) -> Float[np.ndarray, " n"]:
     return np.concatenate([[0.0], 1 / (1 + level[1:]), [1.0]])
 
 
+def stage_times(name: str, num_steps: int, method: str) -> Float[np.ndarray, "n stages"]:
+    """When `integrate` looks at the field on a grid of `time_grid`, to the last bit of float32.
+
+    The last bit counts: a network's embedding of the time may turn by over a thousand rad from 0 to 1.
+    """
+    times = time_grid(name, num_steps).astype(np.float32)
+    return times[:-1, None] + np.asarray(TABLEAUS[method].c, np.float32) * np.diff(times)[:, None]
+
+
 def integrate(
     field: Field,
     x: Float[Array, "b ..."],
@@ -73,11 +84,15 @@ def integrate(
     method: str = "euler",
     unroll: int = 1,
     intermediates: bool = False,
+    stages: PyTree = None,
 ) -> Solution:
     """Carry `x` from times[0] to times[-1], one step between neighbours; backwards if the times fall.
 
     times [n] are shared by the batch and reach the field as [b]; times [n b] or [n b k] give every sample
     (or token) its own. The state keeps the dtype of `x`; the field may return another.
+
+    `stages`: arrays with leading axes [steps, stages], of which the field is given an entry as a third argument: what a
+    network knows of the times before it is evaluated (`stage_times`).
     """
     tableau = TABLEAUS[method]
     times = jnp.asarray(times, time_dtype(x.dtype))
@@ -85,15 +100,21 @@ def integrate(
         times = jnp.broadcast_to(times[:, None], (times.shape[0], x.shape[0]))
 
     def step(x, interval):
-        start, end = interval
+        start, end, known = interval
         dt = end - start
         h = align(dt, x)
-        slopes = [field(x, start)]
-        for c, row in zip(tableau.c[1:], tableau.a):
+
+        def slope(stage: int, x: Array, t: Array) -> Array:
+            return (
+                field(x, t) if stages is None else field(x, t, jax.tree.map(lambda leaf: leaf[stage], known))
+            )
+
+        slopes = [slope(0, x, start)]
+        for stage, row in enumerate(tableau.a, start=1):
             moved = sum(w * k for w, k in zip(row, slopes) if w)
-            slopes.append(field((x + h * moved).astype(x.dtype), start + c * dt))
+            slopes.append(slope(stage, (x + h * moved).astype(x.dtype), start + tableau.c[stage] * dt))
         x = (x + h * sum(w * k for w, k in zip(tableau.b, slopes) if w)).astype(x.dtype)
         return x, (x if intermediates else None)
 
-    end, path = jax.lax.scan(step, x, (times[:-1], times[1:]), unroll=unroll)
+    end, path = jax.lax.scan(step, x, (times[:-1], times[1:], stages), unroll=unroll)
     return Solution(end, jnp.concatenate([x[None], path]) if intermediates else None)

@@ -50,6 +50,10 @@ class VLA(nn.Module):
         """Reads images and text: the context, and the outputs at the text positions. See `Backbone.prefill`."""
         return self.backbone.prefill(batch, plan_visible)
 
+    def encode_images(self, batch: Batch) -> Float[Array, "b p d"]:
+        """Image tokens alone, the first part of `prefill`: to be timed by itself."""
+        return self.backbone.encode_images(batch)
+
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Float32 logits of the token that follows each output."""
         return self.backbone.logits(hidden)

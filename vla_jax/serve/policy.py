@@ -7,6 +7,7 @@
 A policy is frozen and has no state: what changes during an episode lives in `serve.executors`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -16,8 +17,8 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from vla_jax.checkpoint import Saved, open_newest
@@ -26,13 +27,16 @@ from vla_jax.data.bundle import DataBundle
 from vla_jax.data.fields import kind
 from vla_jax.data.observations import check_texts, take
 from vla_jax.flow.config import SolverConfig
-from vla_jax.flow.processes import make_process
 from vla_jax.layers import lora
+from vla_jax.models.abstract import abstract_params
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
 from vla_jax.models.vla import VLA, portable
+from vla_jax.serve.compiled.config import CompileConfig, Rewrites
+from vla_jax.serve.compiled.parameters import placed, served
+from vla_jax.serve.compiled.runner import ProgramRunner
 from vla_jax.serve.executors.base import Running, check_finite
 from vla_jax.serve.noise import check_keys, draws, robot_keys
-from vla_jax.serve.sampling import Overlap, decode_text, sample_action_tokens, sample_actions
+from vla_jax.serve.sampling import decode_text, sample_action_tokens
 from vla_jax.sharding.rules import path_name
 from vla_jax.types import Batch, Observation, PyTree
 
@@ -53,6 +57,11 @@ class Policy:
     batch_size: int = 32
     """Most robots in one call of the network. Other numbers are cut and padded to 1, a quarter of this, or this,
     so that few programs are compiled."""
+    serving: CompileConfig | None = None
+    """How its programs are compiled; None: without any rewrite, for the sizes above. `compiled` sets it, and brings the
+    parameters into the form that it asks for."""
+    mesh: Mesh | None = None
+    """Where a compiled policy's parameters lie; None: on one device."""
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -72,7 +81,7 @@ class Policy:
         All of it is of that one step, whatever a trainer saves or deletes meanwhile.
 
         `weights`: the averaged parameters or the raw ones; None: averaged ones where the run has them. `host`: they
-        stay in the host's memory, see `on_host`.
+        stay in the host's memory, for `compiled` to bring them to their devices.
         Raises FileNotFoundError or ValueError, each in one line.
         """
 
@@ -101,23 +110,43 @@ class Policy:
 
         policy = open_newest(path, read)
         policy.check_params(path)
-        return policy.on_host() if host else policy
+        return policy
 
-    def on_host(self) -> "Policy":
-        """The same with its parameters in the host's memory: they are on the device for the time of a call only.
+    def compiled(self, serving: CompileConfig | None = None, *, mesh: Mesh | None = None) -> "Policy":
+        """The same policy made fast: the same actions up to rounding, from programs compiled ahead of time.
 
-        For whoever computes with other weights that were made of them (`serve.compiled`) and needs the memory.
+            policy = Policy.load("runs/tabletop", host=True).compiled(CompileConfig(buckets=(1, 8)))
+            policy.runner.warm_up(SolverConfig())
+
+        Parameters in the host's memory are rewritten there, for a mesh always, so that no device holds more than its
+        own part.
         """
-        return dataclasses.replace(self, params=jax.tree.map(np.asarray, self.params))
+        if self.config.kind == "tokens":
+            raise ValueError(
+                "a policy that writes its actions as tokens has no compiled form; use it as it is"
+            )
+        serving = serving or CompileConfig(buckets=self.call_sizes)
+        model, params = self.config.model, nn.meta.unbox(self.params)
+        on_host = mesh is not None or all(
+            leaf.devices() == {jax.devices("cpu")[0]} if isinstance(leaf, jax.Array) else True
+            for leaf in jax.tree.leaves(params)
+        )
+        with jax.default_device(jax.devices("cpu")[0]) if on_host else contextlib.nullcontext():
+            params = served(params, model, serving)
+        return dataclasses.replace(self, params=placed(params, model, mesh), serving=serving, mesh=mesh)
 
-    def on_device(self) -> "Policy":
-        """The same with its parameters on the device to stay."""
-        return dataclasses.replace(self, params=jax.device_put(self.params))
+    @functools.cached_property
+    def runner(self) -> ProgramRunner:
+        """Its programs, compiled at their first use or by `ProgramRunner.warm_up`."""
+        plain = CompileConfig(rewrites=Rewrites.none(), buckets=self.call_sizes)
+        return ProgramRunner(self.config, self.bundle, self.params, self.serving or plain, self.mesh)
 
     @property
     def model(self) -> VLA:
         """The network, without its parameters; with the training machine's attention kernel where this one has it."""
-        return VLA(portable(self.config.model, jax.default_backend()))
+        dtype = self.serving.dtype if self.serving is not None else None
+        model = dataclasses.replace(self.config.model, dtype=dtype or self.config.model.dtype)
+        return VLA(portable(model, jax.default_backend()))
 
     @property
     def config_hash(self) -> str:
@@ -204,14 +233,14 @@ class Policy:
         *,
         solver: SolverConfig,
         plan: Sequence[str] | None = None,
-        see_plan: bool = False,
+        plan_visible: bool = False,
         samples: int = 1,
         guidance: float | None = None,
         running: Running | None = None,
     ) -> Float[np.ndarray, "b *S k a"]:
         """Chunks of actions in the robots' units, [b k a], or [b S k a] with `samples` = S above 1.
 
-        With `see_plan` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
+        With `plan_visible` the actions are conditioned on a text: `plan`, one per robot, or the greedily decoded
         one. `key`: one, or one per robot, whose noise is then the same whoever is asked beside it (`serve.noise`).
         `guidance` is the instruction's weight: 0 ignores it, 1 is the plain policy, more exaggerates; other
         values than None compile one further program for all of them. With `running` the chunks continue those that
@@ -219,32 +248,47 @@ class Policy:
         not trained for what is asked, FloatingPointError where the actions are not finite.
         """
         observation = self.bundle.check(observation)
-        plan = self.check_request(observation, plan, see_plan, samples)
+        plan = self.check_request(observation, plan, plan_visible, samples)
         self.check_steering(guidance, running, len(observation.instruction))
         robots = len(observation.instruction)
-        drawn = draws(check_keys(key, robots), robots)
-        if see_plan and plan is None:
-            plan = self.plan(observation, drawn.plan)
-        tokens = self.config.kind == "tokens"
-        sample = self._sample_tokens if tokens else functools.partial(self._sample_chunks, guidance=guidance)
-        pieces = []
+        key = check_keys(key, robots)
+        if plan_visible and plan is None:
+            plan = self.plan(observation, draws(key, robots).plan)
+        how = dict(plan=plan, plan_visible=plan_visible, solver=solver, samples=samples)
+        if self.config.kind == "tokens":
+            chunks = self._act_tokens(observation, key, **how)
+        else:
+            chunks = self.runner.act(observation, key, guidance=guidance, running=running, **how)
+        check_finite(chunks, range(robots))
+        return chunks[:, 0] if samples == 1 else chunks
+
+    def _act_tokens(
+        self,
+        observation: Observation,
+        key: PRNGKeyArray,
+        *,
+        plan: Sequence[str] | None,
+        plan_visible: bool,
+        solver: SolverConfig,
+        samples: int,
+    ) -> Float[np.ndarray, "b S k a"]:
+        """Chunks that the decoder writes, in the robots' units."""
+        robots, pieces = len(observation.instruction), []
+        keys = draws(key, robots).actions
         for rows, size in self._slices(robots):
-            steering = {}
-            if running is not None:
-                steering["overlap"] = self._overlap(observation, rows, size, running)
-            chunks = sample(
+            written = sample_action_tokens(
+                self.params,
                 self._piece(observation, rows, size, plan),
-                drawn.actions[_padded(rows, size)],
-                **steering,
-                solver=solver,
+                keys[_padded(rows, size)],
+                self.grammar,
+                solver.temperature,
+                model=self.model,
                 samples=samples,
-                see_target=see_plan,
+                plan_visible=plan_visible,
+                max_tokens=self.max_chunk_tokens,
             )
-            pieces.append(chunks[: len(rows)])
-        chunks = np.concatenate([np.asarray(piece) for piece in pieces])
-        actions = self.bundle.robot_actions(chunks[:, 0] if samples == 1 else chunks, observation)
-        check_finite(actions, range(robots))
-        return actions
+            pieces.append(self.read_chunks(written)[: len(rows)])
+        return self.bundle.robot_actions(np.concatenate(pieces), observation)
 
     @functools.cached_property
     def grammar(self) -> ActionGrammar:
@@ -278,7 +322,7 @@ class Policy:
 
     def check_params(self, where: str | os.PathLike) -> None:
         """Raises ValueError unless the parameters are those of the configured model."""
-        expected = jax.eval_shape(self._init, jax.random.key(0))
+        expected = nn.meta.unbox(abstract_params(self.config.model))
         shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
         leaves = jax.tree_util.tree_leaves_with_path(self.params)
         found = {path: leaf.shape for path, leaf in leaves if not lora.is_factor(path_name(path))}
@@ -290,62 +334,16 @@ class Policy:
                     f"{shapes.get(path, 'none of that name')}"
                 )
 
-    def _sample_chunks(
-        self,
-        batch: Batch,
-        keys: PRNGKeyArray,
-        *,
-        solver: SolverConfig,
-        samples: int,
-        see_target: bool,
-        guidance: float | None = None,
-        overlap: Overlap | None = None,
-    ) -> Float[np.ndarray, "b S k a"]:
-        return sample_actions(
-            self.params,
-            batch,
-            keys,
-            guidance=None if guidance is None else np.float32(guidance),
-            overlap=overlap,
-            model=self.model,
-            process=make_process(self.config.process),
-            solver=solver,
-            samples=samples,
-            see_target=see_target,
-        )
-
-    def _sample_tokens(
-        self, batch: Batch, keys: PRNGKeyArray, *, solver: SolverConfig, samples: int, see_target: bool
-    ) -> Float[np.ndarray, "b S k a"]:
-        written = sample_action_tokens(
-            self.params,
-            batch,
-            keys,
-            self.grammar,
-            solver.temperature,
-            model=self.model,
-            samples=samples,
-            see_target=see_target,
-            max_tokens=self.max_chunk_tokens,
-        )
-        return self.read_chunks(written)
-
-    def _init(self, key: PRNGKeyArray) -> PyTree:
-        expert = self.config.model.expert
-        noise = jnp.zeros((1, expert.horizon, expert.action_dim))
-        batch = self.batch(self.bundle.blank())
-        return nn.meta.unbox(self.model.init(key, batch, noise, jnp.zeros(1))["params"])
-
     def check_request(
-        self, observation: Observation, plan: Sequence[str] | None, see_plan: bool, samples: int
+        self, observation: Observation, plan: Sequence[str] | None, plan_visible: bool, samples: int
     ) -> tuple[str, ...] | None:
         """The plan that was given, or ValueError where the policy was not trained for what `act` is asked."""
         robots = len(observation.instruction)
         if self.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
-        if plan is not None and not see_plan:
-            raise ValueError("a plan was given, but see_plan is False; set it, or leave the plan out")
-        if see_plan and not self.sees_plans:
+        if plan is not None and not plan_visible:
+            raise ValueError("a plan was given, but plan_visible is False; set it, or leave the plan out")
+        if plan_visible and not self.sees_plans:
             raise ValueError(
                 "this policy's actions were trained with objective.plan_visible=0: they see no plan"
             )
@@ -384,10 +382,6 @@ class Policy:
                 f"rtc_prefix with a delay of {running.delay} steps: the policy was trained with "
                 f"objective.rtc_prefix={trained}; use rtc, or train with {running.delay} or more"
             )
-
-    def _overlap(self, observation: Observation, rows: range, size: int, running: Running) -> Overlap:
-        """The running chunks of some robots in the model's units, and how much of them is to be kept."""
-        return Overlap.of(running, self._piece(observation, rows, size, None, running.actions).actions)
 
     def _readable(self, observation: Observation, row: int, tokens: Int[np.ndarray, " g"]) -> str:
         """The decoded text, without as many tokens at its end as it takes to read it within the limits."""

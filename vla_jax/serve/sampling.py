@@ -2,12 +2,12 @@
 
 All read the prefix once. `model`, `process` and everything after the star are static (another value compiles
 another program), except `guidance` and `overlap`, whose values are traced. `keys` [b] has one key per row, so that what
-is drawn for a row does not depend on the others (`serve.noise`).
+is drawn for a row does not depend on the others (`serve.noise`). `serve.compiled` runs the same `sample_chunks`.
 """
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint, soft_weights
 from vla_jax.flow.processes import Process
 from vla_jax.flow.solvers import Field
 from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_actions
+from vla_jax.models.experts.base import is_time
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.serve.executors.base import Running
-from vla_jax.types import Batch, Given, PyTree
+from vla_jax.serve.schedule import Schedule
+from vla_jax.types import Batch, Context, Given, PyTree
 
 Continuation = Literal["vjp", "jacobian_free", "prefix"]
 """How a new chunk is made to continue the one that runs; see `flow.guidance`: the first two are `soft_inpaint`,
@@ -60,7 +62,7 @@ class Overlap:
         return dataclasses.replace(self, known=known, weight=weight)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "process", "solver", "samples", "see_target"))
+@functools.partial(jax.jit, static_argnames=("model", "process", "solver", "samples", "plan_visible"))
 def sample_actions(
     params: PyTree,
     batch: Batch,
@@ -70,115 +72,110 @@ def sample_actions(
     process: Process,
     solver: SolverConfig,
     samples: int,
-    see_target: bool,
+    plan_visible: bool,
     guidance: Float[Array, ""] | float | None = None,
     overlap: Overlap | None = None,
 ) -> Float[Array, "b S k a"]:
     """`samples` chunks per observation: one prefill, then the solver over [b·S] noisy chunks and one context.
 
-    With `see_target` the expert sees the batch's text target (the plan). `batch.action_mask` says which action
+    With `plan_visible` the expert sees the batch's text target (the plan). `batch.action_mask` says which action
     dimensions exist; in the others the network reads what `model.expert.padding` says, and the caller cuts them off.
-
-    `guidance`: the weight w of the instruction (`sample_guided`). 1 and 0 run the very computation of the
-    unguided program, with the instruction and without it, at its cost; None has no such branch at all.
+    `guidance`: the weight of the instruction; None: the plain field, at half the cost.
     """
-    sample = functools.partial(
-        sample_plain, params, keys=keys, model=model, process=process, solver=solver, samples=samples,
-        see_target=see_target, overlap=overlap,
-    )  # fmt: skip
-    if guidance is None:
-        return sample(batch)
-    guided = functools.partial(
-        sample_guided, params, keys=keys, model=model, process=process, solver=solver, samples=samples,
-        see_target=see_target, overlap=overlap, guidance=guidance,
-    )  # fmt: skip
-    one_sided = (guidance == 0) | (guidance == 1)
-
-    def alone(batch: Batch) -> Array:
-        null = null_prompt(batch)
-        return sample(jax.tree.map(lambda c, n: jnp.where(guidance == 0, n, c), batch, null))
-
-    return jax.lax.cond(one_sided, alone, guided, batch)
+    context = read(model, params, batch, plan_visible=plan_visible, guided=guidance is not None)
+    weights = None if guidance is None else jnp.broadcast_to(guidance, batch.tokens.shape[:1])
+    how = Sampling(model, process, solver, samples)
+    return sample_chunks(how, params, context, Given.of(batch), keys, guidance=weights, overlap=overlap)
 
 
-def sample_plain(
-    params: PyTree,
-    batch: Batch,
-    *,
-    keys: PRNGKeyArray,
-    model: VLA,
-    process: Process,
-    solver: SolverConfig,
-    samples: int,
-    see_target: bool,
-    overlap: Overlap | None = None,
-) -> Float[Array, "b S k a"]:
-    """Without guidance."""
-    field = _field(params, batch, model, samples, see_target)
-    return _solve(field, batch, keys, model, process, solver, samples, overlap)
-
-
-def sample_guided(
-    params: PyTree,
-    batch: Batch,
-    *,
-    guidance: Float[Array, ""] | float,
-    keys: PRNGKeyArray,
-    model: VLA,
-    process: Process,
-    solver: SolverConfig,
-    samples: int,
-    see_target: bool,
-    overlap: Overlap | None = None,
-) -> Float[Array, "b S k a"]:
-    """Classifier-free guidance on language: ``f_null + w (f_prompt - f_null)``, both as one batch of 2b rows.
+def read(model: VLA, params: PyTree, batch: Batch, *, plan_visible: bool, guided: bool) -> Context:
+    """The context of a batch; guided, that of its null prompts comes behind it (2b rows), with the images encoded once.
 
     The null prompt has no plan either: a plan tells what was asked.
     """
-    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), batch, null_prompt(batch))
-    field = _field(params, both, model, samples, see_target)
-
-    def guided(x: Array, t: Array) -> Array:
-        f_c, f_u = jnp.split(field(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2)
-        return mix(f_c, f_u, guidance)
-
-    return _solve(guided, batch, keys, model, process, solver, samples, overlap)
-
-
-def _field(params: PyTree, batch: Batch, model: VLA, samples: int, see_target: bool) -> Field:
-    """One prefill, and the expert's prediction over its context."""
-    variables = {"params": params}
-    visible = jnp.full((batch.tokens.shape[0],), see_target)
-    context, _ = model.apply(variables, batch, visible, method="prefill")
-    given = Given.of(batch).repeat(samples)
-
-    def field(x_t, t):
-        return model.apply(variables, context, given, x_t, t, method="denoise")
-
-    return field
+    if guided:
+        null = null_prompt(batch)
+        texts = ("tokens", "token_mask", "token_causal", "token_loss")
+        batch = batch.replace(
+            **{name: jnp.concatenate([getattr(batch, name), getattr(null, name)]) for name in texts}
+        )
+    visible = jnp.full((batch.tokens.shape[0],), plan_visible)
+    return model.apply({"params": params}, batch, visible, method="prefill")[0]
 
 
-def _solve(
-    field: Field,
-    batch: Batch,
+class Sampling(NamedTuple):
+    """What is compiled in."""
+
+    model: VLA
+    process: Process
+    solver: SolverConfig
+    samples: int
+    """Chunks per observation."""
+    prepare: bool = True
+    """Whether what all evaluations of a chunk have in common is computed once (`Expert.prepare`)."""
+
+
+def sample_chunks(
+    how: Sampling,
+    params: PyTree,
+    context: Context,
+    given: Given,
     keys: PRNGKeyArray,
-    model: VLA,
-    process: Process,
-    solver: SolverConfig,
-    samples: int,
-    overlap: Overlap | None,
+    *,
+    schedule: Schedule | None = None,
+    guidance: Float[Array, " b"] | None = None,
+    overlap: Overlap | None = None,
 ) -> Float[Array, "b S k a"]:
-    """From noise to chunks, continuing the one that runs where there is one."""
-    expert, rows = model.config.expert, batch.tokens.shape[0]
-    shape = (rows * samples, expert.horizon, expert.action_dim)
-    if overlap is None:
-        chunks = process.sample(field, keys, shape, solver).x
-    else:
-        mask = True if batch.action_mask is None else jnp.repeat(batch.action_mask, samples, axis=0)
-        noise = normal(keys, shape)
-        field, noise = continuing(field, overlap.repeated(samples), noise, mask)
-        chunks = process.sample(field, keys, shape, solver, noise=noise).x
-    return chunks.reshape(rows, samples, expert.horizon, expert.action_dim)
+    """From noise to chunks, in the model's units and dimensions.
+
+    `schedule`: what depends on time alone, computed before; without, at every evaluation. `guidance`: weights of the
+    instructions, with a context of 2b rows (`read`): classifier-free, ``f_null + w (f_prompt - f_null)``, both as one
+    batch (Ho & Salimans 2207.12598, eq. 6). `overlap`: the chunks that run, [b], which the new ones continue.
+    """
+    expert, rows, mask = how.model.config.expert, keys.shape[0], given.action_mask
+    shape = (rows * how.samples, expert.horizon, expert.action_dim)
+    if guidance is not None:
+        given = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
+        guidance = jnp.repeat(guidance, how.samples)[:, None, None]
+    if how.prepare:
+        context, given = how.model.apply({"params": params}, context, given, method="prepare")
+    given = given.repeat(how.samples)
+
+    def predict(x: Array, at: Any) -> Array:
+        if is_time(at) and at.shape[0] == 1:
+            at = jnp.broadcast_to(at, (x.shape[0], *at.shape[1:]))
+        return how.model.apply({"params": params}, context, given, x, at, method="denoise")
+
+    def field(x: Array, t: Array, at: Any = None) -> Array:
+        if at is None:
+            at = t if schedule is None or t.ndim > 1 else schedule.nearest(t[0])
+        if guidance is None:
+            return predict(x, at)
+        if at is t:  # of each row its own; all else is the same for all rows
+            at = jnp.concatenate([t, t])
+        prompted, null = jnp.split(predict(jnp.concatenate([x, x]), at), 2)
+        return mix(prompted, null, guidance)
+
+    return _solved(how, field, keys, shape, schedule, overlap, mask).reshape(rows, how.samples, *shape[1:])
+
+
+def _solved(
+    how: Sampling,
+    field: Field,
+    keys: PRNGKeyArray,
+    shape: tuple[int, ...],
+    schedule: Schedule | None,
+    overlap: Overlap | None,
+    mask: Bool[Array, "b k a"] | None,
+) -> Float[Array, "bS k a"]:
+    sample = functools.partial(how.process.sample, key=keys, shape=shape, solver=how.solver)
+    if overlap is not None:
+        each = True if mask is None else jnp.repeat(mask, how.samples, axis=0)
+        field, noise = continuing(field, overlap.repeated(how.samples), normal(keys, shape), each)
+        return sample(field, noise=noise).x
+    if schedule is not None and schedule.by_stage:
+        return sample(field, stages=schedule.entries).x
+    return sample(field).x
 
 
 def continuing(
@@ -193,7 +190,7 @@ def continuing(
     return soft_inpaint(field, known, weight, bound=overlap.bound, jacobian=jacobian), noise
 
 
-@functools.partial(jax.jit, static_argnames=("model", "samples", "see_target", "max_tokens"))
+@functools.partial(jax.jit, static_argnames=("model", "samples", "plan_visible", "max_tokens"))
 def sample_action_tokens(
     params: PyTree,
     batch: Batch,
@@ -203,17 +200,15 @@ def sample_action_tokens(
     *,
     model: VLA,
     samples: int,
-    see_target: bool,
+    plan_visible: bool,
     max_tokens: int,
 ) -> ActionTokens:
     """`samples` chunks per observation as tokens, [b S g]: one prefill, then one token after the other.
 
-    With `see_target` the tokens see the batch's text target (the plan).
+    With `plan_visible` the tokens see the batch's text target (the plan).
     """
     rows = batch.tokens.shape[0]
-    visible = jnp.full((rows,), see_target)
-    context, _ = model.apply({"params": params}, batch, visible, method="prefill")
-    context = context.repeat(samples)
+    context = read(model, params, batch, plan_visible=plan_visible, guided=False).repeat(samples)
     each = jax.vmap(lambda key: jax.random.split(key, samples))(keys).reshape(-1)
     written = generate_actions(
         model, params, context, grammar, each, max_tokens=max_tokens, temperature=temperature

@@ -59,7 +59,7 @@ class EvaluateConfig:
     """Chooses the scenes and the policy's noise."""
     execute: int | None = None
     """Actions run of each chunk before the next prediction; None: the policy's own number."""
-    see_plan: bool = False
+    plan_visible: bool = False
     """Let the actions see the plan that is decoded at each episode's start."""
     temperature: float = 0.0
     """Of decoded plans; 0 is greedy."""
@@ -110,10 +110,10 @@ class Runner:
     def __init__(
         self, policy: EvaluablePolicy, config: EvaluateConfig, solver: SolverConfig, progress: Progress
     ):
-        if config.see_plan and not (policy.writes_plans and policy.sees_plans):
+        if config.plan_visible and not (policy.writes_plans and policy.sees_plans):
             raise ValueError(
-                "see_plan: this policy was not trained to act on plans; train with objective.text and "
-                "objective.plan_visible above 0, or leave --see-plan out"
+                "plan_visible: this policy was not trained to act on plans; train with objective.text and "
+                "objective.plan_visible above 0, or leave --plan-visible out"
             )
         if config.execute is None:
             config = dataclasses.replace(config, execute=policy.execute)
@@ -153,7 +153,7 @@ class Runner:
             execute=self.config.execute,
             delay=self.config.delay,
             overlap=self.config.overlap,
-            see_plan=self.config.see_plan,
+            plan_visible=self.config.plan_visible,
             temperature=self.config.temperature,
             guidance=self.config.guidance,
         )
@@ -174,8 +174,8 @@ class Runner:
             observation,
             self.episode_keys("diversity", seeds),
             solver=self.solver,
-            plan=self.plan(observation, seeds) if self.config.see_plan else None,
-            see_plan=self.config.see_plan,
+            plan=self.plan(observation, seeds) if self.config.plan_visible else None,
+            plan_visible=self.config.plan_visible,
             samples=self.config.samples,
             **self._guided,
         )
@@ -184,9 +184,9 @@ class Runner:
     def latency_ms(self, observation: Observation, seed: int) -> dict[str, float]:
         """Median and 95th percentile of one `act` for one robot: images in, actions on the host out.
 
-        Compilation and warm-up come first. With `see_plan` the plan is given, as it is held in an episode.
+        Compilation and warm-up come first. With `plan_visible` the plan is given, as it is held in an episode.
         """
-        plan = self.plan(observation, [seed]) if self.config.see_plan else None
+        plan = self.plan(observation, [seed]) if self.config.plan_visible else None
         keys = list(jax.random.split(self.key("latency"), self.config.latency_calls + 3))
         taken = []
         for key in keys:
@@ -197,7 +197,7 @@ class Runner:
                     key,
                     solver=self.solver,
                     plan=plan,
-                    see_plan=self.config.see_plan,
+                    plan_visible=self.config.plan_visible,
                     **self._guided,
                 )
             )

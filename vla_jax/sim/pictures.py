@@ -41,7 +41,7 @@ def fan_rows(
     columns = []
     for label, policy in policies.items():
         chunks = policy.act(
-            observation, key, solver=solver, plan=plans, see_plan=plan is not None, samples=samples
+            observation, key, solver=solver, plan=plans, plan_visible=plan is not None, samples=samples
         )
         paths = np.asarray(open_loop(env_config, start, chunks))
         fans = []

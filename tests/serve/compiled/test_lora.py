@@ -12,8 +12,6 @@ from vla_jax.flow.config import SolverConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
-from vla_jax.serve.compiled.policy import CompiledPolicy
-from vla_jax.serve.compiled.quantize import Adapted, Int8Matrix
 from vla_jax.serve.policy import Policy
 
 KEY, SOLVER = jax.random.key(3), SolverConfig(num_steps=2)
@@ -36,7 +34,7 @@ def policy(time: str, dtype: str, *, b: float = 0.3, merged: bool = False) -> Po
     return Policy(config=cfg, bundle=toy.bundle(), params=params, step=0, batch_size=2)
 
 
-def act(policy: Policy | CompiledPolicy) -> np.ndarray:
+def act(policy: Policy) -> np.ndarray:
     return policy.act(toy.observe(2), KEY, solver=SOLVER)
 
 
@@ -50,7 +48,7 @@ def test_float32_is_the_merged_policy(exact):
     time, wanted = exact
     plain = policy(time, "float32")
     np.testing.assert_allclose(act(plain), wanted, atol=1e-5)
-    np.testing.assert_allclose(act(CompiledPolicy(plain)), wanted, atol=1e-5)
+    np.testing.assert_allclose(act(plain.compiled()), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("on", [dict.fromkeys(Rewrites.names(), True), {}], ids=["all", "none"])
@@ -58,9 +56,8 @@ def test_factors_go_through_every_rewrite(exact, on):
     """In bfloat16, where they stay apart: the plain policy's actions, of which they are a large part."""
     time, wanted = exact
     plain = policy(time, "bfloat16")
-    compiled = CompiledPolicy(plain, CompileConfig(rewrites=Rewrites.none(**on), buckets=(2,)))
-    kept = [w for w in jax.tree.leaves(compiled.compiler.weights, is_leaf=adapted) if adapted(w)]
-    assert len(kept) >= 9
+    compiled = plain.compiled(CompileConfig(rewrites=Rewrites.none(**on), buckets=(2,)))
+    assert len(factors(compiled)) >= 2 * 9
     error = np.sqrt(np.mean((act(compiled) - wanted) ** 2))
     effect = np.sqrt(np.mean((act(policy(time, "float32", b=0.0)) - wanted) ** 2))
     assert error < 0.15 * effect
@@ -70,11 +67,12 @@ def test_int8_keeps_them_too(exact):
     """A step of the integers is far above a small correction: they hold W alone."""
     time, _ = exact
     small = policy(time, "bfloat16", b=2.5e-5)
-    compiled = CompiledPolicy(small, CompileConfig(weights="int8"))
-    kept = [w for w in jax.tree.leaves(compiled.compiler.weights, is_leaf=adapted) if adapted(w)]
-    assert kept and all(isinstance(w.base, Int8Matrix) for w in kept)
+    compiled = small.compiled(CompileConfig(weights="int8"))
+    leaves = flatten(compiled.params)
+    beside = {name.rpartition("_lora/")[0] for name in factors(compiled) if "layers" in name}
+    assert beside and all(leaves[name].dtype == np.int8 for name in beside)
     assert np.isfinite(act(compiled)).all()
 
 
-def adapted(leaf) -> bool:
-    return isinstance(leaf, Adapted)
+def factors(policy: Policy) -> list[str]:
+    return [name for name in flatten(policy.params) if lora.is_factor(name)]

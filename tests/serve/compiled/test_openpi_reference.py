@@ -16,7 +16,6 @@ from vla_jax.data.transforms import PadDims
 from vla_jax.flow.config import SolverConfig
 from vla_jax.models import presets
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
 
 KEY = jax.random.key(3)
 SOLVER = SolverConfig(num_steps=2)
@@ -60,7 +59,7 @@ def test_actions_are_those_of_openpis_loop(preset, dims):
     expected = reference.infer(observation, KEY)
     assert np.ptp(expected) > 0.1 and expected.shape[-1] == dims
     np.testing.assert_allclose(policy.act(observation, KEY, solver=SOLVER), expected, atol=ROUNDING)
-    compiled = CompiledPolicy(policy, CompileConfig(buckets=(2,)))
+    compiled = policy.compiled(CompileConfig(buckets=(2,)))
     np.testing.assert_allclose(compiled.act(observation, KEY, solver=SOLVER), expected, atol=ROUNDING)
     if model.expert.time == "adarms":
         # The norms' own weights, zero where training starts, are among what is compared.

@@ -11,14 +11,13 @@ from tests.serve import toy
 from vla_jax.cli.random_policy import random_params
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 
 KEY = jax.random.key(3)
 SOLVER = SolverConfig(num_steps=2)
 PI0, PI05, BOTH = ("mlp", True, "forward"), ("adarms", False, "forward"), ("adarms", True, "reversed")
 PUBLIC = ("mlp", True, "reversed")
-INPUTS = ("cameras", "prompt", "embeddings")
+INPUTS = ("cameras", "prompt")
 """What the network is given; `shape` below says that each of them did something."""
 ALL = tuple(Rewrites.names())
 CASES = [
@@ -66,32 +65,34 @@ def observation():
 def test_a_rewrite_changes_nothing_but_rounding(model, on):
     policy, expected = plain(*model)
     rewrites = Rewrites.none(**dict.fromkeys(on, True))
-    compiled = CompiledPolicy(policy, CompileConfig(rewrites=rewrites, buckets=(8,)))
+    compiled = policy.compiled(CompileConfig(rewrites=rewrites, buckets=(8,)))
     found = compiled.act(observation(), KEY, solver=SOLVER)
     np.testing.assert_allclose(found, expected, atol=2e-6)
     assert np.ptp(expected) > 0.1
-    (shape,) = compiled.compiler.shapes
+    (shape,) = compiled.runner.compiler.shapes
     assert [name for name, _, _ in shape.cameras] == (["top"] if "cameras" in on else ["top", "wrist"])
     assert shape.length == (16 if "prompt" in on else 48)
 
 
-def test_what_is_rewritten_at_load_is_gone_from_the_weights():
-    """The switches do what they say: each removes or reshapes what it folds."""
+def test_layers_lie_apart_only_where_asked_for():
     policy, _ = plain(*PI0)
 
-    def weights(**on):
-        return CompiledPolicy(policy, CompileConfig(rewrites=Rewrites.none(**on))).compiler.weights
+    def names(**on) -> set[str]:
+        return set(policy.compiled(CompileConfig(rewrites=Rewrites.none(**on))).params["expert"])
 
-    before = weights()
-    layer = before["text"]["layers"]
-    assert layer["attn_norm"] is not None and len(layer["qkv"]) == len(layer["up"]) == 2
-    assert weights(norms=True)["text"]["layers"]["attn_norm"] is None
-    fused = weights(fuse=True)["text"]["layers"]
-    assert (fused["qkv"][0].shape, fused["up"][0].shape) == ((2, 24, 6, 8), (2, 24, 2, 32))
-    assert weights(projections=True)["expert"]["action_in"]["kernel"].shape == (5, 16)
-    assert "mix_actions" in before["expert"] and "mix_actions" not in weights(projections=True)["expert"]
-    assert isinstance(weights(unstack=True)["expert"]["layers"], list)
-    last = weights(last_layer=True)["text"]
-    assert last["layers"]["down"].shape[0] == 1 and set(last["last"]) == {"attn_norm", "qkv"}
-    assert "embedding" in before["text"] and "embedding" not in weights(embeddings=True)["text"]
-    assert before["vision"]["patch"].ndim == 4 and weights(patches=True)["vision"]["patch"].ndim == 2
+    assert "layers" in names() and not {"layers_0", "layers_1"} & names()
+    assert "layers" not in names(unstack=True) and {"layers_0", "layers_1"} <= names(unstack=True)
+
+
+def test_the_last_prefix_layer_stops_at_its_keys_and_values_where_layers_lie_apart():
+    """Of the last decoder layer the compiled program has no product with the feed-forward weights."""
+    policy, _ = plain(*PI0)
+    found = {}
+    for on in (False, True):
+        compiled = policy.compiled(CompileConfig(rewrites=Rewrites.none(unstack=on), buckets=(2,)))
+        (shape,) = compiled.runner.shapes(SOLVER)
+        runner = compiled.runner.compiler
+        inputs, _ = runner.abstract(shape)
+        prefill = jax.jit(lambda params, inputs: runner.program.prefill(params, inputs, shape))
+        found[on] = prefill.lower(runner.params, inputs).compile().cost_analysis()["flops"]
+    assert found[True] < 0.95 * found[False]

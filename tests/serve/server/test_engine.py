@@ -76,11 +76,11 @@ def observed(message: dict) -> Observation:
         (
             "tabletop",
             [
-                {}, {"samples": 2}, {"write_plan": True}, {"see_plan": True},
+                {}, {"samples": 2}, {"write_plan": True}, {"plan_visible": True},
                 {"plan": _serve_policies.PLANS[1], "samples": 2, "seed": 3},
             ],
         ),
-        ("guided", [{"guidance": w, "see_plan": see} for w in (0, 1, 3.0) for see in (False, True)]),
+        ("guided", [{"guidance": w, "plan_visible": see} for w in (0, 1, 3.0) for see in (False, True)]),
     ],
 )  # fmt: skip
 def test_nothing_compiles_after_the_warm_up(engines, name, options):
@@ -102,19 +102,21 @@ def test_nothing_compiles_after_the_warm_up(engines, name, options):
 def test_short_prompts_are_warm_where_the_usual_one_is_long(policies, monkeypatch):
     engine, metrics = Engine(policies["pi0"], solver=SOLVER, buckets=(2,)), Metrics()
     monkeypatch.setattr(engine, "_any_prompt", lambda: "pick up the red cup " * 4)
-    assert engine.warm_up() == len(engine.policy.lengths) > 1
+    assert engine.warm_up() == len(engine.policy.runner.lengths) > 1
     before = metrics.value("vla_compilations_total")
     short = rows(engine, messages(engine, 2))
-    assert short[0].program.length == min(engine.policy.lengths)
+    assert short[0].program.length == min(engine.policy.runner.lengths)
     engine.run(short)
     assert metrics.value("vla_compilations_total") == before
 
 
-def test_plain_parameters_are_on_the_device_for_plans_only(policies, engines):
-    alone = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), plans=False)
-    for engine, kind in ((engines["tabletop"], jax.Array), (alone, np.ndarray)):
-        leaves = jax.tree.leaves(engine.policy.policy.params)
-        assert leaves and all(isinstance(leaf, kind) for leaf in leaves)
+def test_plans_are_written_with_the_parameters_that_act(engines):
+    """There is one set of them, on the device."""
+    engine = engines["tabletop"]
+    leaves = jax.tree.leaves(engine.policy.params)
+    assert leaves and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert engine.policy.runner.compiler.params is engine.policy.params
+    assert all(planner.params is engine.policy.params for planner in engine._planners.values())
 
 
 @pytest.mark.parametrize("shape", ["tabletop", "pi0"])
@@ -166,7 +168,7 @@ def test_images_of_any_size_are_resized_as_in_training_and_compile_nothing(engin
         Metrics(),
         np.random.default_rng(3),
     )
-    policy = engine._plain
+    policy = engine.policy
     engine.warm_up()
     for size in SIZES:
         message = messages(engine, 1)[0]
@@ -196,7 +198,7 @@ def test_other_sizes_can_be_refused(policies, resizing):
         Refused, match=r"observation/top is uint8\[480, 640, 3\]; uint8\[16, 16, 3\] is expected"
     ):
         rows(engine, [message | {"observation/top": np.zeros((480, 640, 3), np.uint8)}])
-    assert engine.policy.config.resize == "device" and resizing.policy.config.resize == "host"
+    assert engine.policy.serving.resize == "device" and resizing.policy.serving.resize == "host"
     (message,) = messages(resizing, 1)
     with pytest.raises(Refused, match="image size is over 921600 pixels"):
         rows(resizing, [message | {"observation/top": np.zeros((1080, 1920, 3), np.uint8)}])
@@ -228,13 +230,13 @@ def test_seeds_are_the_rows_own(engines):
     ("options", "how"),
     [
         ({"samples": 2}, {"samples": 2}),
-        ({"plan": _serve_policies.PLANS[0]}, {"plan": [_serve_policies.PLANS[0]], "see_plan": True}),
-        ({"see_plan": True}, {"see_plan": True}),
+        ({"plan": _serve_policies.PLANS[0]}, {"plan": [_serve_policies.PLANS[0]], "plan_visible": True}),
+        ({"plan_visible": True}, {"plan_visible": True}),
         ({"guidance": 0.0}, {"guidance": 0.0}),
         ({"guidance": 1}, {}),
         ({"guidance": 2.5}, {"guidance": 2.5}),
-        ({"guidance": 3, "see_plan": True}, {"guidance": 3.0, "see_plan": True}),
-        ({"guidance": 0, "see_plan": True}, {"guidance": 0.0, "see_plan": True}),
+        ({"guidance": 3, "plan_visible": True}, {"guidance": 3.0, "plan_visible": True}),
+        ({"guidance": 0, "plan_visible": True}, {"guidance": 0.0, "plan_visible": True}),
     ],
 )
 def test_options_are_the_policys_own(policies, engines, options, how):
@@ -244,7 +246,7 @@ def test_options_are_the_policys_own(policies, engines, options, how):
     (answer,) = engine.run([row])
     direct = engine.policy.act(observed(message), jax.random.key(0), solver=SOLVER, **how)
     np.testing.assert_allclose(answer.actions, direct[0], atol=2e-5)  # plans: another text length
-    if "see_plan" in options:
+    if "plan_visible" in options:
         assert [answer.plan] == policy.plan(observed(message), jax.random.key(9)) and answer.plan
 
 
@@ -286,14 +288,14 @@ def test_an_absent_camera_is_a_masked_one_or_has_a_program(policies, engines):
     how = {"plans": False, "guidance": False, "camera_sets": [("top",)]}
     known = Engine(policies["tabletop"], solver=SOLVER, buckets=(1,), **how)
     known.warm_up()
-    compiled = known.policy.compiler.shapes
+    compiled = known.policy.runner.compiler.shapes
     assert len(compiled) == 2 * 2  # camera sets, text lengths
     (row,) = rows(known, [message | {"observation/wrist": None}])
     np.testing.assert_array_equal(
         known.run([row])[0].actions,
         known.policy.act(observed(blind), jax.random.key(0), solver=SOLVER)[0],
     )
-    assert known.policy.compiler.shapes == compiled
+    assert known.policy.runner.compiler.shapes == compiled
     with pytest.raises(ValueError, match="camera set"):
         Engine(policies["tabletop"], solver=SOLVER, camera_sets=[("left",)])
 
@@ -304,7 +306,7 @@ def test_what_the_policy_cannot_take_is_refused_before_it_is_queued(engines):
     with pytest.raises(Refused, match=r"invalid: text of .* tokens is over the limit"):
         rows(engine, [message | {"prompt": "word " * 300}])
     (message,) = messages(engines["pi0"], 1)
-    for option in ({"plan": "x"}, {"write_plan": True}, {"see_plan": True}, {"guidance": 2.0}):
+    for option in ({"plan": "x"}, {"write_plan": True}, {"plan_visible": True}, {"guidance": 2.0}):
         with pytest.raises(Refused, match="unknown option"):
             rows(engines["pi0"], [message | {"options": option}])
     with pytest.raises(ValueError, match="largest bucket"):

@@ -24,7 +24,6 @@ from tests.serve.server.harness import Echo, serving
 from vla_jax.cli import command, replay
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.client import Client
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED
 from vla_jax.serve.server.engine import Engine
@@ -162,7 +161,7 @@ def test_openpi_client_gets_the_policys_actions_bit_for_bit(
 
     found = np.load(tmp_path / "replies.npz")
     policy, solver = Policy.load(run), SolverConfig(num_steps=3)
-    compiled = CompiledPolicy(policy, SERVED)
+    compiled = policy.compiled(SERVED)
     chunk = {"tabletop": (8, 3), "pi0": (50, 32)}[shape]
     assert found["actions"].shape == (STEPS, *chunk) == (STEPS, *metadata["actions"]["shape"])
     assert json.loads(str(found["metadata"])) == metadata and (found["infer_ms"] > 0).all()

@@ -32,8 +32,12 @@ class Backbone(Protocol):
     ) -> tuple[Context, Float[Array, "b l d"] | None]:
         """The context that experts see, and the outputs at the text's positions where there is a language model.
 
-        `plan_visible`: for which samples the context shows the text target too (default: none).
+        `plan_visible`: for which samples the context shows the text target too (default: none). A batch may have
+        several times as many texts as images (guidance): the first of every sample, then the second.
         """
+
+    def encode_images(self, batch: Batch) -> Float[Array, "b p d"]:
+        """Tokens of all cameras' images: the first part of `prefill`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class BackboneConfig:
 
     offers: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Context` that it can leave: kv, features."""
+    tables: ClassVar[tuple[str, ...]] = ()
+    """Paths under ``backbone/`` of tables that are looked up, and multiplied with, in the network's type."""
     has_text: ClassVar[bool] = False
     """Whether it has a language model: reads and writes text (`logits`, `decode`, `extend`)."""
 

@@ -28,6 +28,7 @@ class PaliGemmaConfig(BackboneConfig):
     text: TextConfig = TextConfig()
 
     offers: ClassVar[frozenset[str]] = frozenset({"kv", "features"})
+    tables: ClassVar[tuple[str, ...]] = ("llm/embedder/input_embedding",)
     has_text: ClassVar[bool] = True
 
     @property
@@ -166,20 +167,27 @@ class PaliGemma(nn.Module):
         return hidden
 
     def _embed(self, batch: Batch) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Prefix tokens and their mask. All cameras go through the encoder as one batch.
+        """Prefix tokens and their mask.
+
+        There may be several texts per sample, all first ones, then all second ones: its images are encoded once.
+        """
+        encoded = self.encode_images(batch)
+        present = jnp.stack([batch.image_mask[name] for name in self.cameras], axis=1)
+        mask = jnp.repeat(present, encoded.shape[1] // len(self.cameras), axis=1)
+        texts = batch.tokens.shape[0] // encoded.shape[0]
+        if texts > 1:
+            encoded, mask = jnp.tile(encoded, (texts, 1, 1)), jnp.tile(mask, (texts, 1))
+        tokens = jnp.concatenate([encoded, self.llm.embed(batch.tokens)], axis=1)
+        tokens = constrain(tokens, ("batch", "prefix", "act_embed"))
+        return tokens, jnp.concatenate([mask, batch.token_mask], axis=1)
+
+    def encode_images(self, batch: Batch) -> Float[Array, "b p d"]:
+        """Tokens of all cameras' images, camera by camera, which go through the encoder as one batch.
 
         In it a sample's cameras are neighbours, so that each device encodes the images of its own samples. One camera
         after the other, the batch's split would fall elsewhere: every image would move, and every image token of the
         whole batch be gathered on every device.
         """
-        cameras = self.cameras
-        b = batch.tokens.shape[0]
-        images = jnp.stack([batch.images[name] for name in cameras], axis=1)  # b c h w 3
+        images = jnp.stack([batch.images[name] for name in self.cameras], axis=1)  # b c h w 3
         encoded = self.img(images.reshape(-1, *images.shape[2:]))
-        present = jnp.stack([batch.image_mask[name] for name in cameras], axis=1)
-        mask = jnp.repeat(present, encoded.shape[1], axis=1)
-        tokens = jnp.concatenate(
-            [encoded.reshape(b, -1, encoded.shape[-1]), self.llm.embed(batch.tokens)], axis=1
-        )
-        tokens = constrain(tokens, ("batch", "prefix", "act_embed"))
-        return tokens, jnp.concatenate([mask, batch.token_mask], axis=1)
+        return encoded.reshape(images.shape[0], -1, encoded.shape[-1])

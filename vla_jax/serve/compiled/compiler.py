@@ -3,27 +3,25 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.compiled import solve
-from vla_jax.serve.compiled.network import Prefix
 from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
 from vla_jax.serve.sampling import Overlap
+from vla_jax.serve.schedule import Schedule, make_schedule
 from vla_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from vla_jax.sharding.rules import activate
-from vla_jax.types import PyTree
+from vla_jax.types import Context, PyTree
 
 
 class Compiler:
-    """Weights on their devices, and the executables that were made for them."""
+    """Parameters on their devices, and the executables that were made for them."""
 
-    def __init__(self, program: Program, weights: PyTree, mesh: Mesh | None):
-        self.program, self.mesh, self.weights = program, mesh, weights
+    def __init__(self, program: Program, params: PyTree, mesh: Mesh | None):
+        self.program, self.mesh, self.params = program, mesh, params
         self._executables: dict[Shape, Any] = {}
-        self._conditions: dict[SolverConfig, Any] = {}
+        self._schedules: dict[SolverConfig, Schedule | None] = {}
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -36,43 +34,41 @@ class Compiler:
             self._executables[shape] = self.lower(shape).compile()
         return self._executables[shape]
 
-    def __call__(self, shape: Shape, inputs: Inputs, prefix: Prefix | None = None) -> Any:
+    def __call__(self, shape: Shape, inputs: Inputs, context: Context | None = None) -> Any:
         """Runs it; arrays stay on the device."""
-        return self.executable(shape)(self.weights, self.conditions(shape.solver), inputs, prefix)
+        return self.executable(shape)(self.params, self.schedule(shape.solver), inputs, context)
 
-    def conditions(self, solver: SolverConfig) -> Any:
-        """The conditioning at a solver's times, computed at its first use."""
-        if solver not in self._conditions:
-            program = self.program
-            found = solve.schedule(self.weights["expert"], program.network, program.process, solver)
-            self._conditions[solver] = found if self.mesh is None else _put(found, replicated(self.mesh))
-        return self._conditions[solver]
+    def schedule(self, solver: SolverConfig) -> Schedule | None:
+        """What the network knows of a solver's times, computed at its first use; None: at every evaluation."""
+        if not self.program.rewrites.time:
+            return None
+        if solver not in self._schedules:
+            found = make_schedule(self.program.model(), self.params, self.program.process, solver)
+            if self.mesh is not None:
+                found = jax.device_put(found, replicated(self.mesh))
+            self._schedules[solver] = found
+        return self._schedules[solver]
 
     def lower(self, shape: Shape) -> jax.stages.Lowered:
         """The program of a shape, not compiled yet."""
-        inputs, prefix = self.abstract(shape)
-        jitted = jax.jit(lambda w, c, i, p: self.program.act(w, c, i, p, shape))
-        arguments = (self.weights, self.conditions(shape.solver), inputs, prefix)
+        inputs, context = self.abstract(shape)
+        jitted = jax.jit(lambda p, s, i, c: self.program.act(p, s, i, c, shape))
+        arguments = (self.params, self.schedule(shape.solver), inputs, context)
         if self.mesh is None:
             return jitted.lower(*arguments)
         with activate(self.mesh):
             return jitted.lower(*arguments)
 
-    def abstract(self, shape: Shape) -> tuple[Inputs, Prefix | None]:
+    def abstract(self, shape: Shape) -> tuple[Inputs, Context | None]:
         """Shapes, types and places of the inputs."""
-        network, scaling = self.program.network, self.program.scaling
-        b, length = shape.rows, shape.length
+        b, length, scaling = shape.rows, shape.length, self.program.scaling
         key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         texts = b * (1 + shape.guided)
-        if network.rewrites.embeddings:
-            tokens = self.array((texts, length, network.model.backbone.text.width), jnp.dtype(network.dtype))
-        else:
-            tokens = self.array((texts, length), np.int32)
         mask = self.array((texts, length), bool)
         inputs = Inputs(
             images=tuple(self.array((b, h, w, 3), np.uint8) for _, h, w in shape.cameras),
             present=self.array((len(shape.cameras),), bool, batched=False),
-            text=Text(tokens, mask, mask if shape.sees else None),
+            text=Text(self.array((texts, length), np.int32), mask, mask if shape.plan_visible else None),
             state=self.array((b, scaling.state.offset.shape[-1]), np.float32),
             group=self.array((b,), np.int32),
             key=self.array((b, *key.shape), key.dtype, batched=False),
@@ -82,15 +78,11 @@ class Compiler:
         )
         if not shape.again:
             return inputs, None
-        first = shape._replace(again=False, keep=True)
-        _, prefix = jax.eval_shape(
-            lambda w, c, i: self.program.act(w, c, i, None, first),
-            self.weights, self.conditions(shape.solver), self.abstract(first)[0],
-        )  # fmt: skip
-        return inputs._replace(images=(), text=None), prefix
+        context = jax.eval_shape(lambda p, i: self.program.prefill(p, i, shape), self.params, inputs)
+        return inputs._replace(images=(), text=None), context
 
     def _overlap(self, shape: Shape) -> Overlap:
-        horizon, dims = self.program.network.model.expert.horizon, self.program.scaling.known.offset.shape[-1]
+        horizon, dims = self.program.config.expert.horizon, self.program.scaling.known.offset.shape[-1]
         return Overlap(
             known=self.array((shape.rows, horizon, dims), np.float32),
             weight=self.array((shape.rows, horizon), np.float32),
@@ -105,7 +97,3 @@ class Compiler:
         split = batched and shape[0] % batch_shards(self.mesh) == 0
         place = batch_sharding(self.mesh) if split else replicated(self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _put(tree: PyTree, place: NamedSharding) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, place), tree)

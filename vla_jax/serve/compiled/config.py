@@ -7,34 +7,20 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewrites:
-    """Exact rewrites: each gives the plain network's actions up to rounding, and can be switched off alone."""
+    """What is done once in place of often, or not at all: each gives the same actions up to rounding, and can be
+    switched off alone."""
 
     time: bool = True
-    """Time conditioning (π0's biases, π0.5's adaRMS modulations) computed once for the solver's times, at load."""
-    norms: bool = True
-    """Scales of RMSNorms and LayerNorms, and the scaling of pixels, folded into the projections that follow."""
-    projections: bool = True
-    """Linear maps multiplied out: action projection into the time MLP, 1/√e into q, the solver's step into the last."""
-    fuse: bool = True
-    """One matrix product for q, k and v, and one for gate and up. q, k, v stay apart on a mesh with tensor > 1."""
-    unstack: bool = True
-    """Weights of each decoder and expert layer are arrays of their own, not slices of a stack, copied at every use."""
-    attention: bool = True
-    """Softmax divides after the weighted sum, and the parts (prefix, state, actions) are never concatenated."""
-    rope: bool = True
-    """Sines and cosines of the positions computed once per tower, not in each layer."""
-    patches: bool = True
-    """The patch convolution as a matrix product."""
-    last_layer: bool = True
-    """The last prefix layer stops at its keys and values: nobody reads its attention output and feed-forward."""
+    """What depends on time alone (π0's biases, π0.5's adaRMS modulations) is computed once for the solver's times."""
     state: bool = True
-    """The state token, which sees neither time nor actions, runs once per call and not at every evaluation."""
+    """What all evaluations of a chunk have in common (π0's state token) is computed once per call."""
+    unstack: bool = True
+    """Parameters of each layer are arrays of their own, not slices of a stack, which a CPU copies at every use; what
+    nobody reads of the last prefix layer is then left out."""
     cameras: bool = True
     """Absent cameras are left out of the program where they would be black, masked images."""
     prompt: bool = True
     """Prompts are padded to a bucket and not to the longest text of training."""
-    embeddings: bool = True
-    """A prompt's embeddings stay on the device from its first use on."""
     reuse: bool = True
     """One robot that asks again about unchanged images and prompt gets by with the solver alone."""
 
@@ -55,7 +41,8 @@ class CompileConfig:
 
     rewrites: Rewrites = Rewrites()
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of weights and activations; None: the model's. Norms, softmax, projections of actions stay float32."""
+    """Type of the blocks' matrices and of activations; None: the model's. Norms, softmax, the last projection stay
+    float32."""
     weights: Literal["same", "int8"] = "same"
     """int8: matrices of the towers as 8-bit integers with a float32 scale per output channel; not exact."""
     buckets: tuple[int, ...] = (1, 8, 32)
@@ -80,9 +67,13 @@ class CompileConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CompileConfig":
-        """Of `dataclasses.asdict`, also after a way through JSON."""
+        """Of `dataclasses.asdict`, also after a way through JSON.
+
+        Rewrites that there are no more (older recordings name them) changed no action but for rounding.
+        """
         sizes = {name: tuple(values[name]) for name in ("buckets", "prompts")}
-        return cls(**{**values, **sizes, "rewrites": Rewrites(**values["rewrites"])})
+        known = {name: on for name, on in values["rewrites"].items() if name in Rewrites.names()}
+        return cls(**{**values, **sizes, "rewrites": Rewrites(**known)})
 
     def prompt_lengths(self, longest: int) -> tuple[int, ...]:
         """The text lengths that are compiled, up to the longest of training. Raises ValueError."""

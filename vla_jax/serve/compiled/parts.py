@@ -6,33 +6,31 @@ from typing import Any, Literal
 import jax
 
 from vla_jax.serve.compiled.encode import Encoded
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.compiled.program import Shape
+from vla_jax.serve.compiled.runner import ProgramRunner
 
 Part = Literal["vision", "prefill", "denoise"]
 
 
 class Parts:
-    """Vision, prefill and denoise of one shape with inputs that lie on the device."""
+    """Vision, prefill (vision with it) and denoise of one shape, with inputs that lie on the device."""
 
-    def __init__(self, compiled: CompiledPolicy, shape: Shape, rows: Sequence[Encoded]):
-        compiler = compiled.compiler
-        program, weights = compiler.program, compiler.weights
+    def __init__(self, runner: ProgramRunner, shape: Shape, rows: Sequence[Encoded]):
+        compiler = runner.compiler
+        program, params = compiler.program, compiler.params
         inputs = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)),
-            compiled.inputs(rows, shape),
+            runner.inputs(rows, shape),
             compiler.abstract(shape)[0],
         )
-        conditions = compiler.conditions(shape.solver)
-        vision = jax.jit(lambda weights, inputs: program.vision(weights, inputs, shape))
-        prefill = jax.jit(program.prefill)
-        denoise = jax.jit(lambda w, c, prefix, inputs: program.denoise(w, c, prefix, inputs, shape))
-        tokens = vision(weights, inputs)
-        prefix = prefill(weights, tokens, inputs)
+        schedule = compiler.schedule(shape.solver)
+        vision = jax.jit(lambda p, i: program.encode_images(p, i, shape))
+        prefill = jax.jit(lambda p, i: program.prefill(p, i, shape))
+        denoise = jax.jit(lambda p, s, c, i: program.denoise(p, s, c, i, shape))
         self._calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-            "vision": (vision, (weights, inputs)),
-            "prefill": (prefill, (weights, tokens, inputs)),
-            "denoise": (denoise, (weights, conditions, prefix, inputs)),
+            "vision": (vision, (params, inputs)),
+            "prefill": (prefill, (params, inputs)),
+            "denoise": (denoise, (params, schedule, prefill(params, inputs), inputs)),
         }
 
     def call(self, part: Part) -> Callable[[], None]:

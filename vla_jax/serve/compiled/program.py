@@ -1,4 +1,4 @@
-"""The one program: uint8 images, raw state and prompt to actions in the robot's units."""
+"""The one program: uint8 images, raw state and prompt to actions in the robot's units, through the one network."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vla_jax.flow.base import normal
 from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.processes import Process
-from vla_jax.serve.compiled import solve
-from vla_jax.serve.compiled.network import Network, Prefix
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.vla import VLA
+from vla_jax.serve.compiled.config import Rewrites
 from vla_jax.serve.compiled.preprocess import (
     Scaling,
     model_actions,
@@ -19,8 +19,9 @@ from vla_jax.serve.compiled.preprocess import (
     resize_with_pad,
     robot_actions,
 )
-from vla_jax.serve.sampling import Continuation, Overlap
-from vla_jax.types import PyTree
+from vla_jax.serve.sampling import Continuation, Overlap, Sampling, sample_chunks
+from vla_jax.serve.schedule import Schedule
+from vla_jax.types import Batch, Context, Given, PyTree
 
 
 class Shape(NamedTuple):
@@ -33,25 +34,26 @@ class Shape(NamedTuple):
     length: int
     """Text tokens."""
     samples: int
-    sees: bool
+    plan_visible: bool
     """The text holds a plan that the actions see."""
     solver: SolverConfig
     guided: bool = False
     """Instructions have weights other than 1: the texts are followed by as many null prompts."""
     again: bool = False
-    """From the prefix that an earlier call left: no images, no text."""
+    """From the context that an earlier call left: no images, no text."""
     keep: bool = False
-    """Return that prefix."""
+    """Return that context."""
     continues: Continuation | None = None
     """The chunks continue those that run, and how."""
 
 
 class Text(NamedTuple):
-    """A batch of prompts; embedded ones where embeddings are kept on the device, else token ids."""
+    """A batch of prompts."""
 
-    tokens: Int[Array, "b l"] | Float[Array, "b l d"]
+    tokens: Int[Array, "b l"]
     mask: Bool[Array, "b l"]
     causal: Bool[Array, "b l"] | None
+    """None: there are no plans."""
 
 
 class Inputs(NamedTuple):
@@ -77,77 +79,83 @@ class Inputs(NamedTuple):
 class Program:
     """The function and its parts, each of which can be compiled (and timed) by itself."""
 
-    network: Network
+    config: VLAConfig
     process: Process
     scaling: Scaling
+    rewrites: Rewrites
+
+    def model(self, cameras: tuple[str, ...] | None = None) -> VLA:
+        """The network, for some of its cameras: none has parameters of its own."""
+        return VLA(self.config if not cameras else dataclasses.replace(self.config, cameras=cameras))
 
     def act(
-        self, weights: PyTree, conditions: Any, inputs: Inputs, prefix: Prefix | None, shape: Shape
+        self, params: PyTree, schedule: Schedule | None, inputs: Inputs, context: Context | None, shape: Shape
     ) -> Any:
-        """Actions [b S k a], and the prefix where it is to be kept."""
-        if not shape.again:
-            tokens = self.vision(weights, inputs, shape)
-            prefix = self.prefill(weights, tokens, inputs)
-        actions = self.denoise(weights, conditions, prefix, inputs, shape)
-        return (actions, prefix) if shape.keep else actions
+        """Actions [b S k a], and the context where it is to be kept."""
+        if context is None:
+            context = self.prefill(params, inputs, shape)
+        actions = self.denoise(params, schedule, context, inputs, shape)
+        return (actions, context) if shape.keep else actions
 
-    def vision(self, weights: PyTree, inputs: Inputs, shape: Shape) -> Float[Array, "b c p d"]:
-        """Image tokens: all cameras go through the encoder as one batch."""
-        # Cameras beside each other, not one after another: a batch that is split over devices stays where it is.
-        images = jnp.stack([resize_with_pad(image, self.scaling.resize) for image in inputs.images], axis=1)
-        encoded = self.network.encode(weights["vision"], images.reshape(-1, *images.shape[2:]))
-        return encoded.reshape(*images.shape[:2], *encoded.shape[1:])
-
-    def prefill(self, weights: PyTree, image_tokens: Float[Array, "b c p d"], inputs: Inputs) -> Prefix:
+    def prefill(self, params: PyTree, inputs: Inputs, shape: Shape) -> Context:
         """What images and text leave for the expert."""
-        text = inputs.text
-        copies = (
-            text.mask.shape[0] // image_tokens.shape[0]
-        )  # 2 with null prompts: the images are encoded once
-        image_tokens = jnp.tile(image_tokens, (copies, 1, 1, 1))
-        if self.network.rewrites.embeddings:
-            embedded = text.tokens
-        else:
-            embedded = self.network.embed(weights["text"]["embedding"], text.tokens)
-        return self.network.prefill(
-            weights["text"], image_tokens, inputs.present, embedded, text.mask, text.causal
+        batch, names = self.batch(inputs, shape), tuple(name for name, _, _ in shape.cameras)
+        visible = None if inputs.text.causal is None else jnp.ones(batch.tokens.shape[0], bool)
+        return self.model(names).apply({"params": params}, batch, visible, method="prefill")[0]
+
+    def encode_images(self, params: PyTree, inputs: Inputs, shape: Shape) -> Float[Array, "b p d"]:
+        """The first part of `prefill`."""
+        names = tuple(name for name, _, _ in shape.cameras)
+        return self.model(names).apply({"params": params}, self.batch(inputs, shape), method="encode_images")
+
+    def batch(self, inputs: Inputs, shape: Shape) -> Batch:
+        """Images in the model's size, and texts; those of null prompts come behind the others."""
+        names, text = [name for name, _, _ in shape.cameras], inputs.text
+        nothing = jnp.zeros_like(text.mask)
+        return Batch(
+            images={
+                name: resize_with_pad(image, self.scaling.resize) for name, image in zip(names, inputs.images)
+            },
+            image_mask={
+                name: jnp.broadcast_to(inputs.present[i], (shape.rows,)) for i, name in enumerate(names)
+            },
+            state=self.state(inputs),
+            tokens=text.tokens,
+            token_mask=text.mask,
+            token_causal=nothing if text.causal is None else text.causal,
+            token_loss=nothing,
         )
 
+    def state(self, inputs: Inputs) -> Float[Array, "b q"]:
+        """Normalised, with zeros in the dimensions that the robot has not."""
+        state = normalize_state(self.scaling.state, inputs.group, inputs.state)
+        return jnp.pad(state, ((0, 0), (0, self.config.expert.state_dim - state.shape[-1])))
+
     def denoise(
-        self, weights: PyTree, conditions: Any, prefix: Prefix, inputs: Inputs, shape: Shape
+        self, params: PyTree, schedule: Schedule | None, context: Context, inputs: Inputs, shape: Shape
     ) -> Float[Array, "b S k a"]:
         """Noise to actions in the robot's units."""
-        expert, state = weights["expert"], None
-        if self.network.model.expert.state_token:
-            state = normalize_state(self.scaling.state, inputs.group, inputs.state)
-            state = jnp.tile(state, (1 + shape.guided, 1))
-            if self.network.rewrites.state:
-                prefix, state = self.network.add_state(expert, prefix, state), None
-        if shape.continues is not None:
-            inputs = inputs._replace(overlap=self._known(inputs, shape))
-        chunks = self._sample(expert, conditions, prefix, state, inputs, shape)
+        expert, dims = self.config.expert, self.scaling.action.factor.shape[-1]
+        mask = None
+        if dims < expert.action_dim:
+            real = jnp.arange(expert.action_dim) < dims
+            mask = jnp.broadcast_to(real, (shape.rows, expert.horizon, expert.action_dim))
+        overlap = inputs.overlap
+        if overlap is not None:
+            known = model_actions(self.scaling.known, inputs.group, overlap.known)
+            known = jnp.pad(known, ((0, 0), (0, 0), (0, expert.action_dim - dims)))
+            overlap = dataclasses.replace(overlap, known=known)
+        chunks = sample_chunks(
+            Sampling(self.model(), self.process, shape.solver, shape.samples, self.rewrites.state),
+            params,
+            context,
+            Given(state=self.state(inputs), action_mask=mask),
+            jax.vmap(_noise_key)(inputs.key, inputs.number),
+            schedule=schedule,
+            guidance=inputs.guidance,
+            overlap=overlap,
+        )
         return robot_actions(self.scaling.action, inputs.group, chunks)
-
-    def _known(self, inputs: Inputs, shape: Shape) -> Overlap:
-        """The running chunks in the model's units and dimensions, one for each sample."""
-        known = model_actions(self.scaling.known, inputs.group, inputs.overlap.known)
-        missing = self.network.model.expert.action_dim - known.shape[-1]
-        known = jnp.pad(known, ((0, 0), (0, 0), (0, missing)))
-        return dataclasses.replace(inputs.overlap, known=known).repeated(shape.samples)
-
-    def _sample(self, expert: PyTree, conditions: Any, prefix: Prefix, state, inputs: Inputs, shape: Shape):
-        config = self.network.model.expert
-        chunk = (config.horizon, config.action_dim)
-        keys = jax.vmap(_noise_key)(inputs.key, inputs.number)
-        noise = normal(keys, (shape.rows * shape.samples, *chunk))
-        guidance = None if inputs.guidance is None else jnp.repeat(inputs.guidance, shape.samples)
-        run = solve.Run(self.network, expert, prefix, state, conditions, guidance)
-        if inputs.overlap is None:
-            chunks = solve.sample(run, noise, keys, self.process, shape.solver)
-        else:
-            real = jnp.arange(config.action_dim) < self.scaling.action.factor.shape[-1]
-            chunks = solve.sample_on(run, noise, keys, self.process, shape.solver, inputs.overlap, real)
-        return chunks.reshape(shape.rows, shape.samples, *chunk)
 
 
 def _noise_key(data: Array, number: Int[Array, ""]) -> Array:

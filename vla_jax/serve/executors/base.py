@@ -62,7 +62,7 @@ class ChunkPolicy(Protocol):
         *,
         solver: SolverConfig,
         plan: Sequence[str] | None = None,
-        see_plan: bool = False,
+        plan_visible: bool = False,
     ) -> Float[np.ndarray, "b k a"]:
         """One chunk of actions per robot, in the robot's units."""
 
@@ -80,7 +80,7 @@ class ExecutorConfig:
     """Steps from one prediction to the next; None: the policy's own number."""
     delay: int = 0
     """Steps that a prediction takes."""
-    see_plan: bool = False
+    plan_visible: bool = False
     """Decode a plan at the episode's start, hold it, and show it to the actions."""
     temperature: float = 0.0
     """Of that plan; 0 takes the likeliest word each time, 1 samples."""
@@ -177,7 +177,7 @@ class ChunkExecutor:
         observation = check_observation(observation)
         robots = len(observation.instruction)
         drawn = draws(check_keys(self._key, robots), robots)
-        if plan is None and self._config.see_plan:
+        if plan is None and self._config.plan_visible:
             plan = self._policy.plan(observation, robot_keys(drawn.plan, robots), self._config.temperature)
         self.held_plan = None if plan is None else check_texts("plan", plan, robots)
         self._steps, self.switches, self._robots, self._keys = 0, [], robots, drawn.actions
@@ -226,7 +226,7 @@ class ChunkExecutor:
             noise_keys(self._keys, step)[rows],
             solver=self._solver,
             plan=None if self.held_plan is None else [self.held_plan[row] for row in rows],
-            see_plan=self.held_plan is not None,
+            plan_visible=self.held_plan is not None,
             **options,
         )
         chunk = np.asarray(chunk)

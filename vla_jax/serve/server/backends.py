@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.encode import Encoded
-from vla_jax.serve.compiled.policy import CompiledPolicy, keys_of
+from vla_jax.serve.compiled.runner import ProgramRunner, keys_of
 from vla_jax.serve.noise import draws
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.sampling import sample_action_tokens
@@ -24,7 +24,7 @@ class Program(NamedTuple):
     """What rows must have in common to share a call."""
 
     samples: int
-    sees: bool
+    plan_visible: bool
     """The actions see a plan."""
     writes: bool
     """A plan is decoded."""
@@ -55,13 +55,13 @@ class Backend(Protocol):
 
 
 class CompiledBackend:
-    """Calls of a `CompiledPolicy`; programs for some sets of cameras, others go through that of all of them."""
+    """Calls of compiled programs; those for some sets of cameras, others go through that of all of them."""
 
     def __init__(
-        self, compiled: CompiledPolicy, solver: SolverConfig, camera_sets: Collection[Collection[str]] = ()
+        self, runner: ProgramRunner, solver: SolverConfig, camera_sets: Collection[Collection[str]] = ()
     ):
-        self.compiled, self._solver, self.lengths = compiled, solver, compiled.lengths
-        everything = compiled.policy.bundle.shown
+        self.runner, self._solver, self.lengths = runner, solver, runner.lengths
+        everything = runner.bundle.shown
         for names in camera_sets:
             if not names or set(names) - set(everything):
                 raise ValueError(f"camera set {','.join(names)!r}: this policy has {', '.join(everything)}")
@@ -72,10 +72,8 @@ class CompiledBackend:
         self, observation: Observation, plan: str | None, guidance: float | None
     ) -> tuple[Encoded, int]:
         """See `Backend.encode`."""
-        (row,) = self.compiled.encode(
-            observation, None if plan is None else [plan], null_prompt=guidance == 0
-        )
-        return row, self.compiled.length_of([row])
+        (row,) = self.runner.encode(observation, None if plan is None else [plan], null_prompt=guidance == 0)
+        return row, self.runner.length_of([row])
 
     def run(
         self,
@@ -86,12 +84,12 @@ class CompiledBackend:
     ) -> Float[np.ndarray, "b S k a"]:
         """See `Backend.run`."""
         known = program.cameras in self.camera_sets
-        return self.compiled.run(
+        return self.runner.run(
             rows,
             keys_of(seeds),
             solver=self._solver,
             samples=program.samples,
-            sees=program.sees,
+            plan_visible=program.plan_visible,
             guidance=guidance,
             bucket=len(rows),
             length=program.length,
@@ -102,16 +100,16 @@ class CompiledBackend:
         """For every set of cameras; a program that writes a plan is that of its actions."""
         count = 0
         for cameras in self.camera_sets:
-            for shape in self.compiled.shapes(
+            for shape in self.runner.shapes(
                 self._solver,
                 samples=(program.samples,),
-                sees=(program.sees,),
+                plan_visible=(program.plan_visible,),
                 guided=(program.guided,),
                 lengths=(program.length,),
                 cameras=cameras,
             ):
-                if shape.rows in buckets and shape not in self.compiled.compiler.shapes:
-                    self.compiled.compiler.executable(shape)
+                if shape.rows in buckets and shape not in self.runner.compiler.shapes:
+                    self.runner.compiler.executable(shape)
                     count += 1
         return count
 
@@ -148,7 +146,7 @@ class TokensBackend:
             self._temperature,
             model=policy.model,
             samples=program.samples,
-            see_target=program.sees,
+            plan_visible=program.plan_visible,
             max_tokens=policy.max_chunk_tokens,
         )
         chunks = policy.read_chunks(written)

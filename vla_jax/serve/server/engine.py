@@ -20,7 +20,6 @@ from jaxtyping import Float, UInt8
 from vla_jax.data.observations import owned
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
-from vla_jax.serve.compiled.policy import CompiledPolicy
 from vla_jax.serve.policy import Policy
 from vla_jax.serve.server.backends import SERVED, Backend, CompiledBackend, Program, TokensBackend
 from vla_jax.serve.server.errors import Refused
@@ -82,12 +81,10 @@ class Engine:
         if policy.config.objective.action_weight == 0:
             raise ValueError("this policy was trained with objective.action_weight=0: it has no actions")
         tokens, writes = policy.config.kind == "tokens", plans and policy.writes_plans
-        # The plain parameters are for what the compiled programs do not do; otherwise they need not be on the device.
-        policy = policy.on_device() if tokens or writes else policy.on_host()
         self.buckets = tuple(sorted(set(buckets)))
-        self.policy: Policy | CompiledPolicy = policy
+        self.policy = policy
         """What computes: called directly it gives the served actions bit for bit (alone: those of bucket 1)."""
-        self._plain, self._solver = policy, solver
+        self._solver = solver
         if tokens:
             if compiled != SERVED or camera_sets or mesh is not None or solver.unroll != 1:
                 raise ValueError(
@@ -100,8 +97,8 @@ class Engine:
             # Where any size may come, one program must do for all: nothing is compiled after the start.
             resize = "host" if max_pixels else "device"
             config = dataclasses.replace(compiled, buckets=self.buckets, resize=resize)
-            self.policy = CompiledPolicy(policy, config, mesh=mesh)
-            self._backend = CompiledBackend(self.policy, solver, camera_sets)
+            policy = self.policy = policy.compiled(config, mesh=mesh)
+            self._backend = CompiledBackend(policy.runner, solver, camera_sets)
             about = {
                 "compiled": dataclasses.asdict(config),
                 "camera_sets": [list(names) for names in self._backend.camera_sets],
@@ -129,14 +126,14 @@ class Engine:
             encoded, length = self._backend.encode(observation, request.plan, request.guidance)
         except ValueError as error:  # a text that does not fit, an instruction without statistics
             raise Refused("invalid", " ".join(str(error).split())) from None
-        sees = request.see_plan or request.plan is not None
+        plan_visible = request.plan_visible or request.plan is not None
         program = Program(
             samples=request.samples,
-            sees=sees,
-            writes=request.write_plan or request.see_plan,
+            plan_visible=plan_visible,
+            writes=request.write_plan or request.plan_visible,
             guided=request.guidance not in (None, 0, 1),
             cameras=self._cameras(request.images),
-            length=self._backend.lengths[-1] if sees else length,
+            length=self._backend.lengths[-1] if plan_visible else length,
         )
         seed = seed if request.seed is None else request.seed
         return Row(program, observation, encoded, seed, request.guidance)
@@ -151,7 +148,7 @@ class Engine:
         texts, encoded = [None] * bucket, [row.encoded for row in full]
         if program.writes:
             texts = self._planners[bucket].plan(_stack(full), jax.random.key(0))
-            if program.sees:
+            if program.plan_visible:
                 encoded = [
                     self._backend.encode(row.observation, text, row.guidance)[0]
                     for row, text in zip(full, texts)
@@ -165,18 +162,18 @@ class Engine:
         """Everything that a request can ask for with an image of every camera."""
         cameras = self._cameras(self.spec.cameras)
         for samples in self.spec.samples:
-            for sees in (False, True)[: 1 + self.spec.sees_plans]:
+            for plan_visible in (False, True)[: 1 + self.spec.sees_plans]:
                 for writes in (False, True)[: 1 + self.spec.writes_plans]:
                     for guided in (False, True)[: 1 + self.spec.guides]:
-                        for length in self._backend.lengths[-1:] if sees else self._backend.lengths:
-                            yield Program(samples, sees, writes, guided, cameras, length)
+                        for length in self._backend.lengths[-1:] if plan_visible else self._backend.lengths:
+                            yield Program(samples, plan_visible, writes, guided, cameras, length)
 
     def warm_up(self) -> int:
         """Compiles everything that a request can ask for and runs it once; returns how many calls that were."""
         for program in self.programs():
             self._backend.compile(program, self.buckets)
         prompt = self._any_prompt()
-        blank = self._plain.bundle.blank(prompt)
+        blank = self.policy.bundle.blank(prompt)
         images = {camera: frames[0] for camera, frames in blank.images.items()}
         # Without its instruction a prompt fits every program, however long this policy's prompts usually are.
         request = Request(images=images, state=blank.state[0], prompt=prompt, guidance=0.0)
@@ -196,15 +193,15 @@ class Engine:
 
     def _cameras(self, given: Collection[str]) -> tuple[str, ...]:
         """The model's cameras that have an image where the robot gives these of its own."""
-        bundle = self._plain.bundle
+        bundle = self.policy.bundle
         return tuple(c for c in bundle.shown if c in bundle.select.black or bundle.sources.get(c) in given)
 
     def _image(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
         """Small from here on: a row that waits holds no larger image than the model sees."""
-        return self._plain.bundle.resize.resize(image) if self.spec.max_pixels else image
+        return self.policy.bundle.resize.resize(image) if self.spec.max_pixels else image
 
     def _any_prompt(self) -> str:
-        return next(iter(self._plain.bundle.normalize.task_of), "go")
+        return next(iter(self.policy.bundle.normalize.task_of), "go")
 
     def _spec(
         self,

@@ -40,7 +40,7 @@ class Request:
     samples: int = 1
     plan: str | None = None
     """A text that the actions are to follow."""
-    see_plan: bool = False
+    plan_visible: bool = False
     """Decode a plan and let the actions follow it."""
     write_plan: bool = False
     """Decode a plan and return it."""
@@ -158,8 +158,8 @@ def _options(value: Any, spec: Spec) -> dict[str, Any]:
     for key, given in value.items():
         given = given.item() if isinstance(given, np.generic) else given
         options[key] = _option(key, given, spec)
-    if "plan" in options and (options.get("see_plan") or options.get("write_plan")):
-        raise Refused("invalid", "a plan is given, so none is written; leave out see_plan and write_plan")
+    if "plan" in options and (options.get("plan_visible") or options.get("write_plan")):
+        raise Refused("invalid", "a plan is given, so none is written; leave out plan_visible and write_plan")
     return options
 
 
@@ -177,7 +177,7 @@ def _option(key: str, value: Any, spec: Spec) -> Any:
             type(value) in (int, float) and 0 <= value <= MAX_GUIDANCE,
             f"a number from 0 to {MAX_GUIDANCE:g}",
         ),
-        "see_plan": (type(value) is bool, "true or false"),
+        "plan_visible": (type(value) is bool, "true or false"),
         "write_plan": (type(value) is bool, "true or false"),
     }
     fits, what = valid[key]

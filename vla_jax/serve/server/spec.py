@@ -57,7 +57,7 @@ class Spec:
         """The options that this policy offers."""
         offered = ["seed", "samples", "deadline_ms", *["guidance"] * self.guides]
         offered += ["write_plan"] * self.writes_plans + ["plan"] * self.sees_plans
-        return (*offered, *["see_plan"] * (self.sees_plans and self.writes_plans))
+        return (*offered, *["plan_visible"] * (self.sees_plans and self.writes_plans))
 
     @property
     def row_bytes(self) -> int:
