@@ -16,6 +16,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 
+from tests.shapes import check_shapes
+
+check_shapes()  # before any test imports vla_jax
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module_at_a_time():

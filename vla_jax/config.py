@@ -237,7 +237,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         kind = class_of(kind, value.get("kind", ""), where.removesuffix("."))
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:

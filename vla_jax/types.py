@@ -21,7 +21,7 @@ Time: t = 0 is noise, t = 1 is data. Masks are boolean, True = valid.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from vla_jax.layers.gradient import scale_gradient
 
 PyTree = Any
+
+if TYPE_CHECKING:  # jaxlib comes without declarations of its classes
+    Device = Any
+else:
+    Device = jax.Device
 
 
 @jax.tree_util.register_dataclass

@@ -2,11 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
-
-with install_import_hook("vla_jax.flow", "beartype.beartype"):  # shapes are checked in these tests
-    import vla_jax.flow.oracle
-    import vla_jax.flow.processes  # noqa: F401
 
 from vla_jax.flow.oracle import GaussianMixture
 from vla_jax.flow.schedules import VP, CondOT, Cosine, LinearVP, Polynomial

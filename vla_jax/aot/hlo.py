@@ -78,6 +78,13 @@ class Instruction:
         """Of the result."""
         return sum(array.bytes for array in self.arrays)
 
+    def required(self, name: str) -> str:
+        """The value of ``name=value``, which instructions of this kind always have."""
+        value = self.attribute(name)
+        if value is None:
+            raise ValueError(f"{self.opcode} {self.name} has no {name}")
+        return value
+
     def attribute(self, name: str) -> str | None:
         """The value of ``name=value``, as far as the next comma outside brackets."""
         start = self.attributes.find(f"{name}=")
@@ -172,7 +179,7 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition, body = (loop.attribute(key).strip("%") for key in ("condition", "body"))
+        condition, body = (loop.required(key).strip("%") for key in ("condition", "body"))
         test = self.root(condition)
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
@@ -180,7 +187,7 @@ class Program:
         counter, bound = names[test.operands[0]], self._constant(condition, test.operands[1])
         if counter.opcode != "get-tuple-element" or bound is None:
             return None
-        index = int(counter.attribute("index"))
+        index = int(counter.required("index"))
         first = self._element(where, loop.operands[0], index)
         start = None if first is None else self._constant(where, first)
         step = self._step(body, index)

@@ -95,7 +95,7 @@ class Report:
             "operations that are no matrix products": line.other,
             "waiting for the network": line.waiting,
         }
-        return max(beyond, key=beyond.get)
+        return max(beyond, key=lambda part: beyond[part])
 
     def json(self) -> dict[str, Any]:
         """Everything as JSON values; seconds, bytes, FLOPs."""
@@ -193,14 +193,14 @@ def measure(
     start = time.perf_counter()
     try:
         # The training step brings these options along; a sampling program does not.
-        compiled = lowered.lowered.compile(compiler_options=xla_options("tpu", config.train.xla))
+        compiled = lowered.lowered.compile(compiler_options={**xla_options("tpu", config.train.xla)})
     except Exception as error:
         amounts = out_of_memory(error)
         if amounts is None:
             raise ValueError(f"the TPU compiler fails: {str(error).strip().splitlines()[0]}") from error
         raise too_large(config, topology, lowered, *amounts, program) from error
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     if text_to is not None:
         text_to.write_text(text)
     found = memory(compiled, topology.chip.hbm)

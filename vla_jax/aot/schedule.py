@@ -238,7 +238,7 @@ class Player:
             trips = self.program.trips(where, instruction)
             if trips is None:
                 line.unknown.add(f"how often the loop {instruction.name} runs (counted once)")
-            line.add(self._play(instruction.attribute("body").strip("%")), trips or 1)
+            line.add(self._play(instruction.required("body").strip("%")), trips or 1)
             return
         if opcode == "conditional":
             branches = [self._play(branch) for branch in instruction.called]
@@ -314,10 +314,10 @@ class Player:
         moved = 0.0
         for position, operand in enumerate(self.program.inputs(where, instruction)):
             here = sum(a.bytes for a in operand.arrays if a.space == space)
-            moved += self._read(called, position, here) if inside else here
+            moved += self._read(called, position, here) if called and inside else here
         written = sum(a.bytes for a in instruction.arrays if a.space == space)
         updates = [x for x in inside if x.opcode == "dynamic-update-slice"]
-        if updates and inside:
+        if updates and called:
             own = self.program.by_name(called)
             written = min(written, sum(own[x.operands[1]].bytes for x in updates if x.operands[1] in own))
         return moved + written

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from vla_jax.aot.chips import CHIPS, Chip
+from vla_jax.types import Device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Topology:
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} × {self.name}"
 
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[Device]:
         """Devices that programs can be compiled for, but not run on.
 
         Raises ValueError, in one line, where libtpu is not installed or knows no such topology.

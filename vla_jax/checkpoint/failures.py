@@ -58,9 +58,10 @@ def agreed(step_dir: Path, read: Callable[[], T], together: bool) -> T:
 
     Where it is damage to one and out of reach to another, it is out of reach to all: nothing is passed over.
     """
-    result, error = None, None
+    found: list[T] = []
+    error: CorruptCheckpointError | UnreachableCheckpointError | None = None
     try:
-        result = attempt(step_dir, read)
+        found.append(attempt(step_dir, read))
     except (CorruptCheckpointError, UnreachableCheckpointError) as failure:
         error = failure
     if together:
@@ -74,7 +75,7 @@ def agreed(step_dir: Path, read: Callable[[], T], together: bool) -> T:
             error = CorruptCheckpointError("another process cannot read it")
     if error is not None:
         raise error
-    return result
+    return found[0]
 
 
 def first_line(error: BaseException) -> str:

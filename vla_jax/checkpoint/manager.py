@@ -181,7 +181,7 @@ class Checkpoints:
             if path.name == step or path.name.startswith(f"{step}.orbax-checkpoint-tmp")
         ]
         (draft,) = drafts  # on an object store it has its name from the beginning
-        write_manifest(draft, self._saving)
+        write_manifest(draft, int(step))
 
     def _name_by_step(self) -> None:
         """A step is what the metadata say: a folder that was given another name gets that of its step again."""

@@ -22,6 +22,7 @@ from vla_jax.checkpoint.paths import Path
 from vla_jax.checkpoint.plain_sum import plain_sum
 from vla_jax.checkpoint.steps import newest
 from vla_jax.checkpoint.tree import flatten, join, nest
+from vla_jax.types import Device
 
 T = TypeVar("T")
 
@@ -47,8 +48,9 @@ class Saved:
 
     def check(self, part: str) -> None:
         """Raises CorruptCheckpointError where a part's files, but those of the arrays, are not what was written."""
-        if self.manifest is not None:
-            attempt(self.folder, lambda: self.manifest.check(self.folder, part))
+        manifest = self.manifest
+        if manifest is not None:
+            attempt(self.folder, lambda: manifest.check(self.folder, part))
 
     def item(self, item: str, abstract: Any = None) -> Any:
         """One item, see `load`."""
@@ -77,7 +79,7 @@ class Saved:
         item: str | None = None,
         *,
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-        device: jax.Device | None = None,
+        device: Device | None = None,
     ) -> "Loaded":
         """All parameters, see `load_params`."""
         has = self.meta["items"]
@@ -142,7 +144,7 @@ def load_params(
     item: str | None = None,
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-    device: jax.Device | None = None,
+    device: Device | None = None,
 ) -> Loaded:
     """All parameters of a checkpoint, those that were frozen with them.
 
@@ -237,7 +239,7 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
-def _saved_shapes(item_dir: Path, device: jax.Device | None = None) -> Any:
+def _saved_shapes(item_dir: Path, device: Device | None = None) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
     _look_into(item_dir)
     saved = ocp.StandardCheckpointHandler().metadata(item_dir).tree
@@ -245,13 +247,16 @@ def _saved_shapes(item_dir: Path, device: jax.Device | None = None) -> Any:
 
 
 def _placed(
-    item_dir: Path, shardings: Mapping[str, jax.sharding.Sharding], device: jax.Device | None = None
+    item_dir: Path, shardings: Mapping[str, jax.sharding.Sharding], device: Device | None = None
 ) -> Any:
     """The saved shapes with the shardings that are wanted."""
     saved = _saved_shapes(item_dir, device)
     if not shardings:
         return saved
-    everywhere = jax.sharding.NamedSharding(next(iter(shardings.values())).mesh, jax.sharding.PartitionSpec())
+    first = next(iter(shardings.values()))
+    if not isinstance(first, jax.sharding.NamedSharding):
+        raise TypeError(f"shardings of a mesh are expected, not {first}")
+    everywhere = jax.sharding.NamedSharding(first.mesh, jax.sharding.PartitionSpec())
 
     def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = shardings.get(name, everywhere)

@@ -18,7 +18,7 @@ def load_config(path: str | Path) -> Any:
     """What `get_config()` of a file, or of a named configuration, returns; raises FileNotFoundError, ValueError."""
     path = find_config(path)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -136,7 +136,7 @@ def draw(trainer: ImageTrainer, average, batches):
     figure = new_figure(
         9, 4.9, f"{config.data}: data, and samples ({solver.method}, {solver.num_steps} steps)"
     )
-    for block, pictures in zip(figure.subfigures(1, 2), (real, made)):
+    for block, pictures in zip(np.asarray(figure.subfigures(1, 2)), (real, made)):
         for i, (ax, picture) in enumerate(zip(block.subplots(4, 4).flat, pictures)):
             ax.imshow((np.clip(picture, -1, 1) + 1) / 2)
             ax.set(xticks=[], yticks=[])

@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from vla_jax.config import TrainConfig, prompt_form
 from vla_jax.data.config import DataConfig
 from vla_jax.data.observations import take
 from vla_jax.files import write_json
-from vla_jax.flow.config import FIXED, SolverConfig
+from vla_jax.flow.config import FIXED, Method, SolverConfig
 from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.cache import keep_programs
@@ -87,6 +87,7 @@ def _policy(args: BenchmarkArgs) -> Policy:
     if args.config is not None:
         base = load_config(args.config)
     else:
+        assert args.model is not None  # one of the three is given
         sizes: VLAConfig = getattr(presets, args.model)()
         base = TrainConfig(model=sizes, data=DataConfig(prompt=prompt_form(sizes)))
     most = max(args.numbers("cameras"), default=len(base.model.cameras) or 2)
@@ -116,7 +117,7 @@ def _cases(args: BenchmarkArgs, policy: Policy) -> list[Case]:
     if max(cameras) > known:
         raise UsageError(f"--cameras {max(cameras)}: this policy has {known}")
     solvers = [
-        SolverConfig(method=method, num_steps=steps, unroll=args.unroll)
+        SolverConfig(method=cast(Method, method), num_steps=steps, unroll=args.unroll)
         for method in args.words("solver")
         for steps in args.numbers("num_steps")
     ]
@@ -229,6 +230,7 @@ def _bound(args: BenchmarkArgs, compiled: Policy, case: Case, length: int) -> di
     if best is None:
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    assert case.solver.nfe is not None  # the method is one of FIXED
     work = roofline.work(
         model,
         batch=case.batch,

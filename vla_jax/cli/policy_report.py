@@ -5,6 +5,7 @@ import os
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import tqdm
@@ -60,7 +61,7 @@ def evaluate(args: EvaluateArgs) -> None:
             evaluation = evaluate_metaworld(
                 policy, tasks, config, solver, image_size=camera_size(policy, "corner2"), progress=progress
             )
-    report = evaluation.report | {"step": policy.step}
+    report: dict[str, Any] = evaluation.report | {"step": policy.step}
     report["config"] |= {"env": ":".join([kind, ",".join(tasks)]).rstrip(":"), "policy": policy.config_hash}
     if policy.config.kind in WITHOUT_SOLVER:
         report["solver"] = None
@@ -73,15 +74,22 @@ def evaluate(args: EvaluateArgs) -> None:
         write_json(report, args.json)
         print(f"\nwrote {args.json}")
     if args.figures is not None:
-        for path in draw(args, policy, solver, kind, Evaluation(report=report, rollout=evaluation.rollout)):
+        for path in draw(
+            args, args.figures, policy, solver, kind, Evaluation(report=report, rollout=evaluation.rollout)
+        ):
             print(f"wrote {path}")
 
 
 def draw(
-    args: EvaluateArgs, policy: Policy, solver: SolverConfig, kind: str, evaluation: Evaluation
+    args: EvaluateArgs,
+    folder: Path,
+    policy: Policy,
+    solver: SolverConfig,
+    kind: str,
+    evaluation: Evaluation,
 ) -> list[Path]:
     """Draws rollouts and, where they apply, fans and training curves; returns the files."""
-    report, name, folder = evaluation.report, label_of(args.checkpoint), args.figures
+    report, name = evaluation.report, label_of(args.checkpoint)
     title = f"{name}: {100 * report['success']:.1f} % success in {report['episodes']} episodes"
     paths = [
         style.save(

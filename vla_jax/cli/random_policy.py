@@ -130,8 +130,8 @@ def _bundle(
 
     def field(dims: int) -> FieldStatistics:
         return FieldStatistics(
-            mean=[0.1] * dims, std=[0.5] * dims, min=[-2.0] * dims, max=[2.0] * dims,
-            q01=[-1.0] * dims, q99=[1.0] * dims, count=100,
+            mean=(0.1,) * dims, std=(0.5,) * dims, min=(-2.0,) * dims, max=(2.0,) * dims,
+            q01=(-1.0,) * dims, q99=(1.0,) * dims, count=100,
         )  # fmt: skip
 
     statistics = Statistics(state=field(state), action=field(action))

@@ -103,6 +103,7 @@ def _replay(args: ReplayArgs, ask: Callable[[dict, dict], np.ndarray]) -> Replay
 def _of_server(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
     from vla_jax.serve.client import Client
 
+    assert args.url is not None  # else the checkpoint answers
     client = Client(args.url, token=args.token)
 
     def ask(row: dict, answered: dict) -> np.ndarray:
@@ -124,6 +125,7 @@ def _of_policy(args: ReplayArgs) -> Callable[[dict, dict], np.ndarray]:
     from vla_jax.serve.server.request import parse
     from vla_jax.sharding import MeshConfig, make_mesh
 
+    assert args.checkpoint is not None  # else the server answers
     then: dict[str, Any] = read_metadata(args.record)
     policy = Policy.load(args.checkpoint, weights=args.weights or then["weights"], host=True)
     now = {"config_hash": policy.config_hash, "step": policy.step, "weights": policy.weights}

@@ -16,6 +16,7 @@ import numpy as np
 
 from vla_jax.models.config import VLAConfig
 from vla_jax.train.flops import PEAK_FLOPS
+from vla_jax.types import Device
 
 #: Memory bandwidth of one device in bytes/s, by `jax.Device.device_kind` (vendors' data sheets).
 BANDWIDTH = {
@@ -112,7 +113,7 @@ def work(
 
 
 def peak(
-    device: jax.Device, devices: int = 1, dtype: str = "bfloat16", *, weight_bytes: int = MOST_READ
+    device: Device, devices: int = 1, dtype: str = "bfloat16", *, weight_bytes: int = MOST_READ
 ) -> Peak | None:
     """Of so many devices together for products of a dtype; None where the kind is not known. CPUs are measured, now.
 

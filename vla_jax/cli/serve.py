@@ -87,7 +87,8 @@ class ServeArgs(ServeConfig):
 def main() -> None:
     """Parses the command line, loads, warms up, serves."""
     args = cli(ServeArgs, description=__doc__)
-    args.secret(), args.tls()  # refuse now what cannot work, not after minutes of compiling
+    args.secret()  # refuses now what cannot work, not after minutes of compiling
+    args.tls()  # as well
     bound = args.bind()
 
     from vla_jax.cli.mesh_option import mesh_of

@@ -152,7 +152,7 @@ def _curves(args: ToyArgs, trained: "Trained") -> dict[Method, list["Quality"]]:
     from vla_jax.toy import measure
 
     process = args.toy.process
-    curves = {
+    curves: dict[Method, list[Quality]] = {
         method: [measure.quality(trained, SolverConfig(method=method, num_steps=n)) for n in STEPS[process]]
         for method in METHODS[process]
     }

@@ -40,6 +40,7 @@ def main() -> None:
     bundle = prepare(config.data, horizon=horizon, action_tokens="instead")
     print("".join(f"note: {line}\n" for line in bundle.constant_dims), end="")
     actions = bundle.tokenize_actions
+    assert actions is not None  # `prepare` was told to make them
     actions.fast.save(args.out)
     source = EpisodeSource(config.data.path)
     train, held_out = split_episodes(index_dataset(source), config.data)

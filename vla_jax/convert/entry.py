@@ -6,7 +6,7 @@ One table serves both directions. Nothing here touches a file; see `sources` and
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,13 +25,28 @@ class Spec:
     dtype: np.dtype
 
 
+@runtime_checkable
 class Source(Protocol):
     """Arrays by name, of which parts can be read."""
 
-    specs: Mapping[str, Spec]
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shapes and types by name."""
+        ...
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The part `index` of an array: integers, then at most one slice."""
+        ...
+
+
+def rows_of(index: Index) -> slice:
+    """The rows that `index` names, for a file of which only rows can be read; all of them where it is empty."""
+    if not index:
+        return slice(0, None)
+    (rows,) = index
+    if not isinstance(rows, slice):
+        raise TypeError(f"{index} does not name rows")
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +119,8 @@ class Entry:
         return part if self.flip is None else self.flip(part)
 
     def _merge(self, part: np.ndarray) -> np.ndarray:
+        if self.groups is None:
+            return part
         sizes = iter(part.shape)
         return part.reshape([math.prod(next(sizes) for _ in range(group)) for group in self.groups])
 

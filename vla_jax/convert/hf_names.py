@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from vla_jax.convert.entry import Entry, Spec
 from vla_jax.models.encoders.siglip import VisionConfig
@@ -68,15 +69,18 @@ def siglip_entries(prefixes: Prefixes, depth: int) -> list[Entry]:
     block = f"{ours}/Transformer/encoderblock"
     attention = f"{block}/MultiHeadDotProductAttention_0"
     for i in range(depth):
-        layer, at = f"{v}.encoder.layers.{i}", dict(index=(i,))
+        layer = f"{v}.encoder.layers.{i}"
+        at: dict[str, Any] = {"index": (i,)}
         for theirs, norm in (("layer_norm1", "LayerNorm_0"), ("layer_norm2", "LayerNorm_1")):
             entries += [
                 Entry(theirs=f"{layer}.{theirs}.weight", ours=f"{block}/{norm}/scale", **at),
                 Entry(theirs=f"{layer}.{theirs}.bias", ours=f"{block}/{norm}/bias", **at),
             ]
         for theirs, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            kernel = dict(ours=f"{attention}/{name}/kernel", order=(1, 2, 0), groups=(2, 1), **at)
-            bias = dict(ours=f"{attention}/{name}/bias", groups=(2,), **at)
+            kernel: dict[str, Any] = dict(
+                ours=f"{attention}/{name}/kernel", order=(1, 2, 0), groups=(2, 1), **at
+            )
+            bias: dict[str, Any] = dict(ours=f"{attention}/{name}/bias", groups=(2,), **at)
             entries += [
                 Entry(theirs=f"{layer}.self_attn.{theirs}.weight", **kernel),
                 Entry(theirs=f"{layer}.self_attn.{theirs}.bias", **bias),

@@ -34,7 +34,7 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
         return jax.ShapeDtypeStruct((1, *shape), dtype)  # sizes come from files: nothing is allocated by them
 
     text = abstract(jnp.bool_, 1)
-    batch = Batch(
+    arrays: dict[str, Any] = dict(
         images={name: abstract(jnp.uint8, size, size, 3) for name in config.cameras},
         image_mask={name: abstract(jnp.bool_) for name in config.cameras},
         state=abstract(jnp.float32, e.state_dim),
@@ -43,12 +43,29 @@ def our_shapes(config: VLAConfig, *, expert: bool) -> dict[str, Shape]:
         token_causal=text,
         token_loss=text,
     )
+    batch = Batch(**arrays)
     key = jax.eval_shape(lambda: jax.random.key(0))
     noise = abstract(jnp.float32, e.horizon, e.action_dim)
     tree = jax.eval_shape(VLA(config).init, key, batch, noise, abstract(jnp.float32))
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(tree)["params"])
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
     return {name: shape for name, shape in shapes.items() if expert or name.startswith("backbone/")}
+
+
+def paligemma_of(model: VLAConfig) -> PaliGemmaConfig:
+    """The backbone, for formats that hold PaliGemmas. Raises ValueError where it is another kind."""
+    if not isinstance(model.backbone, PaliGemmaConfig):
+        raise ValueError(
+            f"this format holds PaliGemmas; this model's backbone is of kind {model.backbone.kind}"
+        )
+    return model.backbone
+
+
+def joint_of(model: VLAConfig) -> JointConfig:
+    """The expert, for formats that hold π0's. Raises ValueError where it is another kind."""
+    if not isinstance(model.expert, JointConfig):
+        raise ValueError(f"this format holds π0's expert; this model's is of kind {model.expert.kind}")
+    return model.expert
 
 
 def new_expert(text: TextConfig, horizon: int) -> ExpertConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vla_jax.convert.entry import Entry, Lazy, Source
 from vla_jax.convert.formats import Opened, Options
-from vla_jax.convert.model import config_from, our_shapes
+from vla_jax.convert.model import config_from, joint_of, our_shapes
 from vla_jax.convert.openpi_lora import MergedSource, has_lora
 from vla_jax.convert.sources import OrbaxSource, read_json
 from vla_jax.convert.stream import write_orbax
@@ -104,7 +104,7 @@ def _cameras_of(options: Options) -> tuple[str, ...]:
 
 def table(model: VLAConfig, expert: bool, front: str, behind: str) -> list[Entry]:
     """Every array of ours under openpi's name."""
-    flip = flips(model.expert) if expert else {}
+    flip = flips(joint_of(model)) if expert else {}
     return [
         Entry(theirs=f"{front}{to_openpi(name)}{behind}", ours=name, flip=flip.get(name))
         for name in our_shapes(model, expert=expert)

@@ -12,7 +12,7 @@ from typing import Any
 from vla_jax.convert.entry import Entry, Lazy
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.hf_names import Prefixes, Sizes, find_prefixes, gemma_entries, siglip_entries
-from vla_jax.convert.model import new_expert
+from vla_jax.convert.model import new_expert, paligemma_of
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.stream import write_safetensors
 from vla_jax.models.backbones.paligemma import PaliGemmaConfig
@@ -45,8 +45,8 @@ def table(prefixes: Prefixes, model: VLAConfig, rows: int) -> list[Entry]:
     embedding = Entry(
         theirs=f"{prefixes.text}.embed_tokens.weight", ours="backbone/llm/embedder/input_embedding", rows=rows
     )
-    text = gemma_entries(prefixes.text, "backbone/llm", model.backbone.text.depth)
-    return [*siglip_entries(prefixes, model.backbone.vision.depth), embedding, *text]
+    text = gemma_entries(prefixes.text, "backbone/llm", paligemma_of(model).text.depth)
+    return [*siglip_entries(prefixes, paligemma_of(model).vision.depth), embedding, *text]
 
 
 def open_weights(path: Path, options: Options) -> Opened:
@@ -108,12 +108,12 @@ def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[En
 
 def padded_rows(model: VLAConfig) -> int:
     """Rows of their embedding: one more for ``<image>``, filled up to a multiple of 64."""
-    return -(-(model.backbone.text.vocab + 1) // 64) * 64
+    return -(-(paligemma_of(model).text.vocab + 1) // 64) * 64
 
 
 def config_json(model: VLAConfig, rows: int, dtype: str) -> dict[str, Any]:
     """What `PaliGemmaConfig` needs to know."""
-    v, t = model.backbone.vision, model.backbone.text
+    v, t = paligemma_of(model).vision, paligemma_of(model).text
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vla_jax.convert.entry import Entry, Lazy, row_slices
+from vla_jax.convert.entry import Entry, Lazy, row_slices, rows_of
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.hf_names import Prefixes
+from vla_jax.convert.model import joint_of, paligemma_of
 from vla_jax.convert.paligemma_hf import config_json, read_towers
 from vla_jax.convert.sources import SafetensorsSource, read_json
 from vla_jax.convert.stream import write_safetensors
@@ -57,10 +58,12 @@ def export_table(model: VLAConfig, options: Options, *, expert: bool) -> list[En
     """The table that is written; ValueError where the model is not a π0."""
     if not expert:
         raise ValueError("pi0_hf holds π0 only; these weights have no expert")
-    if model.expert.time != "mlp" or not model.expert.state_token:
+    if joint_of(model).time != "mlp" or not joint_of(model).state_token:
         raise ValueError("pi0_hf holds π0 only; this model's time or state enters in another way")
     heads = {name: name for name in HEADS}
-    return table(NAMES, f"{NAMES.text}.embed_tokens.weight", EXPERT, heads, model, model.backbone.text.vocab)
+    return table(
+        NAMES, f"{NAMES.text}.embed_tokens.weight", EXPERT, heads, model, paligemma_of(model).text.vocab
+    )
 
 
 def write_weights(
@@ -68,14 +71,14 @@ def write_weights(
 ) -> None:
     """Weights and config.json."""
     dtype = arrays[next(iter(arrays))].dtype
-    shape = (model.backbone.text.vocab, model.expert.width)
+    shape = (paligemma_of(model).text.vocab, joint_of(model).width)
 
     def zeros():
         for rows in row_slices(shape, dtype.itemsize):
-            yield rows, np.zeros((rows[0].stop - rows[0].start, *shape[1:]), dtype)
+            yield rows, np.zeros((rows_of(rows).stop - rows_of(rows).start, *shape[1:]), dtype)
 
     write_safetensors(folder, arrays | {UNUSED: Lazy(shape, dtype, zeros)}, options.max_file_bytes)
-    e, t = model.expert, model.backbone.text
+    e, t = joint_of(model), paligemma_of(model).text
     vlm = config_json(model, t.vocab, dtype.name)
     config = {
         "architectures": ["PI0ForConditionalGeneration"],

@@ -24,7 +24,7 @@ from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.normalize import Normalize
 from vla_jax.data.robot_data import select_of
 from vla_jax.data.robot_units import RobotUnits
-from vla_jax.data.robots.description import RobotDescription
+from vla_jax.data.robots.description import Field, RobotDescription
 from vla_jax.data.robots.table import find_robot
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import FieldStatistics, Statistics
@@ -38,6 +38,7 @@ TEXT_TOKENS = {"pi0": 48, "pi05": 200, "fast": 250}
 """Longest prompts, as in openpi (π0-FAST's with the action tokens)."""
 LEROBOT = "lerobot"
 """The name of the statistics in LeRobot's preprocessor, and of what else it says."""
+FIELDS: tuple[Field, ...] = ("state", "actions")
 EPSILON = 1e-6
 """What openpi adds to deviations and to differences of quantiles."""
 
@@ -130,17 +131,19 @@ def policy_data(
 
 def _normalisation(
     assets: Mapping[str, Any], name: str, raw: Mapping[str, Any], data: DataConfig, options: PolicyOptions
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], DataConfig]:
+) -> tuple[dict[Field, tuple[np.ndarray, np.ndarray]], DataConfig]:
     """Offset and scale of state and actions, by LeRobot's formulas or openpi's, and what LeRobot says of the prompt."""
     if name != LEROBOT:
         method = data.normalization
-        return {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in ("state", "actions")}, data
+        return {f: _openpi_affine(raw[f], method, f"{name}: {f}") for f in FIELDS}, data
     said = read_preprocessing(assets[LEROBOT])
     if said.prompt_state_dim and not options.state_in_prompt:
         raise ValueError(
             f"the preprocessor's {STATE_IN_PROMPT} puts the state into the prompt; leave --no-state-in-prompt out"
         )
-    fields = {f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in raw}
+    fields: dict[Field, tuple[np.ndarray, np.ndarray]] = {
+        f: affine(raw[f], said.modes[f], said.eps, f"{name}: {f}") for f in FIELDS
+    }
     return fields, dataclasses.replace(data, prompt_state_dim=said.prompt_state_dim)
 
 
@@ -230,7 +233,7 @@ def _schema(
         "actions": tuple(f"action_{i}" for i in range(statistics.action.dims)),
     }
     if robot is not None:
-        labels = {field: robot.labels(field) for field in labels}
+        labels = {"state": robot.labels("state"), "actions": robot.labels("actions")}
     return DatasetSchema(
         name="converted",
         robot=name if robot is None else robot.name,
@@ -242,16 +245,16 @@ def _schema(
 
 
 def _of_dims(
-    fields: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    fields: Mapping[Field, tuple[np.ndarray, np.ndarray]],
     raw: Mapping[str, Any],
     model: VLAConfig,
     options: PolicyOptions,
     said: Mapping[str, int | None],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+) -> dict[Field, tuple[np.ndarray, np.ndarray]]:
     """Offsets and scales of the dims that a robot without a description has."""
     given = {"state": options.state_dims, "actions": options.action_dims}
     most = {"state": model.expert.state_dim, "actions": model.expert.action_dim}
-    cut = {}
+    cut: dict[Field, tuple[np.ndarray, np.ndarray]] = {}
     for field, (offset, scale) in fields.items():
         dims = robot_dims(
             field, raw[field], len(offset), given=given[field], said=said.get(field), model=most[field]
@@ -261,7 +264,7 @@ def _of_dims(
 
 
 def _of_robot(
-    field: str, pair: tuple[np.ndarray, np.ndarray], robot: RobotDescription, name: str
+    field: Field, pair: tuple[np.ndarray, np.ndarray], robot: RobotDescription, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Offset and scale of the robot's own dims: openpi often pads before it computes statistics, and cuts these too."""
     dims = len(robot.labels(field))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -160,9 +161,11 @@ def _a(name: str) -> str:
 
 def _part_of_product(name: str, a: np.ndarray, b: np.ndarray, axes: int, index: Index) -> np.ndarray:
     """A·B[index] without more of A·B than the layers that the index asks for."""
-    batch = axes - len(matrix_axes(name).into) - len(matrix_axes(name).outof)
+    matrix = matrix_axes(name)
+    assert matrix is not None  # it has a low-rank part, so it is one
+    batch = axes - len(matrix.into) - len(matrix.outof)
     layers, rest = index[:batch], index[batch:]
-    product = np.asarray(lora.product(name, a[layers], b[layers]))
+    product = np.asarray(lora.product(name, jnp.asarray(a[layers]), jnp.asarray(b[layers])))
     kept = batch - sum(isinstance(i, int) for i in layers)
     return product[(slice(None),) * kept + rest]
 

@@ -14,9 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 import tensorstore as ts
+from etils import epath
 
 from vla_jax.checkpoint.failures import first_line
-from vla_jax.convert.entry import Index, Spec
+from vla_jax.convert.entry import Index, Spec, rows_of
 
 #: safetensors' names of types.
 DTYPES = {
@@ -78,7 +79,8 @@ class NpzSource:
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The array, or rows of it."""
         spec = self.specs[name]
-        start, stop = (0, None) if not index else (index[0].start, index[0].stop)
+        rows = rows_of(index)
+        start, stop = rows.start, rows.stop
         if self._member is None or self._member[:2] != (name, start):
             stream = self._zip.open(f"{name}.npy")
             _npy_header(stream)
@@ -161,8 +163,9 @@ class SafetensorsSource:
         spec, (file, offset) = self.specs[name], self._place[name]
         shape, row = spec.shape, math.prod(spec.shape[1:])
         if index:
-            offset += index[0].start * row * spec.dtype.itemsize
-            shape = (index[0].stop - index[0].start, *shape[1:])
+            rows = rows_of(index)
+            offset += rows.start * row * spec.dtype.itemsize
+            shape = (rows.stop - rows.start, *shape[1:])
         data = np.fromfile(file, spec.dtype, math.prod(shape), offset=offset)
         if data.size != math.prod(shape):
             raise ValueError(f"{file} is damaged: {name} ends too early")
@@ -200,7 +203,7 @@ class OrbaxSource:
     def __init__(self, path: Path):
         self.path = path.absolute()
         try:
-            tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.path)).tree
             saved = _json(self.path / "_METADATA") if (self.path / "_METADATA").is_file() else {}
         except Exception as error:  # orbax raises many types for a folder that is none of its own
             raise ValueError(f"{path} is not a readable orbax folder ({first_line(error)})") from error

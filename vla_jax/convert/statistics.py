@@ -17,14 +17,14 @@ import numpy as np
 
 from vla_jax.config import prompt_form
 from vla_jax.data.bundle import DataBundle
-from vla_jax.data.normalize import Normalize
+from vla_jax.data.normalize import Field, Method, Normalize
 from vla_jax.models.config import VLAConfig
 
-FIELDS = {"state": "state", "actions": "action"}
+FIELDS: dict[str, Field] = {"state": "state", "actions": "action"}
 """openpi's names, and ours."""
 
 
-def openpi_method(model: VLAConfig) -> str:
+def openpi_method(model: VLAConfig) -> Method:
     """How openpi normalises for the model that is built like this one."""
     return "zscore" if prompt_form(model) == "pi0" else "quantile"
 
@@ -45,7 +45,7 @@ def run_statistics(data: Mapping[str, Any], model: VLAConfig) -> dict[str, Any]:
     return found
 
 
-def _field(normalize: Normalize, group: str, field: str, method: str) -> dict[str, list[float]]:
+def _field(normalize: Normalize, group: str, field: Field, method: Method) -> dict[str, list[float]]:
     statistics = getattr(normalize.statistics[group], field)
     values = {kind: np.asarray(getattr(statistics, kind)) for kind in ("mean", "std", "q01", "q99")}
     offset, scale, _ = normalize.affine(group, field)

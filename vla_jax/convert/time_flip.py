@@ -16,6 +16,7 @@ Everything else, the noisy chunk included, is the same on both clocks.
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from vla_jax.models.experts.joint import JointConfig, embed_time
@@ -46,7 +47,7 @@ def reflect(kernel: np.ndarray, *, width: int) -> np.ndarray:
     sin(w - wt) = sin w cos wt - cos w sin wt and cos(w - wt) = cos w cos wt + sin w sin wt, where sin w and cos w
     are the embedding of t = 1.
     """
-    sin, cos = np.split(np.asarray(embed_time(np.ones(1, np.float32), width), np.float64)[0], 2)
+    sin, cos = np.split(np.asarray(embed_time(jnp.ones(1, jnp.float32), width), np.float64)[0], 2)
     length = np.hypot(sin, cos)
     sin, cos = (sin / length)[:, None], (cos / length)[:, None]
     out = kernel.astype(np.float64)

@@ -14,6 +14,7 @@ from vla_jax.convert.hf_names import (
     linear_entries,
     siglip_entries,
 )
+from vla_jax.convert.model import joint_of, paligemma_of
 from vla_jax.convert.sources import SafetensorsSource
 from vla_jax.convert.time_flip import flips
 from vla_jax.models.backbones.paligemma import PaliGemmaConfig
@@ -35,11 +36,11 @@ def table(
     prefixes: Prefixes, embedding: str, expert: str, heads: dict[str, str], model: VLAConfig, rows: int
 ) -> list[Entry]:
     """Backbone, expert and heads (by our names of them)."""
-    flip, adaptive = flips(model.expert), model.expert.time == "adarms"
-    entries = siglip_entries(prefixes, model.backbone.vision.depth)
+    flip, adaptive = flips(joint_of(model)), joint_of(model).time == "adarms"
+    entries = siglip_entries(prefixes, paligemma_of(model).vision.depth)
     entries.append(Entry(theirs=embedding, ours="backbone/llm/embedder/input_embedding", rows=rows))
-    entries += gemma_entries(prefixes.text, "backbone/llm", model.backbone.text.depth)
-    entries += gemma_entries(expert, "expert", model.backbone.text.depth, adaptive=adaptive)
+    entries += gemma_entries(prefixes.text, "backbone/llm", paligemma_of(model).text.depth)
+    entries += gemma_entries(expert, "expert", paligemma_of(model).text.depth, adaptive=adaptive)
     for ours, theirs in heads.items():
         entries += linear_entries(theirs, f"expert/{ours}", flip)
     return entries

@@ -3,10 +3,10 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from vla_jax.data import transforms as tf
 from vla_jax.data.config import DataConfig
@@ -30,6 +30,7 @@ from vla_jax.data.tokenizer import Tokenizer, train_tokenizer
 from vla_jax.data.tokenizer_files import read_tokenizer
 from vla_jax.types import Batch, Observation
 
+T = TypeVar("T", bound=Transform)
 _TOKENIZER_VERSION = 1
 FARTHEST = 1e12
 """Largest normalised state that is taken. Not less, because a dimension that never changed has a spread of 1e-8 in
@@ -148,7 +149,7 @@ class DataBundle:
             instruction = next(iter(self.normalize.task_of), "")
         sample = Sample(images={}, state=np.zeros(0, np.float32), instruction=instruction)
         middle, _, _ = self.normalize.affine(self.normalize.key(sample), "state")
-        images = {
+        images: dict[str, UInt8[np.ndarray, "b h w 3"] | None] = {
             camera: np.zeros((1, *self.schema.cameras[camera], 3), np.uint8)
             for camera in self.sources.values()
         }
@@ -191,7 +192,7 @@ class DataBundle:
 
     def decode_actions(self, ids: Int[np.ndarray, "*n g"], mask: Bool[np.ndarray, "*n g"]) -> DecodedChunks:
         """Sampled action tokens as chunks of the model's dimensions; see `TokenizeActions.decode`."""
-        chunks = self.tokenize_actions.decode(ids, mask)
+        chunks = self._only(TokenizeActions).decode(ids, mask)
         padding = self._only(tf.PadDims).action_dim - chunks.actions.shape[-1]
         widths = [(0, 0)] * (chunks.actions.ndim - 1) + [(0, padding)]
         return chunks._replace(actions=np.pad(chunks.actions, widths))
@@ -201,9 +202,7 @@ class DataBundle:
     ) -> Float[np.ndarray, "b *draws k robot_a"]:
         """The model's actions in the robots' units. Any axes may lie between batch and chunk."""
         rows = [
-            tf.apply_outputs(
-                self.transforms, _observed(observation, row, None).replace(actions=chunk)
-            ).actions
+            tf.apply_outputs(self.transforms, _observed(observation, row, None).replace(actions=chunk)).chunk
             for row, chunk in enumerate(np.asarray(actions))
         ]
         return np.stack(rows)
@@ -218,7 +217,7 @@ class DataBundle:
         schema = DatasetSchema.from_json(values["schema"])
         return cls(schema=schema, transforms=tf.from_json(values["transforms"]))
 
-    def _only(self, kind: type) -> Any:
+    def _only(self, kind: type[T]) -> T:
         found = [transform for transform in self.transforms if isinstance(transform, kind)]
         if len(found) != 1:
             raise ValueError(f"the stored transforms hold {len(found)} {kind.__name__}, not one")
@@ -326,26 +325,28 @@ def _as_tokens(
 def collate(samples: Sequence[Sample]) -> Batch:
     """Transformed samples as one batch of numpy arrays."""
     first = samples[0]
-    trained = first.actions is not None
-    return Batch(
-        images={camera: np.stack([s.images[camera] for s in samples]) for camera in first.images},
-        image_mask={camera: np.asarray([s.image_mask[camera] for s in samples]) for camera in first.images},
-        state=np.stack([s.state for s in samples]),
-        tokens=np.stack([s.text.tokens for s in samples]),
-        token_mask=np.stack([s.text.mask for s in samples]),
-        token_causal=np.stack([s.text.causal for s in samples]),
-        token_loss=np.stack([s.text.loss for s in samples]),
-        actions=np.stack([s.actions for s in samples]) if trained else None,
-        action_mask=np.stack([s.action_mask for s in samples]) if trained else None,
-        **_action_tokens(samples),
-    )
-
-
-def _action_tokens(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    if samples[0].action_tokens is None:
-        return {}
-    tokens, mask, loss = (np.stack(rows) for rows in zip(*(s.action_tokens for s in samples)))
-    return {"action_tokens": tokens, "action_token_mask": mask, "action_token_loss": loss}
+    texts = [row for row in (sample.text for sample in samples) if row is not None]
+    if len(texts) != len(samples):
+        raise ValueError("a sample has no text: Tokenize must be one of the transforms")
+    arrays: dict[str, Any] = {
+        "images": {camera: np.stack([s.images[camera] for s in samples]) for camera in first.images},
+        "image_mask": {
+            camera: np.asarray([s.image_mask[camera] for s in samples]) for camera in first.images
+        },
+        "state": np.stack([s.state for s in samples]),
+        "tokens": np.stack([row.tokens for row in texts]),
+        "token_mask": np.stack([row.mask for row in texts]),
+        "token_causal": np.stack([row.causal for row in texts]),
+        "token_loss": np.stack([row.loss for row in texts]),
+    }
+    if first.actions is not None:
+        arrays["actions"] = np.stack([s.chunk for s in samples])
+        arrays["action_mask"] = np.stack([s.chunk_mask for s in samples])
+    if first.action_tokens is not None:
+        rows = [s.action_tokens for s in samples if s.action_tokens is not None]
+        tokens, mask, loss = (np.stack(parts) for parts in zip(*rows, strict=True))
+        arrays |= {"action_tokens": tokens, "action_token_mask": mask, "action_token_loss": loss}
+    return Batch(**arrays)
 
 
 def _observed(observation: Observation, row: int, target: str | None) -> Sample:

@@ -30,9 +30,13 @@ def check_image(
     height, width = size or ("h", "w")
     wanted = f"uint8{_shape((*batch, height, width, 3))} is expected (RGB, channels last, values 0 to 255)"
     image = _array(value)
-    fits = image is not None and image.dtype == np.uint8 and image.ndim == len(batch) + 3
-    fits = fits and image.shape[: len(batch)] == batch and image.shape[-1] == 3 and image.size > 0
-    if not fits:
+    if image is None or not (
+        image.dtype == np.uint8
+        and image.ndim == len(batch) + 3
+        and image.shape[: len(batch)] == batch
+        and image.shape[-1] == 3
+        and image.size > 0
+    ):
         raise ValueError(f"{field} is {kind(value)}; {wanted}{_mend_image(image, batch)}")
     if size is not None and image.shape[-3:-1] != tuple(size):
         raise ValueError(f"{field} is {kind(value)}; {wanted}: resize it")

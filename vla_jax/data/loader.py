@@ -162,6 +162,6 @@ def _order(config: DataConfig, index: DatasetIndex, frames: np.ndarray, seed: in
             )
         # Each task has a seed of its own, or their orders would be copies of one another.
         part_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        parts.append(grain.MapDataset.source(members).seed(part_seed).shuffle().repeat())
+        parts.append(grain.MapDataset.source(members.tolist()).seed(part_seed).shuffle().repeat())
         shares.append(weights[task])
     return grain.MapDataset.mix(parts, [share / sum(shares) for share in shares])

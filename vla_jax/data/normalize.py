@@ -11,6 +11,9 @@ from vla_jax.data.sample import Sample, check_dims
 from vla_jax.data.schema import DatasetSchema
 from vla_jax.data.statistics import REACH, FieldStatistics, Statistics
 
+Method = Literal["zscore", "quantile"]
+Field = Literal["state", "action"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Normalize:
@@ -21,7 +24,7 @@ class Normalize:
     at least `FieldStatistics.least_scale`, towards the model and back alike.
     """
 
-    method: Literal["zscore", "quantile"]
+    method: Method
     group: Literal["dataset", "task"]
     """One set of statistics under the key "", or one per task."""
     statistics: dict[str, Statistics]
@@ -61,12 +64,10 @@ class Normalize:
     def outputs(self, sample: Sample) -> Sample:
         """Actions in the robot's units."""
         offset, scale, _ = self._affine[self.key(sample), "action"]
-        check_dims("action", sample.actions, len(scale))
-        return sample.replace(actions=(sample.actions * scale + offset).astype(np.float32))
+        check_dims("action", sample.chunk, len(scale))
+        return sample.replace(actions=(sample.chunk * scale + offset).astype(np.float32))
 
-    def affine(
-        self, key: str, field: Literal["state", "action"]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def affine(self, key: str, field: Field) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """offset, scale and 1/scale of a group of statistics, float64; both scales are 0 for a constant dimension."""
         return self._affine[key, field]
 

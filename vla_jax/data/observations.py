@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from vla_jax.data.fields import check_image, check_state, check_text, kind
 from vla_jax.types import Observation
@@ -89,6 +89,14 @@ def _cameras(images: Mapping[str, Any], expected: Expected | None) -> dict[str, 
                 "None where the robot has no such camera now"
             )
     return {camera: images[camera] for camera in expected.cameras}
+
+
+def seen(observation: Observation, camera: str) -> UInt8[np.ndarray, "b h w 3"]:
+    """The images of a camera that is there."""
+    images = observation.images[camera]
+    if images is None:
+        raise ValueError(f"camera {camera} has no image now")
+    return images
 
 
 def take(observation: Observation, rows: Sequence[int] | Int[np.ndarray, " r"]) -> Observation:

@@ -55,7 +55,7 @@ def select_of(
             raise ValueError(
                 f"robot {robot.name}: camera {of!r} fills {name!r}, the model has {', '.join(wanted)}"
             )
-    sizes = {name: schema.cameras.get(robot.fills.get(name), (image_size, image_size)) for name in wanted}
+    sizes = {name: schema.cameras.get(robot.fills.get(name, ""), (image_size, image_size)) for name in wanted}
     black = tuple(name for name in wanted if name in robot.absent) if robot.absent_as == "black" else ()
     return tf.SelectCameras(sizes, fills=robot.fills, black=black)
 

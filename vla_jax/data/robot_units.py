@@ -125,7 +125,7 @@ class RobotUnits:
 
     def outputs(self, sample: Sample) -> Sample:
         """Actions in the robot's units."""
-        return sample.replace(actions=self.robot_actions(sample.actions, sample.state))
+        return sample.replace(actions=self.robot_actions(sample.chunk, sample.state))
 
     def _subtracted(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n 1 a"]:
         """What relative actions are relative to; 0 for absolute ones."""

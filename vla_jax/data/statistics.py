@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vla_jax.data.derived import cached
 from vla_jax.data.index import check_finite
@@ -144,12 +144,12 @@ class Accumulator:
         self._shrink()
         quantiles = np.quantile(self._rows[0].astype(np.float64), (0.01, 0.99), axis=0)
         return FieldStatistics(
-            mean=self._mean,
-            std=np.sqrt(self._squares / self.count),
-            min=self._min,
-            max=self._max,
-            q01=quantiles[0],
-            q99=quantiles[1],
+            mean=tuple(self._mean),
+            std=tuple(np.sqrt(self._squares / self.count)),
+            min=tuple(self._min),
+            max=tuple(self._max),
+            q01=tuple(quantiles[0]),
+            q99=tuple(quantiles[1]),
             count=self.count,
         )
 
@@ -194,13 +194,13 @@ def compute_statistics(
         group: Statistics(**{field: accumulator.result() for field, accumulator in fields.items()})
         for group, fields in groups.items()
     }
-    dataset = results.pop(None)
-    return DatasetStatistics(dataset=dataset, per_task={task: results[task] for task in sorted(results)})
+    tasks = sorted(group for group in results if group is not None)
+    return DatasetStatistics(dataset=results[None], per_task={task: results[task] for task in tasks})
 
 
 def dataset_statistics(
     source: EpisodeSource,
-    episodes: Sequence[int],
+    episodes: Sequence[int] | Int[np.ndarray, " n"],
     fingerprint: str | None = None,
     *,
     rows_of: Rows | None = None,

@@ -146,8 +146,8 @@ class Tokenizer:
     def lengths(self, prompt: str | tuple[str, ...], target: str | None) -> tuple[int, int]:
         """How many tokens a prompt (an instruction, or pieces) needs: for all of it, and for [target eos]."""
         pieces = _paligemma(prompt) if isinstance(prompt, str) else prompt
-        prompt, answer = self._rows(pieces, target if target and target.strip() else None)
-        return len(prompt) + len(answer), len(answer)
+        asked, answer = self._rows(pieces, target if target and target.strip() else None)
+        return len(asked) + len(answer), len(answer)
 
     def to_files(self) -> dict[str, str]:
         """File name → content, to be stored in a checkpoint."""

@@ -43,7 +43,7 @@ def sentencepiece_to_json(data: bytes, where: str) -> str:
     """A sentencepiece BPE model as the text of a tokenizer.json."""
     from transformers.utils import sentencepiece_model_pb2_new as protos  # slow to import, rarely needed
 
-    proto = protos.ModelProto()
+    proto = getattr(protos, "ModelProto")()  # noqa: B009  # generated when it is imported
     try:
         proto.ParseFromString(data)
     except Exception as error:  # google.protobuf's DecodeError, of a package that is not a dependency of ours
@@ -70,7 +70,7 @@ def sentencepiece_to_json(data: bytes, where: str) -> str:
             byte_fallback=_BYTE in kinds,
         )
     )
-    steps = [normalizers.Replace(" ", _SPACE)]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.insert(0, normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)

@@ -127,13 +127,13 @@ class PadDims:
         if sample.actions is not None:
             check_dims("action", sample.actions, self.robot_action_dim)
             changes["actions"] = _pad(sample.actions, self.action_dim)
-            changes["action_mask"] = _pad(sample.action_mask, self.action_dim)
+            changes["action_mask"] = _pad(sample.chunk_mask, self.action_dim)
         return sample.replace(**changes)
 
     def outputs(self, sample: Sample) -> Sample:
         """Cuts the padding off."""
-        check_dims("model action", sample.actions, self.action_dim)
-        return sample.replace(actions=sample.actions[..., : self.robot_action_dim])
+        check_dims("model action", sample.chunk, self.action_dim)
+        return sample.replace(actions=sample.chunk[..., : self.robot_action_dim])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,7 @@ def solve(
                 intermediates=intermediates,
             )
         )
-    how = dict(method=solver.method, unroll=min(solver.unroll, solver.num_steps), stages=stages)
+    how: dict[str, Any] = dict(method=solver.method, unroll=min(solver.unroll, solver.num_steps), stages=stages)
     end = integrate(field, x, times, intermediates=intermediates, **how)
+    assert solver.nfe is not None  # only adaptive methods do not know it
     return Samples(end.x, solver.nfe, end.trajectory)

@@ -87,7 +87,7 @@ def sinkhorn_pairs(
     cost = cost.astype(jnp.promote_types(cost.dtype, jnp.float32))
     if extra_cost is not None:
         cost = cost + extra_cost
-    plan = sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations)
+    plan = sinkhorn_plan(jnp.asarray(cost), epsilon=epsilon, iterations=iterations)
     n = cost.shape[0]
 
     def take(_, state):

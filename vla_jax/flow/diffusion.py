@@ -119,7 +119,8 @@ class Diffusion:
         times = jnp.asarray(times, time_dtype(x.dtype))
         keys = split(rest, solver.num_steps)
         end, path = jax.lax.scan(body, x, (times[:-1], times[1:], keys), unroll=solver.unroll)
-        return Samples(end, solver.nfe, jnp.concatenate([x[None], path]) if intermediates else None)
+        assert solver.nfe is not None  # only adaptive methods do not know it
+        return Samples(end, solver.nfe, None if path is None else jnp.concatenate([x[None], path]))
 
     def grid(self, solver: SolverConfig) -> Float[np.ndarray, " n"]:
         """The solver's times; on a table rounded to its steps, from the noisiest to one beyond the cleanest."""

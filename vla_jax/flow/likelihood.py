@@ -69,12 +69,13 @@ def log_likelihood(
         )
     b, shape = x.shape[0], x.shape
     mask = jnp.ones(shape, bool) if mask is None else mask
+    signs = None
     if key is not None:
         signs = jax.random.rademacher(key, (probes, *shape), x.dtype) * mask
 
     def augmented(state, t):
         x = state[:, :-1].reshape(shape)
-        if key is None:
+        if signs is None:
             value, divergence = exact_divergence(field, x, t, mask)
         else:
             value, divergence = hutchinson_divergence(field, x, t, signs)

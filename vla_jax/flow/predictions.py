@@ -17,6 +17,7 @@ cannot look at t, the result is inf or NaN. Everywhere else the formula used is 
 from typing import Literal
 
 import jax
+import jax.core
 import numpy as np
 from jaxtyping import Array, Float
 

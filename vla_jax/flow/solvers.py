@@ -117,4 +117,4 @@ def integrate(
         return x, (x if intermediates else None)
 
     end, path = jax.lax.scan(step, x, (times[:-1], times[1:], stages), unroll=unroll)
-    return Solution(end, jnp.concatenate([x[None], path]) if intermediates else None)
+    return Solution(end, None if path is None else jnp.concatenate([x[None], path]))

@@ -9,7 +9,6 @@ from typing import Any
 import diffrax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 NOT_FINITE = diffrax.RESULTS.dt_min_reached
 """What a solution says then: no other cause has it, since no least step is set."""
@@ -20,13 +19,13 @@ class StopEarly(diffrax.PIDController):
 
     def adapt_step_size(
         self,
-        t0: ArrayLike,
-        t1: ArrayLike,
+        t0: Array | float,
+        t1: Array | float,
         y0: Array,
         y1_candidate: Array,
         args: Any,
         y_error: Array,
-        error_order: ArrayLike,
+        error_order: Array | float,
         controller_state: Any,
     ) -> tuple[Any, ...]:
         """As diffrax's, see there, of one state [b ...] at the times t0 and t1."""

@@ -97,7 +97,8 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
     if text_only:
         axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label=f"{text_only[0].symbol} = 0")
     if log:
-        axes.set_xscale("log"), axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
     shown = [s for s in settings if s.mean(x) and s.mean(y)]
     _keep_to_values(axes.set_xlim, [s.mean(x) for s in shown])
     _keep_to_values(axes.set_ylim, [s.mean(y) for s in shown])

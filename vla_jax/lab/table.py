@@ -124,7 +124,8 @@ class Setting:
     def mean(self, name: str) -> Mean | None:
         """A column's mean over seeds; None where some cell lacks it."""
         values = [row.metric(name) for row in self.rows]
-        return None if any(v is None for v in values) else mean_of(values)
+        known = [value for value in values if value is not None]
+        return mean_of(known) if len(known) == len(values) else None
 
 
 def mean_of(values: Iterable[float]) -> Mean:

@@ -24,7 +24,7 @@ from vla_jax.train.knobs import Knobs
 from vla_jax.train.state import InitParams, TrainState, creator
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
 from vla_jax.train.weigh import Metrics, policy_of
-from vla_jax.types import Batch, PyTree
+from vla_jax.types import Batch, Device, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +63,7 @@ class Together:
     tx: optax.GradientTransformation
     init_params: InitParams
     knobs: Knobs
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -187,7 +187,7 @@ def pick(tree: PyTree, cell: int) -> PyTree:
     return jax.tree.map(lambda x: jax.device_get(x[cell]), tree)
 
 
-def padding(cells: int, devices: Sequence[jax.Device]) -> int:
+def padding(cells: int, devices: Sequence[Device]) -> int:
     """How many copies make the number of cells a multiple of that of the devices."""
     return -cells % len(devices)
 

@@ -26,7 +26,8 @@ def constrain(x: Array, names: Sequence[str | None]) -> Array:
 def mesh_axes(names: Sequence[str | None]) -> PartitionSpec:
     """Where axes of these names lie on the mesh. Raises ValueError where the active rules lack a name."""
     _check(names)
-    return nn.logical_to_mesh_axes(tuple(names))
+    spec = nn.logical_to_mesh_axes(tuple(names))
+    return PartitionSpec() if spec is None else spec
 
 
 def _check(names: Sequence[str | None]) -> None:

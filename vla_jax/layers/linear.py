@@ -41,7 +41,7 @@ class Matrix(NamedTuple):
 
     def part(self, i: int) -> "Matrix":
         """Number i of a batch of matrices."""
-        return Matrix(*(None if x is None else x[i] for x in self))
+        return jax.tree.map(lambda x: x[i], self)
 
     def inputs(self, start: int, stop: int) -> "Matrix":
         """Some rows of one matrix [inputs, outputs]: what multiplies a part of concatenated inputs."""
@@ -64,7 +64,7 @@ def multiply(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Arr
     w = matrix.w.astype(x.dtype)
     if matrix.scale is not None:
         return _scaled(equation, x, w, matrix)
-    if matrix.a is None:
+    if matrix.a is None or matrix.b is None:
         return jnp.einsum(equation, x, w)
     narrow, widen = low_rank_equations(equation, matrix.a.ndim)
     hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
@@ -78,7 +78,7 @@ def _scaled(equation: str, x: Array, w: Array, matrix: Matrix) -> Array:
     _, weight, result = equation.replace("->", ",").split(",")
     outputs = "".join(letter for letter in weight if letter in result)
     y = jnp.einsum(f"{result},{outputs}->{result}", y, matrix.scale)
-    if matrix.a is not None:
+    if matrix.a is not None and matrix.b is not None:
         narrow, widen = low_rank_equations(equation, matrix.a.ndim)
         hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
         y = y + jnp.einsum(widen, hidden, matrix.b.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -113,7 +113,7 @@ def _factors(key: PRNGKeyArray, path: str, w: Any, rank: int) -> dict[str, Any]:
     a_shape = (*(shape[i] for i in batch), *(shape[i] for i in into), rank)
     b_shape = (*(shape[i] for i in batch), rank, *(shape[i] for i in outof))
     a, b = std * jax.random.normal(key, a_shape), jnp.zeros(b_shape)
-    if not isinstance(w, meta.AxisMetadata):
+    if not isinstance(w, meta.Partitioned):
         return {"a": a, "b": b}
     names = w.names
     lead = tuple(names[i] for i in batch)

@@ -23,9 +23,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Normalises in float32 and returns the dtype of `x`."""
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)), (x.shape[-1],)
-        )
+        initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
+        scale = nn.unbox(self.param("scale", initializer, (x.shape[-1],)))
         return (rms_normalize(x) * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 

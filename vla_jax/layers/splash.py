@@ -6,6 +6,7 @@ array to the mask function, usually its position, and `reach` takes that place. 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def _attend(q, k, v, visible, reach):
 
     def sample(interpret: bool, q, k, v, visible, reach):
         sees = kernel.SegmentIds(q=jnp.ones(reach.shape, jnp.int32), kv=visible.astype(jnp.int32))
-        run = _kernel(reach, q.shape[0], k.shape[0], interpret)
+        run: Any = _kernel(reach, q.shape[0], k.shape[0], interpret)
         if k.shape[1] == 1:
             out = run(q.swapaxes(0, 1), k[:, 0], v[:, 0], sees)
         else:
@@ -80,8 +81,9 @@ def _kernel(
     reach: Int[Array, " t"], queries: int, keys: int, interpret: bool
 ) -> kernel.SplashAttentionKernel:
     """The multi-query kernel whose query i sees keys up to `reach[i]`."""
+    traced: Any = reach  # declared as NumPy's, but a traced array is taken as well
     info = MaskInfo(
-        data_next=None, mask_next=None, block_mask=None, partial_mask_blocks=None, q_sequence=reach
+        data_next=None, mask_next=None, block_mask=None, partial_mask_blocks=None, q_sequence=traced
     )
     block_q, block_kv = _block(queries, 1024), _block(keys, 512)
     sizes = kernel.BlockSizes(

@@ -67,10 +67,11 @@ def initialize(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: give all of "
             f"{', '.join(given)}, or none and let the cluster be detected"
         )
-    if not missing and ":" not in coordinator:
-        raise ValueError(f"--coordinator {coordinator} has no port; give HOST:PORT of process 0")
-    if not missing and not 0 <= process_id < num_processes:
-        raise ValueError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if ":" not in coordinator:
+            raise ValueError(f"--coordinator {coordinator} has no port; give HOST:PORT of process 0")
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process-id {process_id} must be from 0 to {num_processes - 1}")
     # Stopping is agreed upon by the training loop itself; JAX's handler would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -89,7 +90,9 @@ def initialize(
             raise
         return  # no cluster: one process
     if process_count() > 1:
-        last_words.leave(me(), _jax_distributed.global_state.coordinator_address)
+        address = _jax_distributed.global_state.coordinator_address
+        assert address is not None  # there are several processes
+        last_words.leave(me(), address)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def leave(name: str, coordinator: str) -> None:
 def take_back() -> None:
     """Call it before an orderly exit."""
     global _helper
-    if _helper is None:
+    if _helper is None or _helper.stdin is None:
         return
     try:
         _helper.stdin.write(b"orderly")

@@ -14,12 +14,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vla_jax.sharding.config import MeshConfig
+from vla_jax.types import Device
 
 #: Mesh axes over which the batch is split.
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
     """The mesh of all devices (or of those given), with the one axis that is -1 filled in.
 
     The axes are `AxisType.Auto`: linen's parameter boxes and logical constraints work with no other type.
@@ -59,12 +60,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ) from error
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_of(device: Device) -> int:
     """Which slice a device belongs to; 0 where the platform has none."""
     return getattr(device, "slice_index", None) or 0
 
 
-def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Device]) -> np.ndarray:
     """Devices in the shape of the mesh, whole slices one after the other along the data axis."""
     if sizes["data"] % slices:
         rest = math.prod(sizes.values()) // sizes["data"]
@@ -111,7 +112,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     rows where an axis other than the batch's runs across them.
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return tuple(sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]}))
+    return tuple(sorted({row for place in places.values() if place for row in range(batch_size)[place[0]]}))
 
 
 def check_prefix(tokens: int, patches: int, mesh: Mesh) -> None:

@@ -92,7 +92,8 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             return nn.unbox(leaf)
         name = path_name(path)
         axes = logical_names(name, leaf)
-        spec = _drop_idle(nn.logical_to_mesh_axes(axes, RULES), mesh) if axes else PartitionSpec()
+        spec = nn.logical_to_mesh_axes(axes, RULES) if axes else None
+        spec = PartitionSpec() if spec is None else _drop_idle(spec, mesh)
         _check_divides(name, nn.unbox(leaf).shape, axes, spec, mesh)
         return NamedSharding(mesh, spec)
 
@@ -118,9 +119,9 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def _check_divides(name: str, shape, axes, spec: PartitionSpec, mesh: Mesh) -> None:
     for size, axis, entry in zip(shape, axes, spec):
-        mesh_axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        mesh_axes: tuple[str, ...] = () if entry is None else (entry,) if isinstance(entry, str) else entry
         shards = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % shards:
+        if mesh_axes and size % shards:
             sizes = " × ".join(f"mesh.{a}={mesh.shape[a]}" for a in mesh_axes)
             # Shrink the last of them to what the others leave divisible; where nothing does, the first.
             others = math.prod(mesh.shape[a] for a in mesh_axes[:-1])

@@ -212,7 +212,9 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """A pool's workers would outlive a parent that is killed, and wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it runs in a pool
+    wait([parent.sentinel])
     os._exit(1)
 
 

@@ -42,13 +42,17 @@ class VectorEnv(Protocol):
 
     def reset(self, seeds: Sequence[int]) -> Observation:
         """Starts b = len(seeds) episodes; an episode is a pure function of its seed and the actions."""
+        ...
 
     def advance(self, actions: Float[np.ndarray, "b k a"]) -> Observation:
         """Runs k control steps; environments that are done (before or within the chunk) stay as they are."""
+        ...
 
     @property
     def done(self) -> Bool[np.ndarray, " b"]:
         """Which episodes have ended (success, failure or time)."""
+        ...
 
     def results(self) -> list[dict[str, Any]]:
         """One record per episode with at least `seed, task, success, steps, time_s`."""
+        ...

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from vla_jax.finite import finite
 from vla_jax.flow.config import SolverConfig
@@ -40,12 +40,34 @@ def silent(name: str, total: int, ended: int) -> None:
 class EvaluablePolicy(ChunkPolicy, Protocol):
     """What evaluation asks of a policy beyond acting."""
 
-    writes_plans: bool
-    """Whether it was trained to predict the text target."""
-    sees_plans: bool
-    """Whether its actions were trained with a visible text target."""
-    action_scale: Float[np.ndarray, " a"]
-    """Standard deviation of each action dimension in the training data."""
+    @property
+    def writes_plans(self) -> bool:
+        """Whether it was trained to predict the text target."""
+        ...
+
+    @property
+    def sees_plans(self) -> bool:
+        """Whether its actions were trained with a visible text target."""
+        ...
+
+    @property
+    def action_scale(self) -> Float[np.ndarray, " a"]:
+        """Standard deviation of each action dimension in the training data."""
+        ...
+
+    def act(
+        self,
+        observation: Observation,
+        key: PRNGKeyArray,
+        *,
+        solver: SolverConfig,
+        plan: Sequence[str] | None = None,
+        see_plan: bool = False,
+        samples: int = 1,
+        **guided: Any,
+    ) -> Float[np.ndarray, "b *samples k a"]:
+        """One chunk of actions per robot, or `samples` of them; `guided` holds `guidance` where it is asked for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +179,7 @@ class Runner:
             temperature=self.config.temperature,
             guidance=self.config.guidance,
         )
-        keeps = None if env is None else env.spec.kept
+        keeps = None if env is None else env.spec.kept.tolist()
         return make_executor(self.policy, config, solver=self.solver, key=key, keeps=keeps)
 
     def plan(self, observation: Observation, seeds: Sequence[int]) -> list[str]:
@@ -165,7 +187,7 @@ class Runner:
         return self.policy.plan(observation, self.episode_keys("plans", seeds), self.config.temperature)
 
     @property
-    def _guided(self) -> dict[str, float]:
+    def _guided(self) -> dict[str, Any]:
         return {} if self.config.guidance is None else {"guidance": self.config.guidance}
 
     def diversity(self, observation: Observation, seeds: Sequence[int]) -> float:

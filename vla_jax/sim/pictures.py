@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vla_jax.data.observations import seen
 from vla_jax.flow.config import SolverConfig
 from vla_jax.sim import metrics
 from vla_jax.sim.evaluate import EvaluablePolicy
@@ -50,7 +51,7 @@ def fan_rows(
             fans.append(
                 Fan(
                     label=label,
-                    image=observation.images["top"][i],
+                    image=seen(observation, "top")[i],
                     paths=env.to_pixels(paths[i]),
                     caption=f"“{observation.instruction[i]}”\n{_ways(env, i, paths[i])}, diversity {diversity:.2f}",
                 )

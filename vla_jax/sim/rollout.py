@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from vla_jax.data.observations import seen
 from vla_jax.sim.env import VectorEnv
 from vla_jax.sim.metrics import smoothness
 from vla_jax.types import Observation
@@ -15,18 +16,25 @@ from vla_jax.types import Observation
 class Executor(Protocol):
     """What a rollout asks of an executor (see `vla_jax.serve.executors`)."""
 
-    held_plan: Sequence[str] | None
-    """The plans that the episodes began with, if any."""
-    switches: Sequence[int]
-    """Steps at which a new chunk took over."""
+    @property
+    def held_plan(self) -> Sequence[str] | None:
+        """The plans that the episodes began with, if any."""
+        ...
+
+    @property
+    def switches(self) -> Sequence[int]:
+        """Steps at which a new chunk took over."""
+        ...
 
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
         """Begins episodes, with plans where some are forced."""
+        ...
 
     def __call__(
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
     ) -> Float[np.ndarray, "b execute a"]:
         """The actions to run now."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +78,7 @@ def rollout(
     executor.reset(observation, plan)
     camera = camera or next(iter(env.spec.cameras))
     recorded = range(min(record, len(seeds)))
-    frames = [[observation.images[camera][i].copy()] for i in recorded]
+    frames = [[seen(observation, camera)[i].copy()] for i in recorded]
     seconds = [[0.0] for _ in recorded]
     instructions, plans = observation.instruction, executor.held_plan or (None,) * len(seeds)
     done, steps, executed = np.asarray(env.done), 0, []
@@ -81,7 +89,7 @@ def rollout(
         steps += actions.shape[1]
         for i in recorded:
             if not done[i]:
-                frames[i].append(observation.images[camera][i].copy())
+                frames[i].append(seen(observation, camera)[i].copy())
                 seconds[i].append(steps / env.spec.control_hz)
         ended = np.asarray(env.done)
         progress(int(ended.sum() - done.sum()))

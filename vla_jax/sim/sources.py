@@ -38,6 +38,7 @@ class Source(Protocol):
 
     def episodes(self, start: int, stop: int) -> Iterator[Episode]:
         """The episodes with numbers start … stop-1."""
+        ...
 
 
 def attempt_seed(first: int, slot: int, slots: int, attempt: int) -> int:

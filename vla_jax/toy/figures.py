@@ -3,7 +3,7 @@
 Every function returns a matplotlib figure; `sim.figures.style.save` writes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vla_jax.flow.base import Samples
+from vla_jax.flow.config import Method
 from vla_jax.flow.schedules import CondOT
 from vla_jax.sim.figures.style import FAINT, INK, PALETTE, new_figure, tidy
 from vla_jax.toy.laws import Law, field
@@ -115,7 +116,7 @@ def draw_field(trained: Trained, title: str, times: Sequence[float] = (0.1, 0.5,
 
 
 def draw_errors(
-    curves: dict[str, list[Quality]],
+    curves: Mapping[Method, Sequence[Quality]],
     losses: Float[np.ndarray, " steps"],
     by_time: TimeError | None,
     noise: float,
@@ -160,7 +161,7 @@ def draw_guidance(
 ) -> Figure:
     """Samples of all classes for some scales, and what becomes of them as the scale grows."""
     figure = new_figure(15, 7.6, title)
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = np.asarray(figure.subfigures(2, 1))
     shown = [i for i, w in enumerate(measured.w) if w in (0, 1, 2, 3, 5)]
     for ax, i in zip(np.atleast_1d(top.subplots(1, len(shown))), shown):
         for c, x in enumerate(samples[i]):

@@ -180,7 +180,7 @@ class Mixture(Law):
     def _squared_distances(self, x: Float[Array, "n 2"], alpha: Float[Array, " n"]) -> Float[Array, "n m"]:
         """``|x - alpha c|^2`` for every centre c."""
         c = jnp.asarray(self.centres, x.dtype)
-        return sum((x[:, i : i + 1] - alpha[:, None] * c[:, i]) ** 2 for i in range(2))
+        return jnp.square(x[:, None] - alpha[:, None, None] * c).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vla_jax.flow.config import SolverConfig
+from vla_jax.flow.diffusion import Diffusion
 from vla_jax.flow.likelihood import log_likelihood
 from vla_jax.flow.meanflow import MeanFlow
 from vla_jax.flow.metrics import energy_distance
+from vla_jax.flow.predictions import Kind
 from vla_jax.toy.laws import Law, field
 from vla_jax.toy.train import LAST_TIME, Trained
 
@@ -106,7 +108,8 @@ def time_error(
     """Loss and error at given times, on fresh data."""
     if isinstance(trained.process, MeanFlow):
         raise ValueError("the loss of meanflow is of an interval, not of a time")
-    process, kind = trained.process, getattr(trained.process, "prediction", "velocity")
+    process = trained.process
+    kind: Kind = process.prediction if isinstance(process, Diffusion) else "velocity"
     sign = -1 if kind == "score" else 1  # what is trained is sigma times the score: minus the noise
     perfect = field(trained.law, process.schedule, "eps" if kind == "score" else kind)
     x = trained.law.sample(jax.random.key(seed), n).x

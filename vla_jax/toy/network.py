@@ -15,7 +15,7 @@ Classes are embedded, with one more row for "no class". Fields are ``field(x, t,
 end of the interval.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -57,6 +57,13 @@ def waves(count: int, lowest: float, highest: float, directions: int = 4) -> Flo
     angle = np.pi * np.arange(directions) / directions
     length = np.geomspace(lowest, highest, count)
     return np.stack([np.outer(length, np.cos(angle)), np.outer(length, np.sin(angle))]).reshape(2, -1)
+
+
+def answer_of(network: nn.Module, params: Any, *inputs: Any, **rest: Any) -> Float[Array, "n ..."]:
+    """What a network answers; Flax declares a second result too, which there is only where collections change."""
+    answer = network.apply(params, *inputs, **rest)
+    assert not isinstance(answer, tuple)
+    return answer
 
 
 class Plain(nn.Module):

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from vla_jax.flow.config import ProcessConfig, SolverConfig
-from vla_jax.flow.processes import Process, make_process
+from vla_jax.flow.processes import Process, Regression, make_process
 from vla_jax.models.unet import sinusoid
+from vla_jax.toy.network import answer_of
 
 
 class ChunkMLP(nn.Module):
@@ -74,7 +75,7 @@ class RobotFlowPolicy:
         """Mean squared error of the velocity (of whatever `process` predicts), at random noise and times."""
         example = self._process.corrupt(key, actions)
         return self._process.loss(
-            self.network.apply(params, example.x_t, example.t, state), example.target
+            answer_of(self.network, params, example.x_t, example.t, state), example.target
         ).mean()
 
     def sample_actions(
@@ -88,8 +89,10 @@ class RobotFlowPolicy:
     ) -> Float[Array, "b k a"]:
         """A chunk for each state, by Euler steps (DDIM's for a ddpm process), from noise drawn unless given."""
         solver = SolverConfig(method="ddim" if self.process.kind == "ddpm" else "euler", num_steps=num_steps)
-        field = lambda x, t: self.network.apply(params, x, t, state)  # noqa: E731
+        field = lambda x, t: answer_of(self.network, params, x, t, state)  # noqa: E731
         shape = (state.shape[0], self.horizon, self.action_dim)
-        return self._process.sample(
-            field, key, shape, solver, **({} if noise is None else {"noise": noise})
-        ).x
+        if noise is None:
+            return self._process.sample(field, key, shape, solver).x
+        if isinstance(self._process, Regression):
+            raise ValueError("a regression starts from zeros: leave the noise out")
+        return self._process.sample(field, key, shape, solver, noise=noise).x

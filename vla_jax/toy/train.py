@@ -34,11 +34,11 @@ from vla_jax.flow.guidance import classifier_free, drop_condition
 from vla_jax.flow.meanflow import MeanFlow
 from vla_jax.flow.paths import align
 from vla_jax.flow.predictions import data_and_noise
-from vla_jax.flow.processes import Flow, make_process
+from vla_jax.flow.processes import Flow, Regression, make_process
 from vla_jax.flow.schedules import CondOT
 from vla_jax.flow.solvers import Field
 from vla_jax.toy.laws import Law
-from vla_jax.toy.network import Informed, Plain
+from vla_jax.toy.network import Informed, Plain, answer_of
 
 ProcessName = Literal["flow", "ddpm", "score", "meanflow"]
 LAST_TIME = 0.999
@@ -115,6 +115,7 @@ class ToyConfig:
         if self.conditional and law.classes == 1:
             raise ValueError(f"--conditional: {law.name} has no classes; use moons or gmm")
         process = MeanFlow() if self.process == "meanflow" else make_process(self.process_config())
+        assert not isinstance(process, Regression)  # --process has none
         classes = law.classes if self.conditional else 1
         if self.network == "plain":
             return process, Plain(width=self.width or 128, depth=self.depth or 2, classes=classes)
@@ -150,8 +151,8 @@ class Trained:
         if label is None:
             label = jnp.full(x.shape[0], self.law.classes if self.config.conditional else 0)
         if isinstance(self.process, MeanFlow):
-            return self.network.apply(self.params, x, t, label, t if s is None else s)
-        return self.network.apply(self.params, x, t, label)
+            return answer_of(self.network, self.params, x, t, label, t if s is None else s)
+        return answer_of(self.network, self.params, x, t, label)
 
     def sample(
         self,
@@ -221,9 +222,9 @@ def _scan(law: Law, config: ToyConfig, key: Key[Array, ""]) -> tuple[Any, Float[
             label = drop_condition(for_drop, label, jnp.asarray(law.classes), 0.1)
         if isinstance(process, MeanFlow):
             example = process.corrupt(for_process, x)
-            return process.loss(lambda x, t, s: network.apply(params, x, t, label, s), example).mean()
+            return process.loss(lambda x, t, s: answer_of(network, params, x, t, label, s), example).mean()
         example = process.corrupt(for_process, x)
-        return process.loss(network.apply(params, example.x_t, example.t, label), example.target).mean()
+        return process.loss(answer_of(network, params, example.x_t, example.t, label), example.target).mean()
 
     def step(state, inputs):
         params, optimiser_state, average = state

@@ -22,6 +22,7 @@ from vla_jax.flow.guidance import classifier_free, drop_condition
 from vla_jax.flow.processes import Process, make_process
 from vla_jax.models.unet import UNet, UNetConfig
 from vla_jax.toy.images import CIFAR_CLASSES, SHAPES, Cifar10, Images, draw_shapes, read_cifar10
+from vla_jax.toy.network import answer_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class ImageTrainer:
         """Batch number i: a pure function of the seed and i."""
         seed, n = self.config.seed, self.config.batch_size
         if self.config.data == "cifar10":
+            assert self.config.path is not None  # the configuration has refused that
             cifar: Cifar10 = read_cifar10(self.config.path)
             return lambda i: cifar.batch(np.random.default_rng([seed, i]), n)
         draw = jax.jit(draw_shapes, static_argnums=1)
@@ -126,8 +128,8 @@ class ImageTrainer:
         example = self.process.corrupt(for_process, batch.x)
 
         def loss(params):
-            answer = self.network.apply(
-                params, example.x_t, example.t, label, train=True, rngs={"dropout": for_dropout}
+            answer = answer_of(
+                self.network, params, example.x_t, example.t, label, train=True, rngs={"dropout": for_dropout}
             )
             return self.process.loss(answer, example.target).mean()
 
@@ -150,7 +152,7 @@ class ImageTrainer:
         """`n` pictures in [-1, 1], clipped; with labels, guided by `w`."""
 
         def field(x, t, label=None):
-            return self.network.apply(params, x, t, label)
+            return answer_of(self.network, params, x, t, label)
 
         null = jnp.asarray(self.config.model.classes)
         guided = field if label is None else classifier_free(field, label, null, w)

@@ -22,6 +22,7 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.gemma import TextConfig
+from vla_jax.types import Device
 
 #: Peak dense bf16 FLOP/s of one device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -153,7 +154,7 @@ def _tower(heads: TextConfig, width: int, mlp: int, queries: int, keys: int) -> 
     return 2 * queries * heads.depth * per_token
 
 
-def total_peak(devices: Sequence[jax.Device]) -> float | None:
+def total_peak(devices: Sequence[Device]) -> float | None:
     """What the devices could do per second together, in bf16; None for a kind that is not in the table.
 
     CPUs have no useful nominal figure: there it is what a float32 matrix product reaches, measured now, of the

@@ -141,7 +141,7 @@ def _rounding(apart: PyTree, merged: PyTree, config: TrainConfig) -> list[str]:
     names = [name for name in whole if f"{name}{lora.SUFFIX}/a" in base]
 
     def squares(base: list[Array], whole: list[Array]) -> tuple[Array, Array]:
-        lost = size = 0.0
+        lost = size = jnp.zeros(())
         for w, sum_ in zip(base, whole):
             effect = sum_ - w.astype(jnp.float32)
             rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (sum_, w)]

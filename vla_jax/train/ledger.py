@@ -43,11 +43,11 @@ class Ledger:
 
     def __init__(self, path: Path | None, *, step: int, begun: float):
         self._path, self._mark = path, begun
-        self.seconds = dict.fromkeys(BUCKETS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(BUCKETS, 0.0)
         self.starts = 1
         self._at = {"0": 0.0}
         """Step of a checkpoint → training seconds until then."""
-        self._bucket = "start"
+        self._bucket: str = "start"
         self._written = -float("inf")
         if path is not None and path.exists():
             try:

@@ -5,6 +5,7 @@ Which axes of a parameter are a matrix, `layers/matrices.py` says.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,6 +64,7 @@ def _scale(updates: PyTree, params: PyTree | None = None) -> PyTree:
 
     def scale(path, update):
         axes = _axes(path_name(path))
+        assert axes is not None  # `_labels` lets only matrices come here
         sizes = (math.prod(update.shape[i] for i in np.atleast_1d(side)) for side in axes)
         return update * (RMS * max(sizes) ** 0.5)
 
@@ -76,15 +78,21 @@ def _labels(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(label, params, is_leaf=is_box)
 
 
+def _muon_state(state: Any) -> contrib.MuonState:
+    """What optax declares as any tree, and is this."""
+    assert isinstance(state, contrib.MuonState)
+    return state
+
+
 def _without_constants(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keeps Muon's polynomial out of its state: it is no array that training changes, shards or saves."""
-    coefficients = tx.init({}).ns_coeffs
+    coefficients = _muon_state(tx.init({})).ns_coeffs
 
     def init(params):
-        return tx.init(params)._replace(ns_coeffs=None)
+        return _muon_state(tx.init(params))._replace(ns_coeffs=None)
 
     def update(updates, state, params=None):
         updates, state = tx.update(updates, state._replace(ns_coeffs=coefficients), params)
-        return updates, state._replace(ns_coeffs=None)
+        return updates, _muon_state(state)._replace(ns_coeffs=None)
 
     return optax.GradientTransformation(init, update)

@@ -4,11 +4,13 @@ It sees the trained parameters only, so what is frozen has no state in it (`trai
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, tree_leaves_with_path, tree_map_with_path
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
@@ -30,7 +32,8 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     warmup = round(config.warmup_fraction * steps)
     start = warmup + round(config.hold_fraction * steps)
 
-    def schedule(i: Int[Array, ""]) -> Float[Array, ""]:
+    def schedule(i: ArrayLike) -> Float[Array, ""]:
+        i = jnp.asarray(i)
         rise = jnp.minimum((i + 1) / max(warmup, 1), 1.0)
         u = jnp.clip((i - start) / max(steps - start, 1), 0.0, 1.0)
         fall = config.final_fraction + (1 - config.final_fraction) * (1 + jnp.cos(jnp.pi * u)) / 2
@@ -66,10 +69,11 @@ def _scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransforma
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
     def update(
-        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree | None = None, *, step, **_
-    ):
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
         del params
-        rate = schedule(step)
+        assert isinstance(state, optax.ScaleByScheduleState)
+        rate = jnp.asarray(schedule(extra["step"]))
         updates = jax.tree.map(lambda u: -rate * u, updates)
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
@@ -78,8 +82,9 @@ def _scale_by_rate_of_step(schedule: optax.Schedule) -> optax.GradientTransforma
 
 def updates_applied(state: optax.OptState) -> Int[Array, ""]:
     """How many updates the optimiser of `make_optimizer` has made; steps that were left out do not count."""
+    assert isinstance(state, tuple)  # of a chain
     (count,) = (s.count for s in state if isinstance(s, optax.ScaleByScheduleState))
-    return count
+    return jnp.asarray(count)
 
 
 def _direction(config: OptimConfig) -> optax.GradientTransformation:
@@ -145,7 +150,7 @@ def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
             choose(names, [group.pattern], "optim.groups (of the trained parameters)")
         return optax.EmptyState()
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None):
         del params
 
         def scale(path: KeyPath, u: Array) -> Array:

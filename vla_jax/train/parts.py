@@ -16,7 +16,6 @@ from vla_jax.checkpoint.tree import flatten, join
 from vla_jax.config import TrainConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
-from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.terms import Model
 from vla_jax.train.flops import Trained
@@ -67,14 +66,14 @@ def _modules(config: TrainConfig, names: list[str]) -> tuple[str, ...]:
     return ("backbone/**", EXPERT_LAYERS) if expert else ("backbone/**",)
 
 
-def network(model: VLA, frozen: PyTree | None, scale: float) -> Model:
+def network(model: Model, frozen: PyTree | None, scale: float) -> Model:
     """The model over the trained parameters alone: frozen ones are joined, LoRA's B are multiplied by `scale`."""
     return model if frozen is None and not scale else _Network(model, frozen, scale)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Network:
-    model: VLA
+    model: Model
     frozen: PyTree | None
     scale: float
 

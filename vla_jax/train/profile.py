@@ -42,7 +42,7 @@ class Profiler:
 
     def last(self, step: int) -> bool:
         """Whether the trace ends with this step, whose result must be there before `close`."""
-        return self._on and step >= self._steps.stop
+        return self._on and self._steps is not None and step >= self._steps.stop
 
     def close(self) -> None:
         """Writes the trace, if one is on."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import jax
 from tqdm import tqdm
 
+from vla_jax.types import Device
+
 
 class StepClock:
     """Wall time per step, and the share of it spent waiting for data, since it was last read.
@@ -64,7 +66,7 @@ class StepClock:
         return perf
 
 
-def memory_in_use(devices: Sequence[jax.Device]) -> dict[str, float]:
+def memory_in_use(devices: Sequence[Device]) -> dict[str, float]:
     """GiB of device memory now and at most so far, of the fullest device; empty where the platform does not say."""
     found = [stats for stats in (device.memory_stats() for device in devices) if stats]
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}

@@ -209,6 +209,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
         return found.arrays
 
     def val_batches() -> Iterator[Batch]:
+        assert held_out is not None  # else there is no `validate` to ask for them
         return (held_out.batch(i) for i in range(loop.val_batches))
 
     return Job(

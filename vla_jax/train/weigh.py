@@ -145,7 +145,7 @@ class Problem:
         if policy.can_be_zero:
             metrics |= _not_computed(policy.is_zero(state.step), metrics, lambdas)
         metrics |= {f"{name}_weight": on_means[name] for name in lambdas}
-        return Weighed(gradients, total, metrics, remembered, on_means)
+        return Weighed(gradients, jnp.asarray(total), metrics, remembered, on_means)
 
     def _by_gradients(
         self, policy: Weighting, scales: Named, state: TrainState, batch: Batch, drawn: StepDraws

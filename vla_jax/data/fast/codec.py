@@ -93,7 +93,7 @@ class FastTokenizer:
 
     def quantize(self, actions: Float[np.ndarray, "*n k a"]) -> Int[np.ndarray, "*n k a"]:
         """Rounded coefficients, lowest frequency first; not clipped."""
-        coefficients = fft.dct(np.asarray(actions, np.float64), axis=-2, norm="ortho")
+        coefficients = np.asarray(fft.dct(np.asarray(actions, np.float64), axis=-2, norm="ortho"))
         coefficients = np.around(coefficients * self.scale)
         if not (np.abs(coefficients) < _LARGEST).all():  # NaN too
             raise ValueError(
@@ -105,7 +105,7 @@ class FastTokenizer:
 
     def dequantize(self, coefficients: Int[np.ndarray, "*n k a"]) -> Float[np.ndarray, "*n k a"]:
         """The inverse of `quantize` but for the rounding."""
-        return fft.idct(coefficients / self.scale, axis=-2, norm="ortho").astype(np.float32)
+        return np.asarray(fft.idct(coefficients / self.scale, axis=-2, norm="ortho"), np.float32)
 
     def encode(self, actions: Float[np.ndarray, "n k a"]) -> list[list[int]]:
         """The ids of each chunk. Raises ValueError at a shape that the tokenizer is not for."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vla_jax.data.derived import cached
 from vla_jax.data.fast.codec import FastTokenizer
@@ -28,7 +28,7 @@ class Prepared(NamedTuple):
 
 def normalized_chunks(
     source: EpisodeSource,
-    episodes: Sequence[int],
+    episodes: Sequence[int] | Int[np.ndarray, " n"],
     normalize: Normalize,
     horizon: int,
     units: RobotUnits | None = None,
@@ -45,13 +45,13 @@ def normalized_chunks(
             task=episode.metadata["task"],
             actions=episode.action[wanted],
         )
-        yield normalize.inputs(sample if units is None else units.inputs(sample)).actions
+        yield normalize.inputs(sample if units is None else units.inputs(sample)).chunk
 
 
 def prepare_fast(
     config: FastConfig,
     source: EpisodeSource,
-    train: Sequence[int],
+    train: Sequence[int] | Int[np.ndarray, " n"],
     normalize: Normalize,
     horizon: int,
     fingerprint: str,
@@ -87,7 +87,7 @@ def prepare_fast(
 
 def draw_chunks(
     source: EpisodeSource,
-    episodes: Sequence[int],
+    episodes: Sequence[int] | Int[np.ndarray, " n"],
     normalize: Normalize,
     horizon: int,
     count: int,

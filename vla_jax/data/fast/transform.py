@@ -61,7 +61,7 @@ class TokenizeActions:
         """Chunks of sampled ids (without begin and end); whatever they are, a chunk comes out."""
         rows, valid = ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, ids.shape[-1])
         found = [
-            self.fast.decode(self.ids.fast(row[keep]), self.horizon, self.action_dim)
+            self.fast.decode(self.ids.fast(row[keep]).tolist(), self.horizon, self.action_dim)
             for row, keep in zip(rows, valid)
         ]
         shape = ids.shape[:-1]

@@ -19,6 +19,8 @@ from typing import Any, Literal
 from vla_jax.data.robots.conversions import CONVERSIONS
 from vla_jax.data.robots.values import from_values, nearest
 
+Field = Literal["state", "actions"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
@@ -183,7 +185,7 @@ class RobotDescription:
     def _error(self, what: str) -> ValueError:
         return ValueError(f"robot {self.name}: {what}")
 
-    def labels(self, field: Literal["state", "actions"]) -> tuple[str, ...]:
+    def labels(self, field: Field) -> tuple[str, ...]:
         """Names of all dimensions."""
         return tuple(label for part in getattr(self, field) for label in part.labels)
 
@@ -209,17 +211,18 @@ class RobotDescription:
             for i in range(part.dims)
         )
 
-    def unscaled(self, field: Literal["state", "actions"]) -> tuple[int, ...]:
+    def unscaled(self, field: Field) -> tuple[int, ...]:
         """Dimensions that statistics do not scale."""
         kept = [part.normalize for part in getattr(self, field) for _ in range(part.dims)]
         return tuple(i for i, normalize in enumerate(kept) if not normalize)
 
     def check_dims(self, state: int, actions: int, what: str) -> None:
         """Raises ValueError unless `what` has this robot's dimensions."""
-        for field, found in (("state", state), ("actions", actions)):
-            if found != len(self.labels(field)):
+        found: dict[Field, int] = {"state": state, "actions": actions}
+        for field, dims in found.items():
+            if dims != len(self.labels(field)):
                 raise self._error(
-                    f"{len(self.labels(field))} dims of {field} are described, {what} has {found}"
+                    f"{len(self.labels(field))} dims of {field} are described, {what} has {dims}"
                 )
 
     def to_json(self) -> dict[str, Any]:

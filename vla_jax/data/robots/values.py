@@ -5,7 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ def from_values(kind: type[T], values: Any, where: str) -> T:
     for key in values:
         if key not in hints:
             raise ValueError(f"{where} has an unknown key {str(key)[:80]!r}; {nearest(key, hints)}")
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(cast(Any, kind)):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"{where} has no {field.name}")
     found = {key: _value(hints[key], value, f"{where}: {key}") for key, value in values.items()}
@@ -37,7 +37,7 @@ def from_values(kind: type[T], values: Any, where: str) -> T:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A value of the type `hint`: a dataclass, a tuple of one type, a literal, or str, bool, int, float."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_values(hint, value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:

@@ -16,9 +16,13 @@ class Reader(Protocol):
 
     sign: ClassVar[str]
     """The file below a directory that says that a data set of this kind is there, whole or not."""
-    schema: DatasetSchema
 
     def __init__(self, path: Path): ...
+
+    @property
+    def schema(self) -> DatasetSchema:
+        """What its episodes hold."""
+        ...
 
     def __len__(self) -> int:
         """How many episodes it has."""

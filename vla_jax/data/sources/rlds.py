@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # a binary
+from etils import epath
 from PIL import Image
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -45,7 +46,7 @@ WITHOUT_ARGUMENTS = (
 
 def features(schema: DatasetSchema) -> tfds.features.FeaturesDict:
     """The TFDS features of a schema: one Image per camera beside `state`, both under `observation`."""
-    observation = {
+    observation: dict[str, Any] = {
         camera: tfds.features.Image(shape=(*size, 3), encoding_format="png")
         for camera, size in schema.cameras.items()
     }
@@ -211,7 +212,10 @@ def dataset_info(
         shard_lengths=shard_lengths,
         num_bytes=num_bytes,
         filename_template=tfds.core.ShardedFileTemplate(
-            dataset_name=schema.name, data_dir=directory, split=SPLIT, filetype_suffix="array_record"
+            dataset_name=schema.name,
+            data_dir=epath.Path(directory),
+            split=SPLIT,
+            filetype_suffix="array_record",
         ),
     )
     info = tfds.core.DatasetInfo(
@@ -249,7 +253,8 @@ def _serialize(layout: tfds.features.FeaturesDict, schema: DatasetSchema, episod
         for t in range(length)
     ]
     example = layout.encode_example({"steps": steps, "episode_metadata": metadata})
-    record = ExampleSerializer(layout.get_serialized_info()).get_tf_example(example)
+    specs: Any = layout.get_serialized_info()
+    record = ExampleSerializer(specs).get_tf_example(example)
     return record.SerializeToString(
         deterministic=True
     )  # else the order of its features differs from run to run

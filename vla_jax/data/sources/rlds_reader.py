@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import ClassVar
 
 from vla_jax.data.schema import METADATA
 from vla_jax.data.sources import rlds
@@ -12,7 +13,7 @@ from vla_jax.data.sources.stored_features import one_line, open_records
 class RldsReader:
     """A finished data set of `launch.collect`; see `vla_jax.data.sources.Reader`."""
 
-    sign = rlds.SCHEMA_FILE
+    sign: ClassVar[str] = rlds.SCHEMA_FILE
 
     def __init__(self, path: Path):
         self.path = path

@@ -23,6 +23,8 @@ FEATURES_FILE = "features.json"
 MAX_BYTES = 64 * 2**20
 """Of a JSON file beside the records; ours have a few KiB."""
 
+_protos: Any = feature_pb2
+"""Generated code, whose classes are made when it is imported."""
 _TFDS = "tensorflow_datasets.core.features"
 CLASSES = {
     f"{_TFDS}.features_dict.FeaturesDict": "features_dict",
@@ -50,7 +52,8 @@ def open_records(path: Path, schema: DatasetSchema) -> Any:
     info = rlds.dataset_info(path, schema, lengths, num_bytes=0)
     try:
         # Steps stay dense arrays, images stay bytes: one parse per episode, no decoding.
-        return ArrayRecordDataSource(info, split=rlds.SPLIT, decoders={"steps": tfds.decode.SkipDecoding()})
+        split: Any = rlds.SPLIT  # declared as a class of its own; a name is taken
+        return ArrayRecordDataSource(info, split=split, decoders={"steps": tfds.decode.SkipDecoding()})
     # TFDS and array_record raise whatever their layers raise.
     except Exception as error:
         raise ValueError(f"{path} is not a readable data set: {one_line(error)}") from error
@@ -67,7 +70,7 @@ def _read_features(path: Path) -> tfds.features.FeatureConnector:
     content = _read_json(file)
     try:
         # What is checked is the message that TFDS builds from, not the text: JSON has two spellings for each field.
-        message = json_format.ParseDict(content, feature_pb2.Feature())
+        message = json_format.ParseDict(content, _protos.Feature())
     except json_format.ParseError as error:
         raise ValueError(f"{file} is not of TFDS's features: {one_line(error)}") from None
     _check_classes(message, "", file)
@@ -77,7 +80,7 @@ def _read_features(path: Path) -> tfds.features.FeatureConnector:
         raise ValueError(f"{file} is not of TFDS's features: {one_line(error)}") from error
 
 
-def _check_classes(feature: feature_pb2.Feature, name: str, file: Path) -> None:
+def _check_classes(feature: Any, name: str, file: Path) -> None:
     """Raises ValueError at the first feature whose class is not in `CLASSES`, or has another's content."""
     said, content = feature.python_class_name, feature.WhichOneof("content")
     if said not in CLASSES:
@@ -122,10 +125,10 @@ def _read_json(file: Path) -> Any:
 
 def _difference(wanted: tfds.features.FeaturesDict, found: tfds.features.FeatureConnector) -> str:
     """The first feature that differs, in words; empty where none does."""
-    wanted, found = (_flat(features.get_tensor_info()) for features in (wanted, found))
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            return f"{name} is {found.get(name, 'absent')}, not {wanted.get(name, 'absent')}"
+    want, have = (_flat(features.get_tensor_info()) for features in (wanted, found))
+    for name in sorted({*want, *have}):
+        if want.get(name) != have.get(name):
+            return f"{name} is {have.get(name, 'absent')}, not {want.get(name, 'absent')}"
     return ""
 
 

@@ -30,7 +30,7 @@ def draw_fans(rows: Sequence[Sequence[Fan]], *, title: str, row_titles: Sequence
     columns = len(rows[0])
     labels = list(dict.fromkeys(fan.label for row in rows for fan in row))
     figure = style.new_figure(3.9 * columns, 4.6 * len(rows) + 0.4, title)
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.08)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for r, row in enumerate(rows):
         for c, fan in enumerate(row):

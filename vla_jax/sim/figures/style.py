@@ -5,6 +5,7 @@ Figures are made with matplotlib's objects (no pyplot): drawing has no global st
 
 import os
 import pathlib
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,7 +17,12 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SUCCESS, FAILURE = "#009E73", "#D55E00"
 INK, FAINT = "#222222", "#6b6b6b"
 
-FONT_SIZES = {"font.size": 11, "axes.titlesize": 12, "figure.titlesize": 14, "legend.fontsize": 10.5}
+FONT_SIZES: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "figure.titlesize": 14,
+    "legend.fontsize": 10.5,
+}
 
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:

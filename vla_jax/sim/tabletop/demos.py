@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from vla_jax.sim.tabletop.config import TabletopConfig
 from vla_jax.sim.tabletop.episode import (
@@ -47,7 +47,7 @@ class Demonstrations:
 
 def generate(
     config: TabletopConfig,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | Integer[np.ndarray, " n"],
     *,
     kind: str | None = None,
     swapped: bool | None = None,
@@ -59,12 +59,12 @@ def generate(
     that one, `scattered` starts anywhere; None: in `config.swapped_fraction` and `config.scattered_fraction` of
     the episodes.
     """
-    seeds = checked_seeds(seeds)
+    numbers = checked_seeds(seeds)
     episodes, run, track = jax.tree.map(
         np.asarray,
         _rollouts(
             config,
-            seeds,
+            numbers,
             kind_weights(config, kind),
             config.swapped_fraction if swapped is None else float(swapped),
             config.scattered_fraction if scattered is None else float(scattered),

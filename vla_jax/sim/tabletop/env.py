@@ -92,7 +92,7 @@ class TabletopEnv:
         """What the robots see now."""
         words, state = _observe(self.config, self.episodes, self.state)
         return Observation(
-            images=to_images(words),
+            images={**to_images(words)},
             state=np.asarray(state),
             instruction=self.instructions,
         )
@@ -129,7 +129,9 @@ class TabletopEnv:
         """What the expert would do now, on the side that it chose at the start."""
         return np.asarray(_expert(self.config, self.episodes, self.state))
 
-    def to_pixels(self, xy: Float[np.ndarray, "*any 2"]) -> Float[np.ndarray, "*any 2"]:
+    def to_pixels(
+        self, xy: Float[np.ndarray, "*any 2"] | Float[Array, "*any 2"]
+    ) -> Float[np.ndarray, "*any 2"]:
         """Positions [m] to (column, row) in the top image; pixel (i, j) has its centre at (i + ½, j + ½)."""
         per_metre = self.config.image_size / self.config.table_m
         xy = np.asarray(xy)

@@ -1,11 +1,12 @@
 """One episode's draws from its seed, and its record: everything random is decided here."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.expert import choose_side, rollout, sample_disturbance
@@ -51,9 +52,9 @@ def kind_weights(config: TabletopConfig, kind: str | None) -> tuple[float, ...]:
 
 def sample_episode(
     config: TabletopConfig,
-    seed: Int[Array, ""],
-    weights: Float[Array, "3"],
-    swapped: Bool[Array, ""],
+    seed: Integer[Array, ""],
+    weights: Float[Array, "3"] | tuple[float, ...],
+    swapped: Bool[Array, ""] | bool,
     scattered: Bool[Array, ""] | bool = False,
 ) -> Episode:
     """Draws the episode of a seed; `weights` are those of KINDS, towards the scene's own target.
@@ -83,14 +84,14 @@ def sample_episode(
     )
 
 
-def checked_seeds(seeds) -> np.ndarray:
+def checked_seeds(seeds: Sequence[int] | Integer[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     """Seeds as uint32; refuses what would silently wrap round."""
-    seeds = np.asarray(seeds, dtype=np.int64)
-    if seeds.ndim != 1 or seeds.size == 0:
-        raise ValueError(f"seeds of shape {seeds.shape} are not a non-empty list; pass e.g. range(64)")
-    if seeds.min() < 0 or seeds.max() >= 2**32:
-        raise ValueError(f"seed {seeds.min() if seeds.min() < 0 else seeds.max()} is not in [0, 2**32)")
-    return seeds.astype(np.uint32)
+    found = np.asarray(seeds, dtype=np.int64)
+    if found.ndim != 1 or found.size == 0:
+        raise ValueError(f"seeds of shape {found.shape} are not a non-empty list; pass e.g. range(64)")
+    if found.min() < 0 or found.max() >= 2**32:
+        raise ValueError(f"seed {found.min() if found.min() < 0 else found.max()} is not in [0, 2**32)")
+    return found.astype(np.uint32)
 
 
 def object_names(scene: Scene) -> list[tuple[str, ...]]:
@@ -126,7 +127,7 @@ class Track:
 
 
 def measure(
-    config: TabletopConfig, episode: Episode, positions: Float[Array, "t+1 2"], steps: Int[Array, ""]
+    config: TabletopConfig, episode: Episode, positions: Float[Array, "points 2"], steps: Int[Array, ""]
 ) -> Track:
     """Measures the first `steps` moves of a trajectory (later positions are ignored).
 
@@ -158,7 +159,7 @@ def measure(
     )
 
 
-def expert_path(config: TabletopConfig, scene: Scene, side: Int[Array, ""]) -> Float[Array, "t+1 2"]:
+def expert_path(config: TabletopConfig, scene: Scene, side: Int[Array, ""]) -> Float[Array, "points 2"]:
     """Positions of the undisturbed expert, the last one repeated after its end."""
     return rollout(config, scene, side, jnp.zeros((config.max_steps, 2))).positions
 

@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
     final: State
 
     @property
-    def positions(self) -> Float[Array, "t+1 2"]:
+    def positions(self) -> Float[Array, "points 2"]:
         """All positions, the last one repeated after the end."""
         return jnp.concatenate([self.states.position, self.final.position[None]])
 

@@ -43,7 +43,7 @@ class Detour(NamedTuple):
         return (self.left_arc > 0) & (self.right_arc > 0)
 
 
-def detour(start: Point, goal: Point, centre: Point, radius: Scalar) -> Detour:
+def detour(start: Point, goal: Point, centre: Point, radius: Scalar | float) -> Detour:
     """Lengths of the two taut strings from start to goal, both outside the disc.
 
     A string is a tangent, an arc and a tangent: `sqrt(d₁²-r²) + r·arc + sqrt(d₂²-r²)` with distances `dᵢ` to

@@ -9,6 +9,7 @@ interleaved bytes is several times slower than the picture itself.
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from vla_jax.sim.tabletop.config import TabletopConfig
@@ -37,7 +38,9 @@ ABSENT_M = -1.0
 
 
 Plane = Float[Array, "h w"]
-Planes = tuple[Plane, Plane, Plane]
+Broadcast = Float[Array, "#h #w"]
+"""Coordinates of pixels: a row, a column or a plane."""
+Planes = tuple[Plane, ...]
 Words = Int[Array, "*any h w"]
 """Pixels as `red + 256·green + 65536·blue`."""
 
@@ -59,8 +62,8 @@ def to_images(words: dict[str, Words]) -> dict[str, UInt8[np.ndarray, "*any h w 
 
 def rgb_view(words: Words) -> UInt8[np.ndarray, "*any h w 3"]:
     """The bytes of words, in place: every fourth byte is skipped."""
-    words = np.asarray(words).astype("<i4", copy=False)
-    return words.view(np.uint8).reshape(*words.shape, 4)[..., :3]
+    packed = np.asarray(words).astype("<i4", copy=False)
+    return packed.view(np.uint8).reshape(*packed.shape, 4)[..., :3]
 
 
 def render_view(
@@ -94,7 +97,7 @@ def background(config: TabletopConfig, scene: Scene, x, y, pixel: float) -> Plan
     return tuple(planes)
 
 
-def object_coverage(shape, dx: Plane, dy: Plane, pixel: float) -> tuple[Plane, Plane]:
+def object_coverage(shape: ArrayLike, dx: Broadcast, dy: Broadcast, pixel: float) -> tuple[Plane, Plane]:
     """Coverage by a block (square), cup (ring) or ball (disc with a shine) at the origin, and by the shine."""
     block, cup, ball = (shape == index for index in range(len(SHAPES)))
     distance = jnp.sqrt(dx**2 + dy**2)

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -127,7 +128,7 @@ class Watchdog:
         self._say(message)
         with contextlib.suppress(Exception):  # it may be the coordination service that is gone
             self._tell()
-            self._client.key_value_set(
+            self._store.key_value_set(
                 f"{_ERROR}/{distributed.process_index()}", message, allow_overwrite=True
             )
             self._wait_until_seen()
@@ -159,7 +160,7 @@ class Watchdog:
         now = self._now()
         alive = {i for i, (_, heard) in self._heard.items() if i and now - heard < self._silent_after}
         while alive and time.monotonic() < now + 4 * self._poll:
-            seen = {int(path.rsplit("/", 1)[1]) for path, _ in self._client.key_value_dir_get(_SEEN)}
+            seen = {int(path.rsplit("/", 1)[1]) for path, _ in self._store.key_value_dir_get(_SEEN)}
             self._hear(0, self._heard[0][0])  # the teller may be where this is called, and tells no more
             if alive <= seen:
                 time.sleep(self._poll / 10)  # they print it
@@ -203,7 +204,7 @@ class Watchdog:
             self._hear(0, beat)
         if verdict is None:
             return
-        self._client.key_value_set(f"{_SEEN}/{me}", "", allow_overwrite=True)
+        self._store.key_value_set(f"{_SEEN}/{me}", "", allow_overwrite=True)
         self._end(verdict, stacks="stuck" in verdict.split(":")[0])
 
     def _beat(self, done: bool = False) -> Beat:
@@ -211,14 +212,20 @@ class Watchdog:
         step, phase, since = self._state
         return Beat(socket.gethostname(), self._beats, step, phase, time.monotonic() - since, done)
 
+    @property
+    def _store(self) -> Any:
+        """The cluster's key-value store, which only what runs in a cluster asks for."""
+        assert self._client is not None
+        return self._client
+
     def _tell(self, done: bool = False) -> None:
         text = json.dumps(dataclasses.asdict(self._beat(done)))
-        self._client.key_value_set(f"{_BEAT}/{distributed.process_index()}", text, allow_overwrite=True)
+        self._store.key_value_set(f"{_BEAT}/{distributed.process_index()}", text, allow_overwrite=True)
 
     def _scan(self) -> None:
         """Process 0 reads what all have told, and passes a verdict where something is wrong."""
-        texts = {_index(path): text for path, text in self._client.key_value_dir_get(_BEAT)}
-        errors = {_index(path): text for path, text in self._client.key_value_dir_get(_ERROR)}
+        texts = {_index(path): text for path, text in self._store.key_value_dir_get(_BEAT)}
+        errors = {_index(path): text for path, text in self._store.key_value_dir_get(_ERROR)}
         beats = {i: Beat(**json.loads(text)) for i, text in texts.items()}
         for i, text in texts.items():
             if text != self._heard[i][0]:
@@ -226,7 +233,7 @@ class Watchdog:
         verdict = failed(errors, beats) or self._silent(beats, self._now()) or stuck(beats, self._stuck_after)
         if verdict:
             with contextlib.suppress(Exception):  # the first verdict stays
-                self._client.key_value_set(_VERDICT, verdict)
+                self._store.key_value_set(_VERDICT, verdict)
 
     def _silent(self, beats: dict[int, Beat], now: float) -> str | None:
         silent = [
