@@ -22,7 +22,7 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path | pathlib.Path, text: str) -> None:
     """A reader sees the old text or the new one, never a part of it."""
     if is_remote(path):
         path.write_text(text)  # an object appears once it is whole

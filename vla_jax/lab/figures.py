@@ -1,14 +1,14 @@
 """The pictures of a sweep's report. Each takes settings or rows and returns a figure, or None where it has no data."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from vla_jax.files import read_lines
@@ -58,7 +58,7 @@ def draw_front(settings: Sequence[Setting]) -> Figure | None:
 def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: bool) -> None:
     for number, (kappa, line) in enumerate(_fixed_lines(settings, x, y)):
         colour = style.PALETTE[number % len(style.PALETTE)]
-        means = [(s.mean(x), s.mean(y)) for s in line]
+        means = [(s.known(x), s.known(y)) for s in line]
         _cross(axes, means, colour)
         places = np.array([(a.mean, b.mean) for a, b in means])
         axes.plot(*places.T, color=colour, marker="o", ms=4, mfc="white", linewidth=1.4, zorder=2)
@@ -95,13 +95,15 @@ def _front_panel(axes: Axes, settings: Sequence[Setting], x: str, y: str, log: b
         )
     text_only = [s for s in settings if s.weight == 0 and s.mean(x)]
     if text_only:
-        axes.axvline(text_only[0].mean(x).mean, color=GREY, linestyle=":", label=f"{text_only[0].symbol} = 0")
+        axes.axvline(
+            text_only[0].known(x).mean, color=GREY, linestyle=":", label=f"{text_only[0].symbol} = 0"
+        )
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
     shown = [s for s in settings if s.mean(x) and s.mean(y)]
-    _keep_to_values(axes.set_xlim, [s.mean(x) for s in shown])
-    _keep_to_values(axes.set_ylim, [s.mean(y) for s in shown])
+    _keep_to_values(axes.set_xlim, [s.known(x) for s in shown])
+    _keep_to_values(axes.set_ylim, [s.known(y) for s in shown])
     if log:
         _plain_ticks(axes)
     title = f"{'small' if log else 'large'} is good; filled: no λ of its κ is better in both"
@@ -124,7 +126,7 @@ def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
     for axes, name in zip(grid, names):
         for number, (kappa, line) in enumerate(_fixed_lines(settings, name, name)):
             colour = style.PALETTE[number % len(style.PALETTE)]
-            means = [s.mean(name) for s in line]
+            means = [s.known(name) for s in line]
             weights = [s.weight for s in line]
             axes.fill_between(
                 weights,
@@ -143,7 +145,7 @@ def draw_lambda(settings: Sequence[Setting]) -> Figure | None:
                 linewidth=1.4,
                 label=f"κ = {kappa:g}",
             )
-        shown = [s.mean(name) for _, line in _fixed_lines(settings, name, name) for s in line]
+        shown = [s.known(name) for _, line in _fixed_lines(settings, name, name) for s in line]
         _keep_to_values(axes.set_ylim, shown)
         axes.set_xscale("log")
         if name in losses:
@@ -335,9 +337,9 @@ def _plain_ticks(axes: Axes, x: bool = True) -> None:
         axis.set_tick_params(which="minor", labelsize=8, labelcolor=style.FAINT)
 
 
-def unique_legend(grid: Sequence[Axes]) -> tuple[list[Line2D], list[str]]:
+def unique_legend(grid: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
     """The lines of all panels, each label once."""
-    found: dict[str, Line2D] = {}
+    found: dict[str, Artist] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)

@@ -42,7 +42,7 @@ def pareto_settings(settings: Sequence[Setting]) -> list[Setting]:
     if len(names) < 2:
         return []
     full = _with_all(settings, names)
-    points = np.array([[s.mean(name).mean for name in names] for s in full]).reshape(-1, len(names))
+    points = np.array([[s.known(name).mean for name in names] for s in full]).reshape(-1, len(names))
     return [full[i] for i in pareto(points)]
 
 
@@ -111,7 +111,7 @@ def judge(settings: Sequence[Setting]) -> Verdicts | None:
     fixed, names = fixed_settings(settings), losses_of(settings)
     if len(fixed) < 2 or len(names) < 2:
         return None
-    means = np.log([[s.mean(name).mean for name in names] for s in fixed])
+    means = np.log([[s.known(name).mean for name in names] for s in fixed])
     if (means.min(axis=0) == means.max(axis=0)).any():
         return None
     scale = Scale(names, means.min(axis=0), means.max(axis=0))
@@ -119,7 +119,7 @@ def judge(settings: Sequence[Setting]) -> Verdicts | None:
     others = _with_all(others, names)
     best = min(fixed, key=lambda s: scale(s).mean())
     able = [s for s in fixed if s.mean("success")]
-    winner = max(able, key=lambda s: s.mean("success").mean) if able else None
+    winner = max(able, key=lambda s: s.known("success").mean) if able else None
 
     points = {id(s): dict(zip(s.seeds, scale(s))) for s in [*fixed, *others]}
 
@@ -128,7 +128,7 @@ def judge(settings: Sequence[Setting]) -> Verdicts | None:
         regret = [own[seed].mean() - reference[seed].mean() for seed in _shared(setting, best)]
         lost = None
         if winner and setting.mean("success") and (seeds := _shared(setting, winner)):
-            most, found = (dict(zip(s.seeds, s.mean("success").values)) for s in (winner, setting))
+            most, found = (dict(zip(s.seeds, s.known("success").values)) for s in (winner, setting))
             lost = mean_of(most[seed] - found[seed] for seed in seeds)
         return Verdict(
             setting, mean_of(hypervolume(p) for p in own.values()), mean_of(regret) if regret else None, lost
@@ -165,15 +165,16 @@ def apart(settings: Sequence[Setting]) -> list[Apart]:
     fixed = [s for s in _with_all(settings, names) if s.policy == "fixed"]
     if not fixed or len(names) < 2:
         return []
-    best = {name: min(fixed, key=lambda s: s.mean(name).mean) for name in names}
+    best = {name: min(fixed, key=lambda s: s.known(name).mean) for name in names}
 
     def beside(setting: Setting, name: str) -> Mean | None:
         seeds = _shared(setting, best[name])
         if not setting.mean(name) or not seeds:
             return None
-        own, least = (dict(zip(s.seeds, np.log(s.mean(name).values))) for s in (setting, best[name]))
+        own, least = (dict(zip(s.seeds, np.log(s.known(name).values))) for s in (setting, best[name]))
         mean, low, high, values = mean_of(own[seed] - least[seed] for seed in seeds)
-        return Mean(*map(math.expm1, (mean, low, high)), tuple(map(math.expm1, values)))
+        mean, low, high = map(math.expm1, (mean, low, high))
+        return Mean(mean, low, high, tuple(map(math.expm1, values)))
 
     return [Apart(s, {name: beside(s, name) for name in names}) for s in settings]
 

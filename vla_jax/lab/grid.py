@@ -123,7 +123,7 @@ def replaced(config: Any, values: Mapping[str, Any]) -> Any:
     Of named values, as `objective.weights` are, each is a field.
     """
     if isinstance(config, tuple):
-        return tuple((dict(config) | values).items())
+        return tuple({**dict(config), **values}.items())
     own = {field: value for field, value in values.items() if "." not in field}
     if isinstance(config, tuple(TABLES)) and "kind" in own:
         config = of_kind(config, own.pop("kind"), "model")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Group:
         """The cells' own numbers, [cells]; the last one is repeated `copies` times."""
         configs = [cell.config for cell in self.cells] + [self.cells[-1].config] * copies
         rate = self.config.optim.learning_rate
-        return Knobs(
+        numbers: dict[str, Any] = dict(  # on the host: they go to the devices with the step
             seed=np.array([c.seed for c in configs], np.uint32),
             weights={
                 name: np.array([c.objective.weight(name) for c in configs], np.float32)
@@ -43,6 +44,7 @@ class Group:
             insulation=np.array([c.objective.insulation for c in configs], np.float32),
             learning_rate=np.array([c.optim.learning_rate / rate for c in configs], np.float32),
         )
+        return Knobs(**numbers)
 
 
 def plan(cells: Sequence[Cell]) -> list[Group]:

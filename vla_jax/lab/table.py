@@ -127,6 +127,13 @@ class Setting:
         known = [value for value in values if value is not None]
         return mean_of(known) if len(known) == len(values) else None
 
+    def known(self, name: str) -> Mean:
+        """The same of a column that every cell has. Raises ValueError where one lacks it."""
+        mean = self.mean(name)
+        if mean is None:
+            raise ValueError(f"some cell of {self.label} has no {name}")
+        return mean
+
 
 def mean_of(values: Iterable[float]) -> Mean:
     """Mean and 95 % interval of independent values."""

@@ -7,6 +7,7 @@ data are read once, the program is compiled once, and branches on the step stay 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -108,7 +109,7 @@ class Together:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
         )
 
-    def compile_step(self, batch: Batch) -> Callable[[Cells, Batch], tuple[Cells, Metrics]]:
+    def compile_step(self, batch: Batch) -> "CompiledStep":
         """The compiled training step; metrics are [cells …]. `memory` of it says what it needs."""
         most = self.config.train.max_skipped
         train_step = make_train_step(self.model, self.process, self.config, self.tx)
@@ -131,7 +132,7 @@ class Together:
 
         jitted = self._on_devices(step, (_SPECS, P(), P("cells")), (_SPECS, P("cells")), donate_argnums=0)
         compiled = jitted.lower(self.shapes, batch, self.knobs).compile()
-        return _Compiled(compiled, self.knobs)
+        return CompiledStep(compiled, self.knobs)
 
     @cached_property
     def validate(self) -> Callable[[PyTree, Iterator[Batch]], Metrics]:
@@ -152,7 +153,7 @@ class Together:
 
         return validate
 
-    def _on_devices(self, function: Callable, in_specs, out_specs, **options) -> Callable:
+    def _on_devices(self, function: Callable, in_specs, out_specs, **options) -> Any:
         """Each device computes its own cells; they have nothing to say to each other."""
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -160,7 +161,7 @@ class Together:
         return jax.jit(mapped, **options)
 
 
-class _Compiled:
+class CompiledStep:
     """A compiled step with its knobs."""
 
     def __init__(self, compiled, knobs: Knobs):
@@ -179,6 +180,7 @@ class _Compiled:
         )
 
     def __call__(self, cells: Cells, batch: Batch) -> tuple[Cells, Metrics]:
+        """One step of all cells; metrics are [cells …]."""
         return self._compiled(cells, batch, self._knobs)
 
 
@@ -197,9 +199,5 @@ def _like_state(step, rest) -> TrainState:
 
 
 _AXES = _like_state(None, 0)
-_SPECS = Cells(
-    state=_like_state(P(), P("cells")),
-    skipped=P("cells"),
-    in_a_row=P("cells"),
-    diverged=P("cells"),
-)
+_CELLS: Any = P("cells")
+_SPECS = Cells(state=_like_state(P(), _CELLS), skipped=_CELLS, in_a_row=_CELLS, diverged=_CELLS)

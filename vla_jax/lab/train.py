@@ -20,7 +20,7 @@ from vla_jax.data.index import index_dataset
 from vla_jax.data.normalize import narrow_dims
 from vla_jax.flow.processes import make_process
 from vla_jax.lab.plan import Group
-from vla_jax.lab.together import Cells, Together, padding
+from vla_jax.lab.together import Cells, CompiledStep, Together, padding
 from vla_jax.layers.attention import check_backend
 from vla_jax.models.vla import VLA
 from vla_jax.train.cluster.hosts import bundle_hash
@@ -142,6 +142,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
         log = stack.enter_context(contextlib.closing(_Log(job, cell_dir, start, written)))
         batches = stack.enter_context(Prefetch(job.batches(start), together.everywhere))
         stop = stack.enter_context(StopSignal())
+        step = start
         for step, batch in zip(itertools.count(start + 1), batches):
             cells, metrics = compiled(cells, batch)
             if step % loop.log_every == 0:
@@ -161,7 +162,7 @@ def train_group(job: GroupJob, folder: Path, cell_dir: Callable[[str], Path]) ->
     return cells
 
 
-def compile_step(job: GroupJob):
+def compile_step(job: GroupJob) -> CompiledStep:
     """The compiled step of a group."""
     begin = time.perf_counter()
     _say(f"compiling {len(job.group.cells)} cells as one program; nothing else is said until that is done …")
@@ -187,7 +188,7 @@ class _Log:
 
     def training(self, step: int, metrics: dict[str, Any]) -> None:
         """Metrics of a step, [cells …]."""
-        rate = float(self._schedule(step - 1))
+        rate = float(jax.device_get(self._schedule(step - 1)))
         metrics = jax.device_get(metrics)
         for i, file in enumerate(self._files):
             own = {name: value[i] for name, value in metrics.items()}

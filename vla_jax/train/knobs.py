@@ -6,13 +6,13 @@ over them, so there they are arguments of the step.
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt32
 
 
 class Knobs(NamedTuple):
     """What may differ between models that are trained by one program; scalars."""
 
-    seed: Int[Array, "*cells"]
+    seed: UInt32[Array, "*cells"]
     """TrainConfig.seed: of augmentation, times and noise. The order of the data is not the step's business."""
     weights: dict[str, Float[Array, "*cells"]]
     """λ of each term that the step's own configuration computes, by name; above 0."""

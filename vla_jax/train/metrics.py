@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class Written:
 class JsonLines:
     """One JSON object per line, the step first."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | pathlib.Path):
         self.written = Written.of(path.read_bytes() if path.exists() else b"")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -206,7 +207,7 @@ class MetricsLog:
                 writer.write(step, values)
 
 
-def truncate(path: Path, step: int, written: Mapping[str, Any] | None = None) -> None:
+def truncate(path: Path | pathlib.Path, step: int, written: Mapping[str, Any] | None = None) -> None:
     """Leaves out what a JSON-lines file has of steps after `step`, and what is damaged.
 
     Damage among the lines that stay is warned of; so is, by what the checkpoint says was `written`, a line that is
