@@ -1,7 +1,7 @@
 """What all processes share: the shape of a training example, of a result, and of a loss."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,9 @@ def solve(
                 intermediates=intermediates,
             )
         )
-    how: dict[str, Any] = dict(method=solver.method, unroll=min(solver.unroll, solver.num_steps), stages=stages)
+    how: dict[str, Any] = dict(
+        method=solver.method, unroll=min(solver.unroll, solver.num_steps), stages=stages
+    )
     end = integrate(field, x, times, intermediates=intermediates, **how)
     assert solver.nfe is not None  # only adaptive methods do not know it
     return Samples(end.x, solver.nfe, end.trajectory)
