@@ -48,11 +48,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_terms(self.objective)
-        if not (self.objective.text is False or self.model.backbone.has_text):
-            raise ValueError(
-                f"model.backbone.kind={self.model.backbone.kind} has no language model, so there is no text to learn; "
-                "use objective.text=False"
-            )
+        if not self.model.backbone.has_text:
+            self._check_no_text()
         if self.kind == "tokens":
             unused = {
                 "process": self.process != ProcessConfig(),
@@ -91,14 +88,29 @@ class TrainConfig:
                 f"objective.rtc_prefix={prefix} leaves nothing of chunks of {horizon} actions; use less than that"
             )
 
+    def _check_no_text(self) -> None:
+        """Options that would do nothing where nobody reads or writes text."""
+        for name, needed in {"text": False, "prompt_dropout": 0.0}.items():
+            if (given := getattr(self.objective, name)) != needed:
+                raise ValueError(
+                    f"model.backbone.kind={self.model.backbone.kind} has no language model, so "
+                    f"objective.{name}={given} has no text to learn from; use objective.{name}={needed}"
+                )
+
     def _check_state(self) -> None:
         """A state that reaches the network nowhere is hardly meant, and no loss would show it."""
-        told = self.model.expert.reads_state or self.data.prompt_form.uses_state
+        has_text = self.model.backbone.has_text
+        told = self.model.reads_state or (has_text and self.data.prompt_form.uses_state)
         if told and self.data.ignore_state:
             raise ValueError(
                 "data.ignore_state=True would do nothing: the model has a state token, or the prompt holds the state"
             )
         if not told and not self.data.ignore_state:
+            if not has_text:
+                raise ValueError(
+                    "nothing tells the policy the robot's state; use model.expert.state_token=True, "
+                    "model.backbone.state_token=True, or data.ignore_state=True for a policy that does not know it"
+                )
             part = "kind=tokens" if self.kind == "tokens" else "state_token=False"
             raise ValueError(
                 f"with model.expert.{part} only the prompt can hold the robot's state, and data.prompt="
@@ -152,7 +164,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={given} is smaller than {what}, {needed}; use {name}=0 or more")
         model = dataclasses.replace(
             self.model,
-            cameras=self.model.cameras or cameras,
+            cameras=(self.model.cameras or cameras) if backbone.reads_images else (),
             backbone=backbone.with_vocab(backbone.vocab or vocab),
             expert=dataclasses.replace(
                 expert, action_dim=expert.action_dim or action_dim, state_dim=expert.state_dim or state_dim
@@ -171,6 +183,8 @@ class TrainConfig:
         objective = self.objective
         if self.kind in ("regression", "tokens"):  # without noise all draws would be copies of one
             objective = dataclasses.replace(objective, noise_draws=1)
+        if not backbone.has_text:  # there is no plan to see
+            objective = dataclasses.replace(objective, plan_visible=0.0)
         return dataclasses.replace(self, model=model, data=data, objective=objective)
 
 
@@ -178,7 +192,7 @@ def prompt_form(model: VLAConfig) -> PromptForm:
     """The prompt of the public model that is built like this one: π0-FAST, π0.5 or π0."""
     if not model.expert.is_network:
         return "fast"
-    return "pi0" if model.expert.reads_state else "pi05"
+    return "pi0" if model.reads_state else "pi05"
 
 
 def to_json(config: TrainConfig) -> str:

@@ -136,9 +136,15 @@ class Context:
         )
 
     def write(
-        self, kv: KeysValues, positions: Int[Array, "b 1"], slot: Int[Array, ""], *, visible: bool
+        self,
+        kv: KeysValues,
+        features: Float[Array, "b 1 d"],
+        positions: Int[Array, "b 1"],
+        slot: Int[Array, ""],
+        *,
+        visible: bool,
     ) -> "Context":
-        """One token per sample into place `slot`, which `reserve` has made."""
+        """One token per sample into place `slot`, which `reserve` has made; features only where there are any."""
 
         def put(old: Array, new: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=axis)
@@ -148,6 +154,7 @@ class Context:
 
         return self.replace(
             kv=jax.tree.map(lambda old, new: put(old, new, old.ndim - 3), self.kv, kv),
+            features=None if self.features is None else put(self.features, features, 1),
             mask=mark(self.mask, True),
             visible=mark(self.visible, visible),
             positions=put(self.positions, positions, 1),
@@ -167,7 +174,7 @@ class Given:
     """What an expert may read beside the context; fields as in `Batch`."""
 
     state: Float[Array, "b q"] | None
-    """None where it is in the context already (`Expert.prepare`)."""
+    """None where it is in the context already, and its token where `Expert.prepare` has made that."""
     action_mask: Bool[Array, "b k a"] | None = None
     embodiment: Int[Array, " b"] | None = None
     sensors: dict[str, Float[Array, "b n d"]] = dataclasses.field(default_factory=dict)

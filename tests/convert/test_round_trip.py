@@ -268,7 +268,7 @@ def test_ours_to_theirs_to_ours_after_training(tmp_path, kind):
 
 
 def test_reflection_is_its_own_inverse_and_turns_the_clock():
-    from vla_jax.models.experts.joint import embed_time
+    from vla_jax.models.experts.time import embed_time
 
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(40, 6))

@@ -205,7 +205,7 @@ def test_a_model_with_a_misspelt_axis_does_not_trace():
 
 NAMING = {
     "constrain", "mesh_axes", "_on_mesh", "with_logical_partitioning", "fan_in", "kernel", "normal", "zeros", "ones",
-    "sincos_2d", "dct_2d", "Einsum", "_dense",
+    "sincos_2d", "dct_2d", "Einsum", "dense", "Projection",
 }  # fmt: skip
 """Functions and modules that are given the names of axes."""
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.models.experts.joint import JointConfig, embed_time
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.experts.time import embed_time
 
 Flip = Callable[[np.ndarray], np.ndarray]
 

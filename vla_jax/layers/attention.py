@@ -113,6 +113,27 @@ def attend(
     return KERNELS[backend](q, k, v, visible, reach, length=length)
 
 
+def attend_across(
+    q: Float[Array, "bk t n e"],
+    k: Float[Array, "b s m e"],
+    v: Float[Array, "b s m e"],
+    visible: Bool[Array, "b s"],
+    *,
+    backend: Backend = "xla",
+) -> Float[Array, "bk t n e"]:
+    """Cross-attention: unscaled queries to the `visible` keys of others, zero where there is none.
+
+    As in `attend` rows i·K … i·K+K-1 share keys i, which nobody copies: to their keys they are one longer row.
+    """
+    b, s = visible.shape
+    rows = q.reshape(b, -1, *q.shape[2:])
+    if backend == "xla":
+        out = _attend_xla(rows, k, v, jnp.broadcast_to(visible[:, None], (b, rows.shape[1], s)), None, None)
+    else:
+        out = KERNELS[backend](rows, k, v, visible, jnp.full(rows.shape[:2], s - 1))
+    return jnp.where(visible.any(axis=1)[:, None, None, None], out, 0).reshape(q.shape)
+
+
 def _attend_xla(q, k, v, mask, past, past_mask):
     """Past and own tokens are never concatenated: both are exponentiated under a common maximum, and the sum of all
     weights divides the weighted values, which are narrower than the weights."""

@@ -21,6 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int8
 
+from vla_jax.layers import init
+
 SUFFIX = "_lora"
 """The factors of parameter `w` are the parameters `w_lora/a` and `w_lora/b`."""
 
@@ -134,6 +136,44 @@ class Dense(nn.Module):
         kernel = declare(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         return multiply("...d,df->...f", x.astype(dtype), kernel) + bias.astype(dtype)
+
+
+def dense(
+    width: int, names: tuple[str | None, str | None], dtype: jnp.dtype | None, name: str | None = None
+) -> Dense:
+    """`Dense` with the usual start, whose input and output axes have these logical names."""
+    start = dict(kernel_init=init.kernel(names), bias_init=init.zeros((names[1],)))
+    return Dense(width, dtype=dtype, **start, name=name)
+
+
+class Projection(nn.Module):
+    """x · kernel + bias over the last `contracted` axes of x, which are the first ones of the kernel: to heads and back.
+
+    flax's DenseGeneral does the same, but initialises a flattened kernel, which has no place for three axis names.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    contracted: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t ..."]) -> Float[Array, "b t ..."]:
+        """[b t d] to [b t n e], or [b t n e] to [b t d]."""
+        contracted = tuple(range(self.contracted))
+        kernel = declare(self, "kernel", init.fan_in(self.names, in_axis=contracted), self.shape)
+        bias = self.param("bias", init.zeros(self.names[self.contracted :]), self.shape[self.contracted :])
+        into, outof = "def"[: self.contracted], "def"[self.contracted :]
+        return multiply(f"bt{into},def->bt{outof}", x, kernel) + bias.astype(x.dtype)
+
+
+def to_heads(width: int, heads: int) -> Projection:
+    """[b t d] to `heads` heads that are together as wide."""
+    return Projection(("embed", "heads", "head_dim"), (width, heads, width // heads), 1)
+
+
+def from_heads(width: int, heads: int) -> Projection:
+    """The way back."""
+    return Projection(("heads", "head_dim", "embed"), (heads, width // heads, width), 2)
 
 
 class Patches(nn.Module):

@@ -1,11 +1,12 @@
 """Feed-forward blocks."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vla_jax.layers.axes import constrain
 from vla_jax.layers.init import fan_in
-from vla_jax.layers.linear import declare, multiply
+from vla_jax.layers.linear import declare, dense, multiply
 
 
 class GeGLU(nn.Module):
@@ -23,3 +24,20 @@ class GeGLU(nn.Module):
         gate, up = (multiply("btd,df->btf", x, gating.part(i)) for i in (0, 1))
         hidden = constrain(nn.gelu(gate) * up, ("batch", length, "act_mlp"))
         return multiply("btf,fd->btd", hidden, linear)
+
+
+class MLP(nn.Module):
+    """gelu_tanh(x·W0 + b0)·W1 + b1; parameters as of big_vision's MlpBlock."""
+
+    width: int
+    hidden: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        """Declares both layers."""
+        self.Dense_0 = dense(self.hidden, ("embed", "mlp"), self.dtype)
+        self.Dense_1 = dense(self.width, ("mlp", "embed"), self.dtype)
+
+    def __call__(self, x: Float[Array, "b t d"], length: str = "length") -> Float[Array, "b t d"]:
+        """[b t d] to [b t d]; `length` is the logical name of the axis of tokens."""
+        return self.Dense_1(constrain(nn.gelu(self.Dense_0(x)), ("batch", length, "act_mlp")))

@@ -1,4 +1,4 @@
-"""RMSNorm, plain and adaptive."""
+"""RMSNorm and LayerNorm, plain and adaptive."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vla_jax.layers.init import zeros
+from vla_jax.layers.init import ones, zeros
 from vla_jax.layers.linear import Dense
 
 
@@ -63,3 +63,49 @@ class AdaRMSNorm(nn.Module):
         """Returns the modulated x and the gate of the residual that it opens."""
         by = condition if isinstance(condition, Modulation) else self.modulation(condition)
         return (rms_normalize(x) * (1 + by.scale) + by.shift).astype(x.dtype), by.gate.astype(x.dtype)
+
+
+def layer_normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+    """(x - mean) / standard deviation, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def layer_norm(dtype: jnp.dtype, eps: float = 1e-6) -> nn.LayerNorm:
+    """flax's LayerNorm, statistics in float32, with the names of its axes."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, scale_init=ones(("embed",)), bias_init=zeros(("embed",)))
+
+
+class ScaleShift(NamedTuple):
+    """What a condition does to a norm, float32; axes of 1: all are alike."""
+
+    scale: Float[Array, "#b #t d"]
+    shift: Float[Array, "#b #t d"]
+
+
+class AdaLayerNorm(nn.Module):
+    """norm(x)·(1 + scale) + shift, both a linear function of a condition (Peebles & Xie 2023, arXiv:2212.09748, §3.2).
+
+    The projection starts at zero, so that a new norm is a plain one.
+    """
+
+    width: int
+    eps: float
+
+    def setup(self):
+        """Declares the projection."""
+        self.Dense_0 = Dense(
+            2 * self.width, dtype=None, kernel_init=zeros(("embed", "mlp")), bias_init=zeros(("mlp",))
+        )
+
+    def modulation(self, condition: Float[Array, "#b #t g"]) -> ScaleShift:
+        """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
+        return ScaleShift(*jnp.split(self.Dense_0(condition).astype(jnp.float32), 2, axis=-1))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], condition: Float[Array, "#b #t g"] | ScaleShift
+    ) -> Float[Array, "b t d"]:
+        """The modulated x, in its dtype."""
+        by = condition if isinstance(condition, ScaleShift) else self.modulation(condition)
+        return (layer_normalize(x, self.eps) * (1 + by.scale) + by.shift).astype(x.dtype)

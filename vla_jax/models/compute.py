@@ -24,3 +24,12 @@ class Compute:
     remat: Remat = "none"
     attention: Backend = "xla"
     unroll: int = 1
+
+
+def check_heads(compute: Compute, what: str, width: int) -> None:
+    """Raises ValueError where attention's kernel does not take heads of a width, which is the option `what`."""
+    if compute.attention == "cudnn" and (width % 8 or width > 256):
+        raise ValueError(
+            f"model.attention=cudnn takes heads whose width is a multiple of 8 up to 256, but {what} is {width}; "
+            "use model.attention=xla"
+        )

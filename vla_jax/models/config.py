@@ -42,7 +42,13 @@ class VLAConfig:
             )
         if self.unroll < 1:
             raise ValueError(f"model.unroll={self.unroll}: at least 1")
+        if self.cameras and not self.backbone.reads_images:
+            raise ValueError(
+                f"model.cameras={self.cameras}, but model.backbone.kind={self.backbone.kind} is told to look at none; "
+                "leave model.cameras empty"
+            )
         self.backbone.check(self.compute)
+        self.expert.check(self.compute)
         missing = sorted(self.expert.reads - self.backbone.offers)
         if missing:
             raise ValueError(
@@ -61,10 +67,21 @@ class VLAConfig:
         return Compute(dtype=self.dtype, remat=self.remat, attention=self.attention, unroll=self.unroll)
 
     @property
+    def reads_state(self) -> bool:
+        """Whether the network is given the robot's state; where not, only the prompt can tell it."""
+        return self.expert.reads_state or self.backbone.reads_state
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """Fields of `Context` that the backbone fills in: what the expert reads, and what decoded text does."""
+        return self.expert.reads | (frozenset({"kv"}) if self.backbone.has_text else frozenset())
+
+    @property
     def image_tokens(self) -> int:
         """Tokens of all cameras, before the text."""
         return len(self.cameras) * self.backbone.image_tokens
 
     def unknown(self) -> dict[str, int | tuple[str, ...]]:
         """What may be left to the data set, by option; 0 or empty: still unknown."""
-        return {**self.backbone.unknown(), **self.expert.unknown(), "cameras": self.cameras}
+        cameras = {"cameras": self.cameras} if self.backbone.reads_images else {}
+        return {**self.backbone.unknown(), **self.expert.unknown(), **cameras}

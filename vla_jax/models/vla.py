@@ -40,7 +40,7 @@ class VLA(nn.Module):
             raise ValueError(
                 f"model.{unknown[0]} is not set; give it, or resolve the configuration against a data set"
             )
-        self.backbone = cfg.backbone.make(cfg.cameras, cfg.compute, cfg.expert.reads)
+        self.backbone = cfg.backbone.make(cfg.cameras, cfg.compute, cfg.leaves)
         if cfg.expert.is_network:
             self.expert = cfg.expert.make(cfg.backbone, cfg.compute)
 

@@ -54,6 +54,16 @@ class BackboneConfig:
     """Whether it has a language model: reads and writes text (`logits`, `decode`, `extend`)."""
 
     @property
+    def reads_images(self) -> bool:
+        """Whether it looks at the cameras."""
+        return True
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether it is given the robot's state itself, and not only by the prompt."""
+        return False
+
+    @property
     def image_size(self) -> int:
         """Height and width of the images that it takes, in pixels."""
         raise NotImplementedError

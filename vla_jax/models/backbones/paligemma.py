@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vla_jax.layers.attention import prefix_lm, token_positions
 from vla_jax.layers.axes import constrain
 from vla_jax.models.backbones.base import BackboneConfig, Heads
-from vla_jax.models.compute import Compute
-from vla_jax.models.encoders.siglip import SigLIP, VisionConfig
+from vla_jax.models.compute import Compute, check_heads
+from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.gemma import Gemma, TextConfig, TowerConfig
 from vla_jax.types import Batch, Context
 
@@ -67,15 +67,8 @@ class PaliGemmaConfig(BackboneConfig):
 
     def check(self, compute: Compute) -> None:
         """cuDNN's flash attention has limits on the width of heads."""
-        for name, width in {
-            "text.head_dim": self.text.head_dim,
-            "vision.width / vision.heads": self.vision.width // self.vision.heads,
-        }.items():
-            if compute.attention == "cudnn" and (width % 8 or width > 256):
-                raise ValueError(
-                    f"model.attention=cudnn takes heads whose width is a multiple of 8 up to 256, but "
-                    f"model.backbone.{name} is {width}; use model.attention=xla"
-                )
+        self.vision.check(compute)
+        check_heads(compute, "model.backbone.text.head_dim", self.text.head_dim)
 
     def make(self, cameras: tuple[str, ...], compute: Compute, leaves: frozenset[str]) -> "PaliGemma":
         """The module."""
@@ -95,7 +88,7 @@ class PaliGemma(nn.Module):
         """Declares encoder and decoder."""
         text, how = self.config.text, self.compute
         dtype = jnp.dtype(how.dtype)
-        self.img = SigLIP(self.config.vision, text.width, dtype, how.remat, how.unroll, how.attention)
+        self.img = self.config.vision.make(text.width, how)
         tower = TowerConfig(
             width=text.width,
             depth=text.depth,
@@ -151,7 +144,7 @@ class PaliGemma(nn.Module):
         positions = jnp.sum(context.mask, axis=1, keepdims=True)
         own = jnp.ones((x.shape[0], 1, 1), bool)
         hidden, kv = self.llm(x, positions, own, context.kv, context.mask)
-        return self.llm.logits(hidden[:, 0]), context.write(kv, positions, slot, visible=visible)
+        return self.llm.logits(hidden[:, 0]), context.write(kv, hidden, positions, slot, visible=visible)
 
     def extend(
         self, context: Context, tokens: Int[Array, "b g"], mask: Bool[Array, "b g"]

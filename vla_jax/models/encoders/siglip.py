@@ -4,6 +4,7 @@ Parameter names and shapes are those of the public PaliGemma checkpoints. Width 
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,16 +13,19 @@ from jaxtyping import Array, Float, UInt8
 from vla_jax.layers import cudnn, init
 from vla_jax.layers.attention import Backend, attend
 from vla_jax.layers.axes import constrain
-from vla_jax.layers.linear import Dense, Patches, declare, multiply
+from vla_jax.layers.linear import Patches, dense, from_heads, to_heads
+from vla_jax.layers.mlp import MLP
+from vla_jax.layers.norm import layer_norm
+from vla_jax.models.compute import Compute, check_heads
+from vla_jax.models.encoders.base import ImageEncoderConfig
 from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, run_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(ImageEncoderConfig):
     """The SigLIP image encoder."""
 
-    image_size: int = 64
-    """Height and width of every camera's image in pixels."""
+    kind: Literal["siglip"] = "siglip"
     patch: int = 8
     """Side of a square patch in pixels; a camera gives (image_size / patch)² tokens."""
     width: int = 128
@@ -46,6 +50,16 @@ class VisionConfig:
     def tokens(self) -> int:
         """Tokens per camera."""
         return (self.image_size // self.patch) ** 2
+
+    def check(self, compute: Compute) -> None:
+        """cuDNN's flash attention has limits on the width of heads."""
+        check_heads(compute, "model.backbone.vision.width / vision.heads", self.width // self.heads)
+
+    def make(self, out_width: int, compute: Compute) -> "SigLIP":
+        """The module."""
+        return SigLIP(
+            self, out_width, jnp.dtype(compute.dtype), compute.remat, compute.unroll, compute.attention
+        )
 
 
 class SigLIP(nn.Module):
@@ -83,13 +97,7 @@ class SigLIP(nn.Module):
         )
         x = constrain(x.astype(self.dtype), ("batch", "prefix", "act_embed"))
         x = Transformer(cfg, self.dtype, self.remat, self.unroll, self.attention, name="Transformer")(x)
-        return Dense(
-            self.out_width,
-            dtype=self.dtype,
-            kernel_init=init.kernel((None, "embed")),
-            bias_init=init.zeros(("embed",)),
-            name="head",
-        )(x)
+        return dense(self.out_width, (None, "embed"), self.dtype, name="head")(x)
 
 
 class Transformer(nn.Module):
@@ -107,7 +115,7 @@ class Transformer(nn.Module):
             self, "encoderblock", EncoderBlock, (self.config, self.dtype, self.attention),
             depth=self.config.depth, remat=self.remat, unroll=self.unroll,
         )  # fmt: skip
-        self.encoder_norm = _layer_norm(self.dtype)
+        self.encoder_norm = layer_norm(self.dtype)
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         """[b p d] to [b p d]."""
@@ -122,15 +130,20 @@ class EncoderBlock(nn.Module):
     dtype: jnp.dtype
     attention: Backend
 
-    @nn.compact
+    def setup(self):
+        """Declares norms, attention and feed-forward layer, named as in the public checkpoints."""
+        cfg = self.config
+        self.LayerNorm_0, self.LayerNorm_1 = layer_norm(self.dtype), layer_norm(self.dtype)
+        self.MultiHeadDotProductAttention_0 = _Attention(cfg, self.attention)
+        self.MlpBlock_0 = MLP(cfg.width, cfg.mlp, self.dtype)
+
     def __call__(
         self, x: Float[Array, "b p d"], own: None = None, shared: None = None
     ) -> tuple[Float[Array, "b p d"], None]:
         """One block; the second output is what is collected over layers: nothing."""
         x = named(x, INPUT)
-        attention = _Attention(self.config, self.attention, name="MultiHeadDotProductAttention_0")
-        x = x + attention(_layer_norm(self.dtype, "LayerNorm_0")(x))
-        x = x + _Mlp(self.config, self.dtype, name="MlpBlock_0")(_layer_norm(self.dtype, "LayerNorm_1")(x))
+        x = x + self.MultiHeadDotProductAttention_0(self.LayerNorm_0(x))
+        x = x + self.MlpBlock_0(self.LayerNorm_1(x), "prefix")
         return constrain(x, ("batch", "prefix", "act_embed")), None
 
 
@@ -138,71 +151,13 @@ class _Attention(nn.Module):
     config: VisionConfig
     backend: Backend
 
-    @nn.compact
+    def setup(self):
+        width, heads = self.config.width, self.config.heads
+        self.query, self.key, self.value = (to_heads(width, heads) for _ in range(3))
+        self.out = from_heads(width, heads)
+
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
-        heads, width = self.config.heads, self.config.width // self.config.heads
-        into = dict(
-            names=("embed", "heads", "head_dim"), shape=(self.config.width, heads, width), contracted=1
-        )
-        names = ("query", "key", "value")
-        q, k, v = (named(_Projection(**into, name=name)(x), PROJECTED) for name in names)
+        q, k, v = (named(into(x), PROJECTED) for into in (self.query, self.key, self.value))
         q = constrain(q, ("batch", "prefix", "act_heads", None))
         out = cudnn.attend_all(q, k, v) if self.backend == "cudnn" else attend(q, k, v, None)
-        out = named(out, CONTEXT)
-        back = dict(
-            names=("heads", "head_dim", "embed"), shape=(heads, width, self.config.width), contracted=2
-        )
-        return _Projection(**back, name="out")(out)
-
-
-class _Projection(nn.Module):
-    """x · kernel + bias over the last `contracted` axes of x, which are the first ones of the kernel.
-
-    flax's DenseGeneral does the same, but initialises a flattened kernel, which has no place for three axis names.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    contracted: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        contracted = tuple(range(self.contracted))
-        kernel = declare(self, "kernel", init.fan_in(self.names, in_axis=contracted), self.shape)
-        bias = self.param("bias", init.zeros(self.names[self.contracted :]), self.shape[self.contracted :])
-        into, outof = "def"[: self.contracted], "def"[self.contracted :]
-        return multiply(f"bt{into},def->bt{outof}", x, kernel) + bias.astype(x.dtype)
-
-
-class _Mlp(nn.Module):
-    config: VisionConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
-        x = Dense(
-            self.config.mlp,
-            dtype=self.dtype,
-            kernel_init=init.kernel(("embed", "mlp")),
-            bias_init=init.zeros(("mlp",)),
-            name="Dense_0",
-        )(x)
-        x = constrain(nn.gelu(x), ("batch", "prefix", "act_mlp"))
-        return Dense(
-            self.config.width,
-            dtype=self.dtype,
-            kernel_init=init.kernel(("mlp", "embed")),
-            bias_init=init.zeros(("embed",)),
-            name="Dense_1",
-        )(x)
-
-
-def _layer_norm(dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the public checkpoints' epsilon; flax computes its statistics in float32."""
-    return nn.LayerNorm(
-        epsilon=1e-6,
-        dtype=dtype,
-        scale_init=init.ones(("embed",)),
-        bias_init=init.zeros(("embed",)),
-        name=name,
-    )
+        return self.out(named(out, CONTEXT))

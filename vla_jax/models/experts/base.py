@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.models.backbones.base import BackboneConfig
 from vla_jax.models.compute import Compute
@@ -87,6 +88,18 @@ class ExpertConfig:
     def unknown(self) -> dict[str, int]:
         """Sizes that may be left to the data set, by option; 0: still unknown."""
         return {"expert.action_dim": self.action_dim, "expert.state_dim": self.state_dim}
+
+    def check(self, compute: Compute) -> None:
+        """Raises ValueError where it cannot be computed so."""
+
+    def without_padding(
+        self, x_t: Float[Array, "r k a"], action_mask: Bool[Array, "r k a"] | None
+    ) -> tuple[Float[Array, "r k a"], Bool[Array, "r k"]]:
+        """What the network may read of a noisy chunk, and which steps there are; see `Expert.denoise`."""
+        if action_mask is None:
+            return x_t, jnp.ones(x_t.shape[:2], bool)
+        steps = action_mask.any(axis=-1)
+        return jnp.where(action_mask if self.padding == "zero" else steps[..., None], x_t, 0), steps
 
     def make(self, backbone: BackboneConfig, compute: Compute) -> Expert:
         """The module for contexts of a backbone."""

@@ -12,13 +12,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vla_jax.layers import init
 from vla_jax.layers.attention import prefix_lm
 from vla_jax.layers.axes import constrain
-from vla_jax.layers.linear import Dense, declare, multiply
+from vla_jax.layers.linear import dense
 from vla_jax.models.backbones.base import BackboneConfig
 from vla_jax.models.compute import Compute
 from vla_jax.models.experts.base import Expert, ExpertConfig
+from vla_jax.models.experts.time import ActionTimeMix, embed_time
 from vla_jax.models.gemma import Modulations, Tower, TowerConfig
 from vla_jax.types import Context, Given
 
@@ -96,16 +96,16 @@ class JointExpert(Expert):
         tower = TowerConfig(width=expert.width, mlp=expert.mlp, adaptive=adaptive, **heads._asdict())
         self.tower = Tower(tower, how.remat, how.unroll, how.attention)
         nn.share_scope(self, self.tower)
-        self.action_in_proj = _dense(expert.width, ("action", "embed"), dtype)
-        self.action_out_proj = _dense(expert.action_dim, ("embed", "action"), jnp.dtype(jnp.float32))
+        self.action_in_proj = dense(expert.width, ("action", "embed"), dtype)
+        self.action_out_proj = dense(expert.action_dim, ("embed", "action"), jnp.dtype(jnp.float32))
         if expert.state_token:
-            self.state_proj = _dense(expert.width, ("action", "embed"), dtype)
+            self.state_proj = dense(expert.width, ("action", "embed"), dtype)
         if adaptive:
-            self.time_mlp_in = _dense(expert.width, ("embed", "mlp"), dtype)
-            self.time_mlp_out = _dense(expert.width, ("mlp", "embed"), dtype)
+            self.time_mlp_in = dense(expert.width, ("embed", "mlp"), dtype)
+            self.time_mlp_out = dense(expert.width, ("mlp", "embed"), dtype)
         else:
             self.action_time_mlp_in = ActionTimeMix(expert.width, dtype)
-            self.action_time_mlp_out = _dense(expert.width, ("mlp", "embed"), dtype)
+            self.action_time_mlp_out = dense(expert.width, ("mlp", "embed"), dtype)
 
     def prepare(self, context: Context, given: Given) -> tuple[Context, Given]:
         """The state's token sees neither actions nor time: its keys and values go into the context."""
@@ -133,10 +133,7 @@ class JointExpert(Expert):
         """See `Expert.denoise`."""
         expert = self.config
         rows, horizon, _ = x_t.shape
-        step_mask = jnp.ones((rows, horizon), bool)
-        if given.action_mask is not None:
-            step_mask = given.action_mask.any(axis=-1)
-            x_t = jnp.where(given.action_mask if expert.padding == "zero" else step_mask[..., None], x_t, 0)
+        x_t, step_mask = expert.without_padding(x_t, given.action_mask)
         actions, condition = self.action_in_proj(x_t), None
         if expert.time == "mlp":
             at = at if isinstance(at, TimeBias) else self.condition(at)
@@ -188,44 +185,6 @@ class JointExpert(Expert):
         return nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded))))
 
 
-class ActionTimeMix(nn.Module):
-    """[actions, time] · kernel + bias, with the time's part apart: it is the same for all actions of a chunk."""
-
-    width: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        """Declares the layer; parameters as of flax's Dense."""
-        shape = (2 * self.width, self.width)
-        self.matrix = declare(self, "kernel", init.kernel(("embed", "mlp")), shape)
-        self.bias = self.param("bias", init.zeros(("mlp",)), (self.width,))
-
-    def of_time(self, embedded: Float[Array, "#r #k d"]) -> Float[Array, "#r #k d"]:
-        """What the time adds, in float32."""
-        half = self.matrix.inputs(self.width, 2 * self.width)
-        return multiply("...d,df->...f", embedded, half) + self.bias.astype(jnp.float32)
-
-    def __call__(
-        self, actions: Float[Array, "r k d"], bias: Float[Array, "#r #k d"]
-    ) -> Float[Array, "r k d"]:
-        """Of action tokens and `of_time`, summed in float32."""
-        mixed = multiply("...d,df->...f", actions, self.matrix.inputs(0, self.width))
-        return (mixed.astype(jnp.float32) + bias).astype(self.dtype)
-
-
 def embed_clock(t: Float[Array, "*b"], expert: JointConfig) -> Float[Array, "*b d"]:
     """What the expert is told of time t: its embedding, or that of 1 - t where its clock runs the other way."""
     return embed_time(t if expert.clock == "forward" else 1 - t, expert.width)
-
-
-def embed_time(
-    t: Float[Array, "*b"], width: int, min_period: float = 4e-3, max_period: float = 4.0
-) -> Float[Array, "*b d"]:
-    """Sine and cosine of 2π·t/period for log-spaced periods (π0, appendix B; openpi's constants)."""
-    period = min_period * (max_period / min_period) ** jnp.linspace(0.0, 1.0, width // 2)
-    angle = 2 * jnp.pi * t[..., None] / period
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
-def _dense(width: int, names: tuple[str, str], dtype: jnp.dtype) -> Dense:
-    return Dense(width, dtype=dtype, kernel_init=init.kernel(names), bias_init=init.zeros((names[1],)))
