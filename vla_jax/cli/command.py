@@ -137,7 +137,7 @@ def cli(
         raise UsageError(_one_line(captured.getvalue())) from None
     sys.stderr.write(captured.getvalue())
     if unknown:
-        raise UsageError(_unknown(unknown[0], list(option_names(kind))))
+        raise UsageError(_unknown(unknown[0], list(option_names(kind, default))))
     return value
 
 
@@ -157,10 +157,13 @@ def cli_with_config(
     """Like `cli`, with ``--config FILE`` and every field of that file's configuration as a further option.
 
     `adapt` may change the file's configuration before the options do, given the whole command line.
+    ``--model.expert.kind dit`` (and every other ``….kind`` of a table) puts that kind's defaults in the place of the
+    file's, with what both have in common as there; then the options are its own.
     Returns the `kind` and the configuration. Without ``--config`` (or with ``--help`` alone) the options are those of
     the default configuration.
     """
     from vla_jax.config import TrainConfig
+    from vla_jax.models.kinds import choices, with_kinds
 
     argv = list(sys.argv[1:] if argv is None else argv)
     path = value_of("--config", argv)
@@ -168,6 +171,7 @@ def cli_with_config(
         known = ", ".join(config_file.known_configs())
         raise UsageError(f"--config FILE is needed; there are {known}")
     config = adapt(TrainConfig() if path is None else config_file.load_config(path), argv)
+    config = with_kinds(config, dict(_kinds_chosen(argv)))
     command = dataclasses.make_dataclass(
         "Command",
         [
@@ -178,25 +182,41 @@ def cli_with_config(
         frozen=True,
         kw_only=True,
     )
+    kinds = ", ".join(f"--{option} {'|'.join(names)}" for option, names in choices(config))
+    description = f"{description or ''}\n\nParts of which there are several kinds, with options of their own: {kinds}."
     parsed = cli(command, description=description, argv=argv)
     return parsed.args, parsed.values
 
 
-def option_names(kind: Any) -> Iterator[str]:
-    """The options of a dataclass of dataclasses: ``--train.batch_size``, …"""
+def option_names(kind: Any, default: Any = None) -> Iterator[str]:
+    """The options of a dataclass of dataclasses: ``--train.batch_size``, …
+
+    Of fields that may have several kinds those of the kind that `default`, or the field's default, has.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         name = field.name
+        value = field.default if default is None else getattr(default, name)
+        inside = type(value) if dataclasses.is_dataclass(value) else None
         if typing.get_origin(hint) is Annotated:  # a field without a prefix of its own
             hint, *notes = typing.get_args(hint)
             if dataclasses.is_dataclass(hint) and notes:
-                yield from option_names(hint)
+                yield from option_names(inside or hint, value if inside else None)
                 continue
         if dataclasses.is_dataclass(hint):
-            yield from (f"--{name}.{inner[2:]}" for inner in option_names(hint))
+            inner = option_names(inside or hint, value if inside else None)
+            yield from (f"--{name}.{option[2:]}" for option in inner)
         else:
             yield f"--{name}"
+
+
+def _kinds_chosen(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """``model.expert.kind`` and its value, of every option of that form."""
+    for i, arg in enumerate(argv):
+        option, equals, value = arg.partition("=")
+        if option.startswith("--") and option.endswith(".kind") and (equals or i + 1 < len(argv)):
+            yield option[2:].replace("-", "_"), value if equals else argv[i + 1]
 
 
 def _unknown(option: str, known: list[str]) -> str:

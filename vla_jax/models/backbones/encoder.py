@@ -26,6 +26,7 @@ class EncoderConfig(BackboneConfig):
     """An image encoder, the state, or both."""
 
     kind: Literal["encoder"] = "encoder"
+    """Which backbone; the others have options of their own."""
     vision: ImageEncoderConfig = VisionConfig()
     width: int = 128
     """Width of the features."""

@@ -24,6 +24,7 @@ class PaliGemmaConfig(BackboneConfig):
     """SigLIP and Gemma side by side."""
 
     kind: Literal["paligemma"] = "paligemma"
+    """Which backbone; the others have options of their own."""
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
 

@@ -26,6 +26,7 @@ class VisionConfig(ImageEncoderConfig):
     """The SigLIP image encoder."""
 
     kind: Literal["siglip"] = "siglip"
+    """Which image encoder; the others have options of their own."""
     patch: int = 8
     """Side of a square patch in pixels; a camera gives (image_size / patch)² tokens."""
     width: int = 128

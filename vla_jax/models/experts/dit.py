@@ -39,6 +39,7 @@ class DitConfig(ExpertConfig):
     """A diffusion transformer that reads the backbone's features by cross-attention."""
 
     kind: Literal["dit"] = "dit"
+    """Which expert; the others have options of their own."""
     width: int = 96
     """Width of the residual stream."""
     depth: int = 4

@@ -28,6 +28,7 @@ class JointConfig(ExpertConfig):
     """Weights of its own beside the decoder's, in one attention."""
 
     kind: Literal["joint"] = "joint"
+    """Which expert; the others have options of their own."""
     width: int = 96
     """Width of the residual stream."""
     mlp: int = 192

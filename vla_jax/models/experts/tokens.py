@@ -11,6 +11,7 @@ class TokensConfig(ExpertConfig):
     """Sizes of the chunks; `models.action_tokens` writes them."""
 
     kind: Literal["tokens"] = "tokens"
+    """Which expert; the others have options of their own."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"kv"})
     is_network: ClassVar[bool] = False
