@@ -54,7 +54,7 @@ def denoise(setup, x_t=None, t=None, params=None, data=None):
 def reference(p, features, visible, data, x_t, t):
     """The expert once more, in float64 and sample by sample, from its description."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
-    heads, steps = DIT.heads, np.asarray(data.action_mask.any(-1))
+    steps = np.asarray(data.action_mask.any(-1))
 
     def dense(name, x, tree=p):
         return x @ tree[name]["kernel"] + tree[name]["bias"]

@@ -183,7 +183,9 @@ def cli_with_config(
         kw_only=True,
     )
     kinds = ", ".join(f"--{option} {'|'.join(names)}" for option, names in choices(config))
-    description = f"{description or ''}\n\nParts of which there are several kinds, with options of their own: {kinds}."
+    description = (
+        f"{description or ''}\n\nParts of which there are several kinds, with options of their own: {kinds}."
+    )
     parsed = cli(command, description=description, argv=argv)
     return parsed.args, parsed.values
 

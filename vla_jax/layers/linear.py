@@ -147,7 +147,7 @@ def dense(
 
 
 class Projection(nn.Module):
-    """x · kernel + bias over the last `contracted` axes of x, which are the first ones of the kernel: to heads and back.
+    """x · kernel + bias over the last `contracted` axes of x, which are the first of the kernel: to heads and back.
 
     flax's DenseGeneral does the same, but initialises a flattened kernel, which has no place for three axis names.
     """

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import token_positions
