@@ -44,7 +44,7 @@ def setup(request):
 
 
 def denoise(setup, x_t=None, t=None, params=None, data=None):
-    cfg, own, model, weights, *noisy = setup
+    _, own, model, weights, *noisy = setup
     data, variables = data or own, {"params": params or weights}
     x_t, t = noisy[0] if x_t is None else x_t, noisy[1] if t is None else t
     context, _ = apply(model)(variables, data, method="prefill")

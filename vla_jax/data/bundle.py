@@ -227,7 +227,7 @@ class DataBundle:
 def prepare(
     config: DataConfig,
     *,
-    cameras: Sequence[str] = (),
+    cameras: Sequence[str] | None = (),
     state_dim: int = 0,
     action_dim: int = 0,
     horizon: int = 0,
@@ -237,17 +237,18 @@ def prepare(
 ) -> DataBundle:
     """Tokenizer, statistics and transforms for a data set; the slow parts are kept beside it.
 
-    `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and
-    masked; 0 or empty takes the data set's own. `action_tokens`: whether chunks of `horizon` steps become FAST
-    tokens beside the actions or instead of them. `floor` False: for a run that was begun when scales had no least
-    value (`Normalize.floor`). `text`: whether text targets are to be learned; where there are none, that is said.
+    `cameras`, `state_dim` and `action_dim` are the model's: more dims than the data set's are padded and masked; 0 or
+    empty takes the data set's own, and `cameras` None says that the model looks at none. `action_tokens`: whether
+    chunks of `horizon` steps become FAST tokens beside the actions or instead of them. `floor` False: for a run that
+    was begun when scales had no least value (`Normalize.floor`). `text`: whether text targets are to be learned; where
+    there are none, that is said.
     """
     source = EpisodeSource(config.path, cache_mb=config.cache_mb)
     schema, index = source.schema, index_dataset(source)
     train, _ = split_episodes(index, config)
     units = units_of(config, schema)
     statistics = robot_statistics(source, train, index.fingerprint, units, horizon, config.after_end)
-    select = _select(tuple(cameras), config, schema, units)
+    select = tf.SelectCameras({}) if cameras is None else _select(tuple(cameras), config, schema, units)
     robot_state_dim, robot_action_dim = len(schema.state_names), len(schema.action_names)
     if 0 < state_dim < robot_state_dim:
         raise ValueError(

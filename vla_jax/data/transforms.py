@@ -55,9 +55,10 @@ class SelectCameras:
         return np.zeros((*self.cameras[camera], 3), np.uint8)
 
     def inputs(self, sample: Sample) -> Sample:
-        """Exactly `cameras`, and `image_mask` for them. A sample with none of them is an error."""
+        """Exactly `cameras`, and `image_mask` for them. A sample with none of them is an error (where the model looks
+        at any)."""
         found = {name: sample.images[of] for name, of in self.sources.items() if of in sample.images}
-        if not found:
+        if self.cameras and not found:
             wanted = list(self.sources.values())
             raise ValueError(
                 f"the observation has cameras {sorted(sample.images)}, none of the model's {wanted}"

@@ -163,7 +163,7 @@ def prepare_data(config: TrainConfig, *, floor: bool = True) -> DataBundle:
     expert = config.model.expert
     return prepare(
         config.data,
-        cameras=config.model.cameras,
+        cameras=config.model.cameras if config.model.backbone.reads_images else None,
         state_dim=expert.state_dim,
         action_dim=expert.action_dim,
         horizon=expert.horizon,

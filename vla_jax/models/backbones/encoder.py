@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from vla_jax.layers import init
 from vla_jax.layers.attention import token_positions
@@ -96,17 +96,25 @@ class Encoder(nn.Module):
         del plan_visible
         parts, masks = [], []
         if self.config.images:
-            # A sample's cameras are neighbours, so that each device encodes the images of its own samples.
-            images = jnp.stack([batch.images[name] for name in self.cameras], axis=1)  # b c h w 3
-            tokens = self.img(images.reshape(-1, *images.shape[2:]))
-            tokens = tokens.reshape(*images.shape[:2], *tokens.shape[1:])  # b c p d
-            tokens = tokens + jnp.stack(self.camera)[:, None].astype(tokens.dtype)
+            parts.append(self.encode_images(batch))
             present = jnp.stack([batch.image_mask[name] for name in self.cameras], axis=1)
-            parts.append(tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]))
-            masks.append(jnp.repeat(present, tokens.shape[2], axis=1))
+            masks.append(jnp.repeat(present, self.config.image_tokens, axis=1))
         if self.config.state_token:
             parts.append(self.state_proj(batch.state)[:, None])
             masks.append(jnp.ones((batch.state.shape[0], 1), bool))
         features, mask = jnp.concatenate(parts, axis=1), jnp.concatenate(masks, axis=1)
         features = constrain(features, ("batch", "prefix", "act_embed"))
         return Context(features=features, mask=mask, visible=mask, positions=token_positions(mask)), None
+
+    def encode_images(self, batch: Batch) -> Float[Array, "b p d"]:
+        """Tokens of all cameras' images, camera by camera.
+
+        A sample's cameras are neighbours, so that each device encodes the images of its own samples.
+        """
+        if not self.config.images:
+            return jnp.zeros((batch.state.shape[0], 0, self.config.width), jnp.dtype(self.compute.dtype))
+        images = jnp.stack([batch.images[name] for name in self.cameras], axis=1)  # b c h w 3
+        tokens = self.img(images.reshape(-1, *images.shape[2:]))
+        tokens = tokens.reshape(*images.shape[:2], *tokens.shape[1:])  # b c p d
+        tokens = tokens + jnp.stack(self.camera)[:, None].astype(tokens.dtype)
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])

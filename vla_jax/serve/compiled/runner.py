@@ -62,7 +62,10 @@ class ProgramRunner:
         self._encoder = Encoder(bundle, resize=on_host)
         one_size = (bundle.resize.height, bundle.resize.width)
         self._sizes = {name: one_size if on_host else size for name, size in bundle.select.cameras.items()}
-        self.lengths = how.prompt_lengths(config.data.max_text_tokens)
+        longest, reads = config.data.max_text_tokens, config.model.backbone
+        # A network that reads no text is the same program whatever the prompt.
+        self.lengths = how.prompt_lengths(longest) if reads.has_text else (longest,)
+        self._state_in_context = reads.reads_state
         self._kept: _Kept | None = None
 
     def act(
@@ -247,7 +250,9 @@ class ProgramRunner:
         }
 
     def _reuses(self, shape: Shape) -> bool:
-        return self.config.rewrites.reuse and shape.rows == 1 and not shape.guided
+        """Whether calls of a shape leave a context that the next may use: not where it holds the state, which moves."""
+        reuse = self.config.rewrites.reuse and not self._state_in_context
+        return reuse and shape.rows == 1 and not shape.guided
 
     def _remembered(
         self, shape: Shape, images: tuple[np.ndarray, ...], present: tuple[bool, ...], text: bytes
