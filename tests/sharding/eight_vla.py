@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from vla_jax.flow.config import ProcessConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.attention import attend, prefix_lm
 from vla_jax.layers.axes import constrain
+from vla_jax.models.backbones.encoder import EncoderConfig
+from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.dit import DitConfig
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.objective import Objective
@@ -88,18 +92,19 @@ def converted() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    cfg = small.config()
-    model, process = VLA(cfg), make_process(ProcessConfig())
-    objective = Objective(model=model, process=process, config=ObjectiveConfig())
+def on_meshes(cfg: VLAConfig, objective: ObjectiveConfig, meshes: Iterable[str]) -> dict[str, Any]:
+    """Loss, gradient and layout of a model on some meshes, beside those on the first."""
+    model = VLA(cfg)
+    objective = Objective(model=model, process=make_process(ProcessConfig()), config=objective)
     host = jax.tree.map(np.asarray, small.batch(cfg, b=8))
 
     def loss(params, batch):
         drawn = objective.draw(jax.random.key(1), batch)
         return objective.losses(params, batch, drawn, objective.counts(batch, drawn)).total
 
-    out = {}
-    for name, shape in MESHES.items():
+    out: dict[str, Any] = {}
+    for name in meshes:
+        shape = MESHES[name]
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = make_mesh(MeshConfig(**dict(zip(AXES, shape))), devices)
         builder = state_builder(init_params(model, host), optax.sgd(1.0), ema=False, mesh=mesh)
@@ -128,6 +133,15 @@ def main() -> None:
                 split = jax.jit(lambda x: constrain(x, ("batch", "prefix", "act_embed")))
                 x = split(np.zeros((8, 16, 4), np.float32))
             out[name]["prefix_shards"] = 16 // x.addressable_shards[0].data.shape[1]
+    return out
+
+
+def main() -> None:
+    out = on_meshes(small.config(), ObjectiveConfig(), MESHES)
+    dit = DitConfig(width=24, heads=4, mlp=40, horizon=5, action_dim=3, state_dim=4)
+    backbone = EncoderConfig(vision=small.config().backbone.vision, width=32)
+    cfg = dataclasses.replace(small.config(), backbone=backbone, expert=dit)
+    out["encoder"] = on_meshes(cfg, ObjectiveConfig(text=False), ("1", "8x1x1", "1x8x1", "2x2x2", "2x2x2x1"))
     out["splash"] = splash()
     out["converted"] = converted()
     json.dump(out, sys.stdout)

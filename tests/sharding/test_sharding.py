@@ -81,6 +81,15 @@ def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device(eight_vl
     assert found["1x8x1"]["unsharded"] < 0.02 and found["2x2x2"]["unsharded"] < 0.02
 
 
+def test_a_model_without_a_language_model_is_sharded_too(eight_vla):
+    """An image encoder and a dit, whose axes' names are all that the rules know of them."""
+    for mesh in ("8x1x1", "1x8x1", "2x2x2", "2x2x2x1"):
+        found = eight_vla["encoder"][mesh]
+        assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["constraints"] >= 10
+        assert mesh == "8x1x1" or found["unsharded"] < 0.03
+    assert eight_vla["encoder"]["8x1x1"]["collectives"] == ["all-reduce"]
+
+
 @pytest.fixture(scope="module")
 def eight_losses():
     return on_eight_devices("tests.sharding.eight_cross_entropy")
