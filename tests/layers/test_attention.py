@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_library
 
 from tests.models import small
-from vla_jax.layers.attention import attend, check_backend, prefix_lm
+from vla_jax.layers.attention import attend, attend_across, check_backend, prefix_lm
 from vla_jax.models.vla import VLA, portable
 
 
@@ -63,6 +63,28 @@ def test_splash_equals_xla(kv_heads, draws):
     np.testing.assert_allclose(outs[1], outs[0], atol=2e-6)
     assert max(np.abs(x).max() for x in jax.tree.leaves(gradients[0])) > 0.1
     jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, atol=1e-5), *gradients)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_cross_attention_of_draws_that_share_their_keys(backend):
+    """Against a softmax over the visible keys of each row by itself; where there is none, zero and no gradient."""
+    rng = np.random.default_rng(0)
+    b, draws, t, s, n, e = 3, 2, 5, 40, 4, 8
+    q, k, v = arrays(rng, b * draws, t, n, n, e)[0], *arrays(rng, b, s, n, n, e)[1:]
+    visible = jnp.asarray(rng.random((b, s)) < 0.5).at[-1].set(False)
+
+    def across(q, k, v):
+        return attend_across(q, k, v, visible, backend=backend)
+
+    found = jax.jit(across)(q, k, v)
+    for row in range(b * draws):
+        i = row // draws
+        keys, values = (np.asarray(x[i])[np.asarray(visible[i])] for x in (k, v))
+        weights = jax.nn.softmax(np.einsum("tne,sne->nts", q[row], keys) / np.sqrt(e), axis=-1)
+        np.testing.assert_allclose(found[row], np.einsum("nts,sne->tne", weights, values), atol=2e-6)
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(across(*x) ** 2), argnums=(0, 1, 2)))(q, k, v)
+    assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in gradient)
+    assert all((np.asarray(x[-1]) == 0).all() for x in gradient)
 
 
 def test_a_model_with_splash_predicts_what_it_predicts_with_xla():
