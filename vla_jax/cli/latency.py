@@ -225,7 +225,7 @@ def _device_peak() -> int | None:
 def _bound(args: BenchmarkArgs, compiled: Policy, case: Case, length: int) -> dict[str, Any] | None:
     """Least milliseconds per part."""
     mesh, model = compiled.mesh, compiled.config.model
-    dtype = compiled.serving.dtype or model.dtype
+    dtype = compiled.runner.config.dtype or model.dtype
     best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.params))
     if best is None:
         return None
@@ -294,7 +294,7 @@ def _error(policy: Policy, compiled: Policy, solver: SolverConfig, seen: _Seen) 
 
 
 def _report_head(args: BenchmarkArgs, policy: Policy, compiled: Policy) -> dict[str, Any]:
-    mesh, dtype = compiled.mesh, compiled.serving.dtype or policy.config.model.dtype
+    mesh, dtype = compiled.mesh, compiled.runner.config.dtype or policy.config.model.dtype
     best = _peak(1 if mesh is None else mesh.size, dtype, size_bytes(compiled.params))
     return {
         "what": str(args.checkpoint or args.config or args.model),
@@ -307,8 +307,8 @@ def _report_head(args: BenchmarkArgs, policy: Policy, compiled: Policy) -> dict[
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(policy.params)),
         "weight_bytes": size_bytes(compiled.params),
         "dtype": dtype,
-        "weights": compiled.serving.weights,
-        "rewrites": dataclasses.asdict(compiled.serving.rewrites),
+        "weights": compiled.runner.config.weights,
+        "rewrites": dataclasses.asdict(compiled.runner.config.rewrites),
         "protocol": {"rounds": args.rounds, "repeats": args.repeats, "samples": args.samples},
         "versions": {"jax": jax.__version__},
     }

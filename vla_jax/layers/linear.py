@@ -142,8 +142,8 @@ def dense(
     width: int, names: tuple[str | None, str | None], dtype: jnp.dtype | None, name: str | None = None
 ) -> Dense:
     """`Dense` with the usual start, whose input and output axes have these logical names."""
-    start = dict(kernel_init=init.kernel(names), bias_init=init.zeros((names[1],)))
-    return Dense(width, dtype=dtype, **start, name=name)
+    kernel, bias = init.kernel(names), init.zeros((names[1],))
+    return Dense(width, dtype=dtype, kernel_init=kernel, bias_init=bias, name=name)
 
 
 class Projection(nn.Module):
