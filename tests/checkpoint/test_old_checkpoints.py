@@ -49,7 +49,7 @@ def act(policy, seen, key, case):
     if case == "midpoint, 2 samples":
         return policy.act(seen, key, solver=MIDPOINT, samples=2)
     if case == "plan":
-        return policy.act(seen, key, solver=EULER, see_plan=True, plan=["pass left, grasp the red cup"])
+        return policy.act(seen, key, solver=EULER, plan_visible=True, plan=["pass left, grasp the red cup"])
     if case == "guidance 2":
         return policy.act(seen, key, solver=EULER, guidance=2.0)
     assert case == "running"
