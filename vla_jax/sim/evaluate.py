@@ -62,7 +62,7 @@ class EvaluablePolicy(ChunkPolicy, Protocol):
         *,
         solver: SolverConfig,
         plan: Sequence[str] | None = None,
-        see_plan: bool = False,
+        plan_visible: bool = False,
         samples: int = 1,
         **guided: Any,
     ) -> Float[np.ndarray, "b *samples k a"]:
