@@ -1,16 +1,21 @@
 """Products with LoRA's factors beside the matrix: what is small is not rounded away, in whatever way it is called."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
+from vla_jax.layers.int8 import quantize
 from vla_jax.layers.linear import Matrix, low_rank_equations, multiply
 
 CASES = {  # the model's own: x, w, and the axes of A and B
     "btd,nde->btne": ((8, 3, 16), (4, 16, 6), (16, 2), (2, 4, 6)),
-    "btd,cmde->cbtme": ((8, 3, 16), (2, 3, 16, 6), (2, 16, 2), (2, 2, 3, 6)),
+    "btd,cmde->btcme": ((8, 3, 16), (2, 3, 16, 6), (2, 16, 2), (2, 2, 3, 6)),
+    "btd,cdf->btcf": ((8, 3, 16), (2, 16, 7), (2, 16, 2), (2, 2, 7)),
     "btne,ned->btd": ((8, 3, 4, 6), (4, 6, 10), (4, 6, 2), (2, 10)),
     "...d,df->...f": ((8, 3, 16), (16, 7), (16, 2), (2, 7)),
 }
@@ -31,7 +36,7 @@ def case(equation, dtype, *, small):
 
 def exact(equation, x, matrix):
     """x·W and (x·A)·B in float64."""
-    x, w, a, b = (np.asarray(leaf, np.float64) for leaf in (x, *matrix[:3]))
+    x, w, a, b = (np.asarray(leaf, np.float64) for leaf in (x, matrix.w, matrix.a, matrix.b))
     narrow, widen = low_rank_equations(equation, a.ndim)
     return np.einsum(equation, x, w), np.einsum(widen, np.einsum(narrow, x, a), b)
 
@@ -99,3 +104,22 @@ def test_a_small_correction_survives_bfloat16():
         merged = (w.astype(jnp.float32) + a @ b).astype(jnp.bfloat16)
         rounded = (merged.astype(jnp.float32) - w.astype(jnp.float32)) - a @ b
         assert np.linalg.norm(rounded) > merged_loses * np.linalg.norm(a @ b)
+
+
+@pytest.mark.parametrize("kept", ["plain", "int8", "lora", "int8 with lora"])
+@pytest.mark.parametrize("equation", CASES)
+def test_a_matrix_with_its_inputs_first_is_the_same(equation, kept):
+    """As served parameters are kept: in another order of axes, whatever lies beside them."""
+    x, matrix = case(equation, jnp.float32, small=False)
+    _, letters, result = equation.replace("->", ",").split(",")
+    into = [i for i, letter in enumerate(letters) if letter not in result]
+    scale = None
+    if "int8" in kept:
+        w, scale = quantize(matrix.w, into)
+        matrix = dataclasses.replace(matrix, w=w)
+    matrix = dataclasses.replace(matrix, scale=scale) if "lora" in kept else Matrix(matrix.w, scale=scale)
+    order = into + [i for i in range(matrix.w.ndim) if i not in into]
+    turned = dataclasses.replace(matrix, w=jnp.transpose(matrix.w, order), turned=True)
+    np.testing.assert_allclose(
+        multiply(equation, x, turned), multiply(equation, x, matrix), rtol=1e-5, atol=1e-5
+    )

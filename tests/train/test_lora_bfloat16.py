@@ -104,9 +104,9 @@ def test_every_matrix_adds_what_it_adds_in_float32(trained, steps):
 
     equations = {
         "q_einsum/w": "btd,nde->btne",
-        "kv_einsum/w": "btd,cmde->cbtme",
+        "kv_einsum/w": "btd,cmde->btcme",
         "attn_vec_einsum/w": "btne,ned->btd",
-        "gating_einsum": "btd,cdf->cbtf",
+        "gating_einsum": "btd,cdf->btcf",
         "linear": "btd,df->btf",
     }
     state, rng, seen = trained[steps], np.random.default_rng(0), 0
@@ -127,6 +127,6 @@ def test_every_matrix_adds_what_it_adds_in_float32(trained, steps):
         wanted = np.asarray(jnp.einsum(widen, jnp.einsum(narrow, x.astype(jnp.float32), matrix.a), matrix.b))
         on, off = (np.asarray(multiply(equation, x, m), np.float32) for m in (matrix, Matrix(matrix.w)))
         assert abs(np.vdot(on - off, wanted) / np.vdot(wanted, wanted) - 1) < 0.02, name
-        alone = multiply(equation, x, matrix._replace(w=jnp.zeros_like(matrix.w)))
+        alone = multiply(equation, x, dataclasses.replace(matrix, w=jnp.zeros_like(matrix.w)))
         assert np.linalg.norm(alone - wanted) < 0.01 * np.linalg.norm(wanted), name
     assert seen == 10

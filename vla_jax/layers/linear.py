@@ -9,9 +9,9 @@ exact in bfloat16, as all converted weights are, the sum of W and a small A·B w
 same reason the two products are added in float32 before they are rounded to the type of x.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,17 +29,26 @@ SUFFIX = "_lora"
 SCALE = "_scale"
 """The scales of a parameter `w` that is kept as integers are the parameter `w_scale`: batches, then outputs."""
 
+TURNED = "_inputs_first"
+"""A parameter `w` may be kept as `w_inputs_first`: the axes of its inputs lead, those of batches and outputs follow. A
+product with it then needs no transposed copy, which XLA on CPU makes anew at every evaluation of a loop."""
+
 SUM = "lora_sum"
 """The name that rematerialisation knows the sum of both products by (`models/stack.py`)."""
 
 
-class Matrix(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("w", "a", "b", "scale"), meta_fields=("turned",)
+)
+@dataclasses.dataclass(frozen=True)
+class Matrix:
     """A weight, and what lies beside it; LoRA's scale α/r is in b. Axes of w: batches, inputs and outputs."""
 
     w: Float[Array, "..."] | Int8[Array, "..."]
     a: Float[Array, "*axes r"] | None = None  # batches, inputs, rank
     b: Float[Array, "..."] | None = None  # batches, rank, outputs
     scale: Float[Array, "..."] | None = None  # batches, outputs
+    turned: bool = False  # w has the axes of its inputs first
 
     def part(self, i: int) -> "Matrix":
         """Number i of a batch of matrices."""
@@ -47,36 +56,47 @@ class Matrix(NamedTuple):
 
     def inputs(self, start: int, stop: int) -> "Matrix":
         """Some rows of one matrix [inputs, outputs]: what multiplies a part of concatenated inputs."""
-        return self._replace(w=self.w[start:stop], a=None if self.a is None else self.a[start:stop])
+        a = None if self.a is None else self.a[start:stop]
+        return dataclasses.replace(self, w=self.w[start:stop], a=a)
 
 
 def declare(module: nn.Module, name: str, initializer: Initializer, shape: Sequence[int]) -> Matrix:
     """Parameter `name` of a module, with what lies beside it. Called within a compact method or setup."""
-    w, a, b, scale = module.param(name, initializer, tuple(shape)), None, None, None
+    a, b, scale, turned = None, None, None, module.has_variable("params", name + TURNED)
+    find = module.get_variable if turned else None
+    w = find("params", name + TURNED) if find else module.param(name, initializer, tuple(shape))
     if module.has_variable("params", name + SUFFIX):
         factors = module.get_variable("params", name + SUFFIX)
         a, b = factors["a"], factors["b"]
     if module.has_variable("params", name + SCALE):
         scale = module.get_variable("params", name + SCALE)
-    return Matrix(w, a, b, scale)
+    return Matrix(w, a, b, scale, turned)
 
 
 def multiply(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
     """The einsum "x,w->y" in the dtype of `x`. Contracted axes of w are its inputs; see `Matrix`."""
     w = matrix.w.astype(x.dtype)
+    whole = inputs_first(equation) if matrix.turned else equation
     if matrix.scale is not None:
-        return _scaled(equation, x, w, matrix)
+        return _scaled(equation, whole, x, w, matrix)
     if matrix.a is None or matrix.b is None:
-        return jnp.einsum(equation, x, w)
+        return jnp.einsum(whole, x, w)
     narrow, widen = low_rank_equations(equation, matrix.a.ndim)
     hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
-    y = _add((equation, widen), x, w, hidden, matrix.b.astype(x.dtype))
+    y = _add((whole, widen), x, w, hidden, matrix.b.astype(x.dtype))
     return y if x.dtype == jnp.float32 else checkpoint_name(y, SUM)
 
 
-def _scaled(equation: str, x: Array, w: Array, matrix: Matrix) -> Array:
+def inputs_first(equation: str) -> str:
+    """ "x,w->y" for a w whose axes of inputs lead."""
+    x, w, y = equation.replace("->", ",").split(",")
+    inputs = "".join(letter for letter in w if letter in x and letter not in y)
+    return f"{x},{inputs}{''.join(letter for letter in w if letter not in inputs)}->{y}"
+
+
+def _scaled(equation: str, whole: str, x: Array, w: Array, matrix: Matrix) -> Array:
     """Of integers: the scales belong to outputs, so they multiply the product, in float32."""
-    y = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+    y = jnp.einsum(whole, x, w, preferred_element_type=jnp.float32)
     _, weight, result = equation.replace("->", ",").split(",")
     outputs = "".join(letter for letter in weight if letter in result)
     y = jnp.einsum(f"{result},{outputs}->{result}", y, matrix.scale)

@@ -21,8 +21,8 @@ class GeGLU(nn.Module):
         names, sizes = (None, "embed", "mlp"), (2, self.width, self.hidden)
         gating = declare(self, "gating_einsum", fan_in(names, in_axis=1, batch_axis=0), sizes)
         linear = declare(self, "linear", fan_in(("mlp", "embed"), in_axis=0), (self.hidden, self.width))
-        gate, up = (multiply("btd,df->btf", x, gating.part(i)) for i in (0, 1))
-        hidden = constrain(nn.gelu(gate) * up, ("batch", length, "act_mlp"))
+        gate, up = jnp.split(multiply("btd,cdf->btcf", x, gating), 2, axis=2)
+        hidden = constrain((nn.gelu(gate) * up)[:, :, 0], ("batch", length, "act_mlp"))
         return multiply("btf,fd->btd", hidden, linear)
 
 

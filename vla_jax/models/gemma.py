@@ -207,14 +207,14 @@ class Attention(nn.Module):
             name="q_einsum",
         )(x)
         kv = Einsum(
-            "btd,cmde->cbtme",
+            "btd,cmde->btcme",
             (None, "kv_heads", "embed", "head_dim"),
             2,
             (2, *self._shape(self.config.kv_heads)),
             name="kv_einsum",
         )(x)
         q = constrain(rotate(q, shared.rotation), ("batch", length, "act_heads", None))
-        q, k, v = (named(x, PROJECTED) for x in (q, rotate(kv[0], shared.rotation), kv[1]))
+        q, k, v = (named(x, PROJECTED) for x in (q, rotate(kv[:, :, 0], shared.rotation), kv[:, :, 1]))
         out = attend(q, k, v, shared.mask, past, shared.past_mask, backend=self.backend, length=length)
         out = named(out, CONTEXT)
         out = Einsum(

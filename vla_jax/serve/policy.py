@@ -132,7 +132,7 @@ class Policy:
             for leaf in jax.tree.leaves(params)
         )
         with jax.default_device(jax.devices("cpu")[0]) if on_host else contextlib.nullcontext():
-            params = served(params, model, serving)
+            params = served(params, model, serving, mesh)
         return dataclasses.replace(self, params=placed(params, model, mesh), serving=serving, mesh=mesh)
 
     @functools.cached_property

@@ -1,8 +1,8 @@
 """From a checkpoint's parameters to those that are served: of the same network, in the form in which it runs fastest.
 
 Matrices of the stacked blocks and tables take the network's type, or the matrices become 8-bit integers; stacks come
-apart. LoRA's factors stay beside matrices that are rounded, and are merged into those that stay float32, which loses
-nothing.
+apart, and their matrices lie in the order in which they multiply. LoRA's factors stay beside matrices that are rounded,
+and are merged into those that stay float32, which loses nothing.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from vla_jax.layers import lora
 from vla_jax.layers.int8 import quantize
-from vla_jax.layers.linear import SCALE
+from vla_jax.layers.linear import SCALE, TURNED
 from vla_jax.layers.matrices import matrix_axes
 from vla_jax.models.abstract import abstract_params
 from vla_jax.models.config import VLAConfig
@@ -30,14 +30,20 @@ from vla_jax.sharding.rules import path_name
 from vla_jax.types import PyTree
 
 
-def served(params: PyTree, model: VLAConfig, config: CompileConfig) -> PyTree:
-    """The parameters to serve; `params` has LoRA's scale in its factors (`Policy.params`)."""
+def served(params: PyTree, model: VLAConfig, config: CompileConfig, mesh: Mesh | None = None) -> PyTree:
+    """The parameters to serve; `params` has LoRA's scale in its factors (`Policy.params`).
+
+    On a mesh matrices keep the order of their axes, which training's rules know.
+    """
     dtype, int8 = jnp.dtype(config.dtype or model.dtype), config.weights == "int8"
     if dtype == jnp.float32 and not int8:
         params = lora.merge(params, 1.0)
     if dtype != jnp.float32 or int8:
         params = _kept(params, dtype, int8, {f"backbone/{name}" for name in model.backbone.tables})
-    return unstacked(params) if config.rewrites.unstack else params
+    if not config.rewrites.unstack:
+        return params
+    params = unstacked(params)
+    return _turned(params) if mesh is None else params
 
 
 def size_bytes(params: PyTree) -> int:
@@ -67,6 +73,24 @@ def _kept(
         else:
             kept[name] = value.astype(dtype)
     return kept
+
+
+def _turned(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The tree with the matrices of layers that lie apart, and of no stack, in the order in which they multiply."""
+    turned: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{above}{name}"
+        axes = None if isinstance(value, dict) or lora.is_factor(path) else matrix_axes(path)
+        if isinstance(value, dict):
+            turned[name] = value if name in STACKS else _turned(value, f"{path}/")
+        elif axes is None:
+            turned[name] = value
+        else:
+            into = [axis % value.ndim for axis in axes.into]
+            order = into + [axis for axis in range(value.ndim) if axis not in into]
+            same = order == list(range(value.ndim))
+            turned[name if same else name + TURNED] = value if same else jnp.transpose(value, order)
+    return turned
 
 
 def placed(params: PyTree, model: VLAConfig, mesh: Mesh | None) -> PyTree:
