@@ -208,7 +208,7 @@ def played(text):
         ("all-gather-start(%shard)", "all-gather-start(%lost)", "gather-start takes 'lost'"),
         ("fusion(%before, %gather)", "fusion(%before, %gone)", "y takes 'gone'"),
         ("calls=%matmul", "calls=%elsewhere", "before calls 'elsewhere'"),
-        ("condition=%cond, ", "", "a form that is not known"),
+        ("condition=%cond, ", "", "no condition"),
         ("replica_groups=[2,4]<=[8], ", "", "replica groups of an unknown form"),
     ],
 )

@@ -42,7 +42,7 @@ from vla_jax.flow.times import Beta, LogitNormal, TimeSampler, Uniform
 HOST = {
     "config.require", "config.check", "config.check_diffusion", "couplings.exact_pairs", "diffusion.Diffusion.grid",
     "paths.time_dtype", "predictions.undefined", "processes.make_process", "processes.make_schedule",
-    "processes.make_times", "solvers.time_grid", "step_schedules.StepSchedule.betas",
+    "processes.make_times", "solvers.stage_times", "solvers.time_grid", "step_schedules.StepSchedule.betas",
     "step_schedules.StepSchedule.log_alpha_bar", "step_schedules.LinearSteps.betas",
     "step_schedules.CosineSteps.betas", "stop_early.StopEarly.adapt_step_size",
 }  # fmt: skip

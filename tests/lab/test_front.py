@@ -38,7 +38,7 @@ def test_hypervolume_counts_the_dominated_grid_cells(some):
     covered = np.zeros_like(x, bool)
     for a, b in some:
         covered |= (x > a) & (y > b)
-    assert hypervolume(some) == pytest.approx(covered.mean(), abs=1e-9)
+    assert hypervolume(np.array(some)) == pytest.approx(covered.mean(), abs=1e-9)
 
 
 def test_intervals_are_students():

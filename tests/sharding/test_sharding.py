@@ -76,7 +76,8 @@ def test_real_model_on_any_mesh_has_the_loss_and_gradient_of_one_device(eight_vl
     found = eight_vla
     for mesh in ("8x1x1", "1x8x1", "2x2x2"):
         assert found[mesh]["loss"] < 1e-5
-        assert found[mesh]["gradient"] < 1e-5
+        # Of the largest gradient. The time's embedding has angles up to 1,600, so that its rounding is 1e-4 in places.
+        assert found[mesh]["gradient"] < 1e-4
         assert found[mesh]["constraints"] >= 10
     assert found["1x8x1"]["unsharded"] < 0.02 and found["2x2x2"]["unsharded"] < 0.02
 
@@ -202,12 +203,12 @@ def test_misspelt_axis_of_an_activation_is_refused_too(lay):
 
 
 def test_a_model_with_a_misspelt_axis_does_not_trace():
-    model = GeGLU(8, 8, length="prefx")
+    model = GeGLU(8, 8)
     x = jnp.zeros((2, 4, 8))
     params = model.init(jax.random.key(0), x)
     with activate(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
         with pytest.raises(ValueError, match=r"'batch', 'prefx', 'act_mlp'.* did you mean 'prefix'\?"):
-            jax.eval_shape(model.apply, params, x)
+            jax.eval_shape(lambda p, x: model.apply(p, x, length="prefx"), params, x)
         with pytest.raises(ValueError, match=r"\(2, 4, 8\) has 3 axes, but 2 names"):
             constrain(x, ("batch", "length"))
 

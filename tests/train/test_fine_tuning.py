@@ -18,6 +18,7 @@ from vla_jax.data.config import DataConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
+from vla_jax.models.kinds import of_kind
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding import MeshConfig, make_mesh
@@ -112,7 +113,7 @@ def test_refused(changes, message):
 @pytest.mark.parametrize("kind", ["joint", "tokens"])
 def test_lora_s_rank_alone_is_enough(kind):
     """Whatever the model has of backbone and expert layers is adapted; the expert's projections train as a whole."""
-    cfg = dataclasses.replace(CONFIG, expert=dataclasses.replace(CONFIG.expert, kind=kind))
+    cfg = dataclasses.replace(CONFIG, expert=of_kind(CONFIG.expert, kind, "model.expert"))
     data = DataConfig(ignore_state=kind == "tokens")
     config = TrainConfig(model=cfg, data=data, lora=LoraConfig(rank=2))
     parts = make_parts(init_params(VLA(cfg), DATA), config)

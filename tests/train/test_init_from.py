@@ -207,7 +207,7 @@ def test_another_expert_and_another_vocabulary(base, tmp_path, capsys):
         data=dataclasses.replace(config.data, vocab_size=310),
     )
     arrays, said = dry(other, folder, tmp_path, capsys)
-    assert "backbone/llm/embedder/input_embedding (310, 16), text.vocab 300 → 310" in said
+    assert "backbone/llm/embedder/input_embedding (310, 16), backbone.text.vocab 300 → 310" in said
     assert all(name.startswith("backbone/") for name in arrays) and len(arrays) > 20
     assert "expert/time_mlp_in/kernel (24, 24), not in the checkpoint" in said
     assert "expert/action_out_proj/bias (3,), named by train.init_new" in said

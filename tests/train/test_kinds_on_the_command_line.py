@@ -17,7 +17,9 @@ from vla_jax.models.experts import EXPERTS
 from vla_jax.models.experts.dit import DitConfig
 
 DIT = ("--model.expert.kind", "dit")
-ENCODER = ("--model.backbone.kind=encoder", "--objective.text", "False")
+ENCODER = (
+    "--model.backbone.kind=encoder", "--objective.text", "False", "--objective.diagnostics.every", "0"
+)  # fmt: skip
 
 
 def parse(*argv, config="configs/lambda_study.py"):

@@ -82,7 +82,7 @@ class Instruction:
         """The value of ``name=value``, which instructions of this kind always have."""
         value = self.attribute(name)
         if value is None:
-            raise ValueError(f"{self.opcode} {self.name} has no {name}")
+            raise UnreadableText(f"{self.opcode} {self.name} has no {name}")
         return value
 
     def attribute(self, name: str) -> str | None:

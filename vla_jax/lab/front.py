@@ -46,8 +46,8 @@ def pareto_settings(settings: Sequence[Setting]) -> list[Setting]:
     return [full[i] for i in pareto(points)]
 
 
-def hypervolume(points: Float[np.ndarray, "n losses"]) -> float:
-    """The share of the unit cube that is at least as bad as some point in all losses; lower is better.
+def hypervolume(points: Float[np.ndarray, "*n losses"]) -> float:
+    """The share of the unit cube that is at least as bad as some point, or the one, in all losses; lower is better.
 
     Cut into slices at the points' last coordinates: in each, what the points below it dominate of the other losses.
     """

@@ -103,7 +103,7 @@ def _scaled(equation: str, whole: str, x: Array, w: Array, matrix: Matrix) -> Ar
     if matrix.a is not None and matrix.b is not None:
         narrow, widen = low_rank_equations(equation, matrix.a.ndim)
         hidden = jnp.einsum(narrow, x, matrix.a.astype(x.dtype))
-        y = y + jnp.einsum(widen, hidden, matrix.b.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = y + _small(widen, hidden, matrix.b.astype(x.dtype))
     return y.astype(x.dtype)
 
 
@@ -122,8 +122,14 @@ def _add(equations: tuple[str, str], x: Array, w: Array, hidden: Array, b: Array
     """Both products, added in float32 and rounded once."""
     whole, widen = equations
     y = jnp.einsum(whole, x, w, preferred_element_type=jnp.float32)
-    y = y + jnp.einsum(widen, hidden, b, preferred_element_type=jnp.float32)
+    y = y + _small(widen, hidden, b)
     return y.astype(x.dtype)
+
+
+def _small(widen: str, hidden: Array, b: Array) -> Array:
+    """hidden · B in float32. The factors are turned to float32 first, which changes no product of two bfloat16 numbers:
+    XLA on CPU has no batched product of bfloat16 with a float32 result."""
+    return jnp.einsum(widen, hidden.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def _add_jvp(equations, primals, tangents):

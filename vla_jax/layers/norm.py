@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vla_jax.layers.axes import constrain
 from vla_jax.layers.init import ones, zeros
 from vla_jax.layers.linear import Dense
 
@@ -36,6 +37,16 @@ class Modulation(NamedTuple):
     gate: Float[Array, "#b #t d"]
 
 
+def _parts(x: Float[Array, "#b #t cd"], count: int) -> list[Float[Array, "#b #t d"]]:
+    """x in float32 and in parts of equal width, each whole on every device.
+
+    Without the constraint each part would lie on some of the devices that share a matrix; XLA (jax 0.10.2) then put
+    the sharding on the tokens, and computed wrong sums of them on a mesh of data, fsdp and tensor.
+    """
+    x = constrain(x.astype(jnp.float32), ("batch" if x.shape[0] > 1 else None, None, "act_embed"))
+    return jnp.split(x, count, axis=-1)
+
+
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose scale, shift and residual gate are a linear function of a condition (π0.5).
 
@@ -55,7 +66,7 @@ class AdaRMSNorm(nn.Module):
 
     def modulation(self, condition: Float[Array, "#b #t g"]) -> Modulation:
         """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
-        return Modulation(*jnp.split(self.Dense_0(condition).astype(jnp.float32), 3, axis=-1))
+        return Modulation(*_parts(self.Dense_0(condition), 3))
 
     def __call__(
         self, x: Float[Array, "b t d"], condition: Float[Array, "#b #t g"] | Modulation
@@ -101,7 +112,7 @@ class AdaLayerNorm(nn.Module):
 
     def modulation(self, condition: Float[Array, "#b #t g"]) -> ScaleShift:
         """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
-        return ScaleShift(*jnp.split(self.Dense_0(condition).astype(jnp.float32), 2, axis=-1))
+        return ScaleShift(*_parts(self.Dense_0(condition), 2))
 
     def __call__(
         self, x: Float[Array, "b t d"], condition: Float[Array, "#b #t g"] | ScaleShift

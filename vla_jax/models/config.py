@@ -47,8 +47,13 @@ class VLAConfig:
                 f"model.cameras={self.cameras}, but model.backbone.kind={self.backbone.kind} is told to look at none; "
                 "leave model.cameras empty"
             )
-        self.backbone.check(self.compute)
-        self.expert.check(self.compute)
+        for name, part in {"backbone": self.backbone, "expert": self.expert}.items():
+            if part.kind != type(part).kind:
+                raise ValueError(
+                    f"model.{name}.kind={part.kind} in a {type(part).__name__}, whose options are others; "
+                    "models.kinds.of_kind makes one of the other kind"
+                )
+            part.check(self.compute)
         missing = sorted(self.expert.reads - self.backbone.offers)
         if missing:
             raise ValueError(
@@ -80,6 +85,13 @@ class VLAConfig:
     def image_tokens(self) -> int:
         """Tokens of all cameras, before the text."""
         return len(self.cameras) * self.backbone.image_tokens
+
+    @property
+    def sized_by(self) -> tuple[tuple[str, str], ...]:
+        """(pattern of parameter paths, field): arrays that may be missing from another model's parameters, or have
+        another shape there, where that field is another."""
+        parts = {"backbone": self.backbone, "expert": self.expert}
+        return tuple((f"{n}/{path}", f"{n}.{field}") for n, part in parts.items() for path, field in part.sized_by)
 
     def unknown(self) -> dict[str, int | tuple[str, ...]]:
         """What may be left to the data set, by option; 0 or empty: still unknown."""

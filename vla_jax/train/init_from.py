@@ -6,7 +6,7 @@ why (another action or state dimension, another vocabulary, a state token, no ex
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,15 @@ from vla_jax.checkpoint.read import Loaded
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.config import TrainConfig, from_meta
 from vla_jax.layers import lora
+from vla_jax.models.compute import Compute
 from vla_jax.models.config import VLAConfig
 from vla_jax.train.config import LoopConfig
 from vla_jax.train.patterns import choose, fits
 from vla_jax.types import PyTree
 
-CAUSES: tuple[tuple[str, str], ...] = (
-    ("expert/action_in_proj/kernel", "expert.action_dim"),
-    ("expert/action_out_proj/*", "expert.action_dim"),
-    ("expert/state_proj/*", "expert.state_dim"),
-    ("expert/state_proj/*", "expert.state_token"),
-    ("backbone/llm/embedder/input_embedding", "text.vocab"),
-)
-"""(pattern, field of the model): arrays that may be of another shape, or missing, where the field is another."""
-FREE = ("cameras", "dtype", "attention", "remat", "unroll", "expert.horizon", *(field for _, field in CAUSES))
-"""Fields of the model that may differ from the checkpoint's; the others decide what its arrays mean."""
+FREE = ("cameras", "expert.horizon", *(field.name for field in dataclasses.fields(Compute)))
+"""Fields of the model that may differ from the checkpoint's, besides those that its `sized_by` names; the others decide
+what its arrays mean."""
 LISTED = 5
 
 
@@ -122,8 +116,13 @@ def _plan(
     if not any(name.startswith("expert/") for name in found):
         new |= {name for name in wanted if name.startswith("expert/")}
     changed = _changes(source.model, config.model)
-    _check_meaning(path, changed, without_expert=all(n in new for n in wanted if n.startswith("expert/")))
-    reasons = _compare(config.train, wanted, found, new, changed)
+    causes = config.model.sized_by
+    free = {*FREE, *(field for _, field in causes)}
+    if all(n in new for n in wanted if n.startswith("expert/")):
+        free |= {name for name in changed if name.startswith("expert.")}
+    _check_meaning(path, {name: pair for name, pair in changed.items() if name not in free})
+    explained = [(p, f"{f} {changed[f][0]} → {changed[f][1]}") for p, f in causes if f in changed]
+    reasons = _compare(config.train, wanted, found, new, explained)
     head = f"init_from {path} (step {step}, {loaded.item}): {len(wanted) - len(reasons)} arrays taken"
     horizon = changed.get("expert.horizon")
     return reasons, [
@@ -171,12 +170,8 @@ def _changes(source: VLAConfig, target: VLAConfig) -> dict[str, tuple[Any, Any]]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _check_meaning(path: str, changed: Mapping[str, tuple[Any, Any]], *, without_expert: bool) -> None:
-    other = [
-        f"model.{name}={new!r} (there: {old!r})"
-        for name, (old, new) in changed.items()
-        if name not in FREE and not (without_expert and name.startswith("expert."))
-    ]
+def _check_meaning(path: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    other = [f"model.{name}={new!r} (there: {old!r})" for name, (old, new) in changed.items()]
     if other:
         raise ValueError(
             f"train.init_from={path} is of another model: {', '.join(other[:LISTED])}; --init-from {path} takes "
@@ -189,16 +184,12 @@ def _compare(
     wanted: Mapping[str, Any],
     found: Mapping[str, Array],
     new: frozenset[str],
-    changed: Mapping[str, tuple[Any, Any]],
+    explained: Sequence[tuple[str, str]],
 ) -> dict[str, str]:
-    """Why which array is new. Raises ValueError where one does not fit for no known reason."""
+    """Why which array is new. Raises ValueError where one does not fit and no pattern of `explained` says why."""
 
     def reason(name: str) -> str | None:
-        for pattern, field in CAUSES:
-            if fits(name, pattern) and field in changed:
-                old, value = changed[field]
-                return f"{field} {old} → {value}"
-        return None
+        return next((why for pattern, why in explained if fits(name, pattern)), None)
 
     reasons, problems = {}, []
     for name, leaf in wanted.items():

@@ -87,7 +87,7 @@ def prepare_fast(
 
 def draw_chunks(
     source: EpisodeSource,
-    episodes: Sequence[int] | Int[np.ndarray, " n"],
+    episodes: Sequence[int] | Int[np.ndarray, " e"],
     normalize: Normalize,
     horizon: int,
     count: int,

@@ -50,6 +50,8 @@ class BackboneConfig:
     """Fields of `Context` that it can leave: kv, features."""
     tables: ClassVar[tuple[str, ...]] = ()
     """Paths under ``backbone/`` of tables that are looked up, and multiplied with, in the network's type."""
+    sized_by: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(pattern of parameter paths under ``backbone/``, field): arrays whose shape follows the data set or an option."""
     has_text: ClassVar[bool] = False
     """Whether it has a language model: reads and writes text (`logits`, `decode`, `extend`)."""
 

@@ -30,6 +30,7 @@ class PaliGemmaConfig(BackboneConfig):
 
     offers: ClassVar[frozenset[str]] = frozenset({"kv", "features"})
     tables: ClassVar[tuple[str, ...]] = ("llm/embedder/input_embedding",)
+    sized_by: ClassVar[tuple[tuple[str, str], ...]] = (("llm/embedder/input_embedding", "text.vocab"),)
     has_text: ClassVar[bool] = True
 
     @property
