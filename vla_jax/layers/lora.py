@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -83,7 +84,9 @@ def merge(params: Any, scale: float, above: str = "") -> Any:
     return merged
 
 
-def product(path: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+def product(
+    path: str, a: Float[Array | np.ndarray, "*inputs r"], b: Float[Array | np.ndarray, "..."]
+) -> Float[Array, "..."]:
     """A·B with the axes of the matrix at `path`; leading axes (layers) may be cut, of both alike."""
     into, outof = _axes(path)
     batch = a.ndim - 1 - len(into)
