@@ -15,7 +15,8 @@ VOCAB = 257_152
 def inputs(b, length, d, vocab, seed=0):
     rng = np.random.default_rng(seed)
     hidden, table = (rng.normal(size=shape).astype(np.float32) for shape in ((b, length, d), (vocab, d)))
-    return hidden, table, rng.integers(0, vocab, (b, length)), rng.random((b, length)) < 0.6
+    labels, valid = rng.integers(0, vocab, (b, length)), rng.random((b, length)) < 0.6
+    return hidden, table, jnp.asarray(labels), jnp.asarray(valid)
 
 
 @pytest.mark.parametrize("piece", [1, 3, 7])

@@ -75,7 +75,7 @@ def cross_entropy(
     run = jax.shard_map(
         partial(_on_device, split=split),
         in_specs=(P(split.rows, split.columns), samples, samples, samples),
-        out_specs=CrossEntropy(P(), P()),
+        out_specs=P(),
     )
     return run(table, hidden, labels, valid)
 

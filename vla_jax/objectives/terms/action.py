@@ -16,7 +16,7 @@ from vla_jax.flow.processes import Process
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.keys import named
 from vla_jax.objectives.terms.base import LossByTime, Reading, Term, TermSums, elements_per_sample
-from vla_jax.objectives.terms.tokens import of_action_tokens
+from vla_jax.objectives.terms.tokens import chunk_tokens, of_action_tokens
 from vla_jax.types import Batch, Given
 
 TIME_BINS = 10
@@ -43,7 +43,7 @@ class ActionTerm(Term):
         if batch.actions is None:
             return None
         b, draws = batch.tokens.shape[0], config.noise_draws
-        clean = jnp.where(batch.action_mask, batch.actions, 0)
+        clean = jnp.where(_valid(batch), batch.actions, 0)
         corrupted = process.corrupt(named(key, "action/noise"), jnp.repeat(clean, draws, axis=0))
 
         def group(x: Array) -> Array:
@@ -58,8 +58,8 @@ class ActionTerm(Term):
     def count(self, batch: Batch, config: ObjectiveConfig, drawn: ActionDraws | None) -> Float[Array, ""]:
         """Elements with a loss, of all draws; of tokens, how many are predicted."""
         if batch.actions is None:
-            return jnp.sum(batch.action_token_loss).astype(jnp.float32)
-        if config.rtc_prefix:  # how much is learned depends on what was drawn
+            return jnp.sum(chunk_tokens(batch).is_target).astype(jnp.float32)
+        if drawn is not None and drawn.prefix is not None:  # how much is learned depends on what was drawn
             return jnp.sum(learned(batch, config, drawn)).astype(jnp.float32)
         return jnp.sum(scored(batch, config)).astype(jnp.float32) * config.noise_draws
 
@@ -88,12 +88,10 @@ class ActionTerm(Term):
 
     def scale(self, batch: Batch, config: ObjectiveConfig) -> Float[Array, ""]:
         """As `objective.action_reduction` says: per element, or per chunk (of which a clean prefix is a part)."""
-        mask = batch.action_token_loss if batch.actions is None else scored(batch, config)
+        mask = chunk_tokens(batch).is_target if batch.actions is None else scored(batch, config)
         return elements_per_sample(mask, config.action_reduction)
 
-    def by_time(
-        self, reading: Reading, drawn: ActionDraws | None, count: Float[Array, ""], bins: int
-    ) -> LossByTime:
+    def by_time(self, reading: Reading, drawn: ActionDraws, count: Float[Array, ""], bins: int) -> LossByTime:
         """The mean error of each bin of t. A configuration of tokens is never asked."""
         error = action_error(reading, drawn)
         member = _members(drawn.t, bins)
@@ -129,9 +127,8 @@ def in_prefix(prefix: Int[Array, "*b"], horizon: int) -> Bool[Array, "*b k"]:
 
 def scored(batch: Batch, config: ObjectiveConfig) -> Bool[Array, "b k a"]:
     """Which elements of a chunk have a loss: the valid ones, with `padding_loss` all dims of valid steps."""
-    if not config.padding_loss:
-        return batch.action_mask
-    return jnp.broadcast_to(batch.action_mask.any(axis=-1, keepdims=True), batch.action_mask.shape)
+    valid = _valid(batch)
+    return jnp.broadcast_to(valid.any(axis=-1, keepdims=True), valid.shape) if config.padding_loss else valid
 
 
 def learned(batch: Batch, config: ObjectiveConfig, drawn: ActionDraws) -> Bool[Array, "b #draws k a"]:
@@ -140,6 +137,13 @@ def learned(batch: Batch, config: ObjectiveConfig, drawn: ActionDraws) -> Bool[A
     if drawn.prefix is None:
         return mask
     return mask & ~in_prefix(drawn.prefix, mask.shape[2])[..., None]
+
+
+def _valid(batch: Batch) -> Bool[Array, "b k a"]:
+    """The mask of the actions, which every batch with actions has."""
+    if batch.action_mask is None:
+        raise ValueError("the batch has actions, but no action_mask; say which of their elements are valid")
+    return batch.action_mask
 
 
 def _members(t: Float[Array, "b draws"], bins: int) -> Float[Array, "b draws bins"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.terms.base import Reading, Term, TermSums, elements_per_sample
-from vla_jax.objectives.terms.tokens import at_targets, of_action_tokens
+from vla_jax.objectives.terms.tokens import at_targets, chunk_tokens, of_action_tokens
 from vla_jax.types import Batch, PyTree
 
 
@@ -48,7 +48,7 @@ def text_targets(batch: Batch) -> Bool[Array, "b l"]:
     """Which tokens are learned as text: targets, and action tokens beside continuous actions."""
     if not _has_chunk(batch):
         return batch.token_loss
-    return jnp.concatenate([batch.token_loss, batch.action_token_loss], axis=1)
+    return jnp.concatenate([batch.token_loss, chunk_tokens(batch).is_target], axis=1)
 
 
 def _has_chunk(batch: Batch) -> bool:

@@ -1,10 +1,32 @@
 """The cross-entropy of tokens that are known: of text, and of chunks that are written as FAST tokens."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vla_jax.objectives.cross_entropy import CrossEntropy, cross_entropy
 from vla_jax.objectives.terms.base import Reading
+from vla_jax.types import Batch
+
+
+class ChunkTokens(NamedTuple):
+    """Chunks as FAST tokens: the fields `action_token…` of `Batch`."""
+
+    tokens: Int[Array, "b g"]
+    mask: Bool[Array, "b g"]
+    is_target: Bool[Array, "b g"]
+
+
+def chunk_tokens(batch: Batch) -> ChunkTokens:
+    """The chunks' tokens of a batch. Raises ValueError where it has none."""
+    tokens, mask, is_target = batch.action_tokens, batch.action_token_mask, batch.action_token_loss
+    if tokens is None or mask is None or is_target is None:
+        raise ValueError(
+            "the batch has no action tokens (action_tokens, action_token_mask, action_token_loss); "
+            "make it with a data pipeline that writes chunks as tokens"
+        )
+    return ChunkTokens(tokens, mask, is_target)
 
 
 def at_targets(
@@ -30,10 +52,9 @@ def at_targets(
 
 def of_action_tokens(reading: Reading) -> CrossEntropy:
     """Sums over the chunks' FAST tokens, which see of the prefix what an expert sees, and one another causally."""
-    batch = reading.batch
-    tokens, mask = batch.action_tokens[:, :-1], batch.action_token_mask[:, :-1]
-    hidden = reading.apply("extend", reading.context, tokens, mask)
-    return at_targets(reading, hidden, batch.action_tokens, batch.action_token_loss, reading.action_targets)
+    chunk = chunk_tokens(reading.batch)
+    hidden = reading.apply("extend", reading.context, chunk.tokens[:, :-1], chunk.mask[:, :-1])
+    return at_targets(reading, hidden, chunk.tokens, chunk.is_target, reading.action_targets)
 
 
 def _first_true(mask: Bool[Array, "b l"], size: int) -> Int[Array, "b g"]:

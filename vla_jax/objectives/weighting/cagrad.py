@@ -26,7 +26,7 @@ class CAGrad(Weighting):
     radius: float
     uses_gradients: ClassVar[bool] = True
 
-    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram) -> Weights:
         """From the inner products."""
         scaled, n = self.scaled(gram), len(self.lambdas)
         mean = jnp.sqrt(jnp.maximum(jnp.sum(scaled), 0)) / n

@@ -23,12 +23,12 @@ class GradientRatio(Weighting):
         """The last weight of each loss but the text's; in a dict, because a checkpoint's items are trees."""
         return {"weight": bare({name: jnp.asarray(self.lambdas[name], jnp.float32) for name in self._others})}
 
-    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram | None) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram) -> Weights:
         """Those of this step's gradients."""
         found = self._weights(state, gram)
         return self.everywhere(lambda name: found.get(name, 1.0))
 
-    def update(self, state: dict, losses: Named, gram: Gram | None) -> dict[str, Scalar | Named]:
+    def update(self, state: dict, losses: Named, gram: Gram) -> dict[str, Scalar | Named]:
         """The weights of this step."""
         return {"weight": bare(self._weights(state, gram))}
 

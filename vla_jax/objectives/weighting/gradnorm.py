@@ -36,14 +36,14 @@ class GradNorm(Weighting):
             "first": self.by_name(lambda name: 0.0),
         }
 
-    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram | None) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: dict, gram: Gram) -> Weights:
         """n · softmax of (0, ρ)."""
         logs = with_names(state["log_ratio"], self._others)
         shares = jax.nn.softmax(jnp.stack([zero(), *(logs[name] for name in self._others)]))
         found = dict(zip(self.lambdas, len(self.lambdas) * shares))
         return self.everywhere(found.__getitem__)
 
-    def update(self, state: dict, losses: Named, gram: Gram | None) -> dict:
+    def update(self, state: dict, losses: Named, gram: Gram) -> dict:
         """One step towards the balance; none where one of the two losses or its gradient is 0."""
         seen = state["first"]
         first = self.by_name(lambda name: jnp.where(seen[name] > 0, seen[name], losses[name]))

@@ -25,7 +25,7 @@ class MGDA(Weighting):
 
     uses_gradients: ClassVar[bool] = True
 
-    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram) -> Weights:
         """From the inner products."""
         return self.on_trunk(len(self.lambdas) * shortest(self.scaled(gram)))
 

@@ -26,7 +26,7 @@ class PCGrad(Weighting):
 
     uses_gradients: ClassVar[bool] = True
 
-    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram | None) -> Weights:
+    def weights(self, step: Int[Array, ""] | int, state: Remembered, gram: Gram) -> Weights:
         """λ without a conflict, more in one."""
         scaled = self.scaled(gram)
         n = scaled.shape[0]

@@ -47,7 +47,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def _dot(a: dict[str, Array], b: dict[str, Array]) -> Array:
-    return sum(jnp.sum(a[name] * b[name]) for name in a)
+    return sum((jnp.sum(a[name] * b[name]) for name in a), start=jnp.zeros(()))
 
 
 def _under(name: str, path: str) -> bool:
