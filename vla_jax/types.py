@@ -77,10 +77,17 @@ class Batch:
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of every layer: stacked along a leading axis of layers, or one array per layer."""
+    """Keys and values of every layer: stacked along a leading axis of layers, or one array per layer. Within a layer
+    its own, `[b s m e]`."""
 
-    keys: Float[Array, "layers b s m e"] | tuple[Float[Array, "b s m e"], ...]
-    values: Float[Array, "layers b s m e"] | tuple[Float[Array, "b s m e"], ...]
+    keys: Float[Array, "*layers b s m e"] | tuple[Float[Array, "b s m e"], ...]
+    values: Float[Array, "*layers b s m e"] | tuple[Float[Array, "b s m e"], ...]
+
+    def of_layer(self) -> tuple[Float[Array, "b s m e"], Float[Array, "b s m e"]]:
+        """Both, within a layer. Raises ValueError where they are a tuple of all layers'."""
+        if isinstance(self.keys, tuple) or isinstance(self.values, tuple):
+            raise ValueError("keys and values of all layers, where those of one are read")
+        return self.keys, self.values
 
 
 @jax.tree_util.register_dataclass

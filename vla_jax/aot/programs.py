@@ -5,6 +5,7 @@ state is `eval_shape`d, the batch is a tree of shapes that the configuration giv
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +107,10 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     expert, size = model.expert, model.backbone.image_size
     sharding = batch_sharding(mesh)
 
-    def shape(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
+    def shape(dtype: Any, *sizes: int) -> Any:  # a shape where `Batch` declares an array
         return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=sharding)
 
-    chunk: dict[str, jax.ShapeDtypeStruct] = {}
+    chunk: dict[str, Any] = {}
     if config.chunk_tokens != "none":
         g = config.data.fast.max_tokens
         chunk |= dict(action_tokens=shape(jnp.int32, g))

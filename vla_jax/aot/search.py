@@ -15,6 +15,9 @@ from vla_jax.aot.programs import prefix_tokens
 from vla_jax.aot.report import Report, measure
 from vla_jax.aot.topology import Topology
 from vla_jax.config import TrainConfig
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.kinds import required
 from vla_jax.sharding import MeshConfig
 from vla_jax.train.run import count_flops
 
@@ -71,16 +74,17 @@ def candidates(config: TrainConfig, topology: Topology, remats: tuple[str, ...] 
 
 def meshes(topology: Topology, config: TrainConfig) -> Iterator[MeshConfig]:
     """Meshes of powers of two that divide the model: fsdp the widths, tensor the heads and feed-forward layers."""
-    inside, model = topology.chips // topology.slices, config.model
-    widths = math.gcd(model.backbone.vision.width, model.backbone.text.width, model.expert.width)
+    inside = topology.chips // topology.slices
+    backbone, expert = _pi0(config)
+    widths = math.gcd(backbone.vision.width, backbone.text.width, expert.width)
     divided = (
-        model.backbone.vision.heads,
-        model.backbone.vision.mlp,
-        model.backbone.text.heads,
-        model.backbone.text.mlp,
-        model.expert.mlp,
+        backbone.vision.heads,
+        backbone.vision.mlp,
+        backbone.text.heads,
+        backbone.text.mlp,
+        expert.mlp,
     )
-    most = math.gcd(*divided, model.backbone.text.vocab)
+    most = math.gcd(*divided, backbone.text.vocab)
     for tensor in (1, 2, 4, 8):
         if most % tensor or inside % tensor:
             continue
@@ -101,6 +105,7 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     tensor; half of it hides behind the work. Memory: state, gradients, kept activations, one layer's work.
     """
     chip, mesh, model = topology.chip, config.mesh, config.model
+    backbone, _ = _pi0(config)
     flops = count_flops(config)
     forward = flops.vision + flops.decoder + flops.logits + config.objective.noise_draws * flops.expert
     per_chip = config.train.batch_size / topology.chips
@@ -110,11 +115,7 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     links = 2 * chip.link * (2 if mesh.fsdp > 16 else 1)
     gathered = parameters / mesh.tensor * (2 * 2 + 4) * config.train.accumulate if mesh.fsdp > 1 else 0.0
     tokens = prefix_tokens(config) * per_chip * mesh.tensor
-    summed = (
-        2 * 2 * 4 * model.backbone.text.depth * tokens * model.backbone.text.width * 2
-        if mesh.tensor > 1
-        else 0.0
-    )
+    summed = 2 * 2 * 4 * backbone.text.depth * tokens * backbone.text.width * 2 if mesh.tensor > 1 else 0.0
     replicated = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) if mesh.data > 1 else 0.0
     traffic = (gathered + summed + replicated) / links
     seconds = max(work, traffic) + 0.5 * min(work, traffic)
@@ -122,16 +123,24 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     state = parameters * (12 + 4 * (config.train.ema_decay is not None) + 4) / (mesh.fsdp * mesh.tensor)
     samples = per_chip * mesh.tensor / config.train.accumulate
     kept = samples * _kept(config) / (mesh.tensor if model.remat == "none" else 1)
-    layer = 3 * parameters / (
-        model.backbone.text.depth + 3
-    ) / mesh.tensor * 6 + samples * 2 * 3 * prefix_tokens(config) * (
-        model.backbone.text.mlp / mesh.tensor * 2
-    )
+    layer = 3 * parameters / (backbone.text.depth + 3) / mesh.tensor * 6 + samples * 2 * 3 * prefix_tokens(
+        config
+    ) * (backbone.text.mlp / mesh.tensor * 2)
     return seconds, state + kept + layer
 
 
+def _pi0(config: TrainConfig) -> tuple[PaliGemmaConfig, JointConfig]:
+    """Both parts of the model. Raises ValueError where they are of other kinds."""
+    model = config.model
+    return (
+        required(model.backbone, PaliGemmaConfig, "aot.search"),
+        required(model.expert, JointConfig, "aot.search"),
+    )
+
+
 def _parameters(config: TrainConfig) -> float:
-    v, t, e = config.model.backbone.vision, config.model.backbone.text, config.model.expert
+    backbone, e = _pi0(config)
+    v, t = backbone.vision, backbone.text
     attention = 2 * t.heads * t.head_dim + 2 * t.kv_heads * t.head_dim
     return (
         v.depth * (4 * v.width**2 + 2 * v.width * v.mlp)
@@ -143,7 +152,8 @@ def _parameters(config: TrainConfig) -> float:
 
 def _kept(config: TrainConfig) -> float:
     """Bytes of activations that one sample leaves for the backward pass."""
-    v, t = config.model.backbone.vision, config.model.backbone.text
+    backbone, _ = _pi0(config)
+    v, t = backbone.vision, backbone.text
     image, prefix = len(config.model.cameras) * v.tokens, prefix_tokens(config)
     heads = t.heads * t.head_dim
     projected = heads + 2 * t.kv_heads * t.head_dim

@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.experts.joint import JointConfig
+from vla_jax.models.kinds import required
 from vla_jax.train.flops import PEAK_FLOPS
 from vla_jax.types import Device
 
@@ -81,7 +84,9 @@ def work(
     `length`: text tokens; `itemsize`: bytes of a weight; `cache_itemsize`: of a key or value, where it is another one
     (int8 is for weights only).
     """
-    vision, text, expert = model.backbone.vision, model.backbone.text, model.expert
+    backbone = required(model.backbone, PaliGemmaConfig, "the roofline")
+    expert = required(model.expert, JointConfig, "the roofline")
+    vision, text = backbone.vision, backbone.text
     patches, prefix = vision.tokens, cameras * vision.tokens + length
     heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
 

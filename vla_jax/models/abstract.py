@@ -17,10 +17,10 @@ def abstract_batch(
     """Shapes of a batch: texts of `text_tokens`, chunks where `actions`, chunks of `chunk_tokens` as FAST tokens."""
     expert, size = config.expert, config.backbone.image_size
 
-    def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    def shape(dtype: Any, *sizes: int) -> Any:  # a shape where `Batch` declares an array
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
-    chunk: dict[str, jax.ShapeDtypeStruct] = {}
+    chunk: dict[str, Any] = {}
     if chunk_tokens:
         chunk |= dict(action_tokens=shape(jnp.int32, chunk_tokens))
         mask = shape(jnp.bool_, chunk_tokens)

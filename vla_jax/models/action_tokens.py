@@ -4,11 +4,11 @@ A chunk is complete when its tokens stand for all of its k·a coefficients. The 
 tokens that still fit, so that whatever the network says, what comes out is a chunk.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vla_jax.models.vla import VLA
 from vla_jax.types import Context, PyTree
@@ -39,7 +39,7 @@ def generate_actions(
     params: PyTree,
     context: Context,
     grammar: ActionGrammar,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     *,
     max_tokens: int,
     temperature: Float[Array, ""] | float = 0.0,
@@ -54,7 +54,7 @@ def generate_actions(
     given = grammar.begin.shape[0]
     context = context.replace(mask=context.visible).reserve(given + max_tokens - 1)
 
-    def decode(context: Context, token: Int[Array, " b"], slot: Int[Array, ""]):
+    def decode(context: Context, token: Int[Array, " b"], slot: Int[Array, ""]) -> Any:
         return model.apply({"params": params}, context, token, slot, method="decode")
 
     def read(context, inputs):
@@ -95,7 +95,7 @@ def generate_actions(
 
 
 def _choose(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     logits: Float[Array, "b v"],
     left: Int[Array, " b"],
     grammar: ActionGrammar,

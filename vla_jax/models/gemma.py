@@ -19,7 +19,7 @@ from vla_jax.layers.linear import declare, multiply
 from vla_jax.layers.mlp import GeGLU
 from vla_jax.layers.norm import AdaRMSNorm, Modulation, RMSNorm
 from vla_jax.layers.rope import Rotation, rotate, rotation
-from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, run_blocks
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, needed, run_blocks
 from vla_jax.types import KeysValues
 
 
@@ -182,9 +182,9 @@ class Block(nn.Module):
     def modulation(self, nothing: None, own: None, shared: Shared) -> tuple[None, BothNorms]:
         """What a condition does to both norms."""
         del own
+        condition = needed(shared.condition, "a condition")
         return nothing, BothNorms(
-            self.pre_attention_norm.modulation(shared.condition),
-            self.pre_ffw_norm.modulation(shared.condition),
+            self.pre_attention_norm.modulation(condition), self.pre_ffw_norm.modulation(condition)
         )
 
 
@@ -213,9 +213,11 @@ class Attention(nn.Module):
             (2, *self._shape(self.config.kv_heads)),
             name="kv_einsum",
         )(x)
-        q = constrain(rotate(q, shared.rotation), ("batch", length, "act_heads", None))
-        q, k, v = (named(x, PROJECTED) for x in (q, rotate(kv[:, :, 0], shared.rotation), kv[:, :, 1]))
-        out = attend(q, k, v, shared.mask, past, shared.past_mask, backend=self.backend, length=length)
+        by = needed(shared.rotation, "rotary positions")
+        q = constrain(rotate(q, by), ("batch", length, "act_heads", None))
+        q, k, v = (named(x, PROJECTED) for x in (q, rotate(kv[:, :, 0], by), kv[:, :, 1]))
+        before = None if past is None else past.of_layer()
+        out = attend(q, k, v, shared.mask, before, shared.past_mask, backend=self.backend, length=length)
         out = named(out, CONTEXT)
         out = Einsum(
             "btne,ned->btd",
@@ -293,8 +295,7 @@ class Gemma(nn.Module):
     def setup(self):
         """Declares the parts; the tower's parameters lie directly beside the embedder's."""
         self.embedder = Embedder(self.vocab, self.tower.width, self.dtype)
-        options = dict(attention=self.attention, length="prefix")
-        self.blocks = Tower(self.tower, self.remat, self.unroll, **options)
+        self.blocks = Tower(self.tower, self.remat, self.unroll, attention=self.attention, length="prefix")
         nn.share_scope(self, self.blocks)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
@@ -318,4 +319,6 @@ def _normed(
     norm: RMSNorm | AdaRMSNorm, x: Float[Array, "bk t d"], condition: Array | Modulation | None
 ) -> tuple[Float[Array, "bk t d"], Float[Array, "#bk #t d"] | None]:
     """The normalised x and, where the norm is adaptive, the gate of its residual."""
-    return norm(x, condition) if isinstance(norm, AdaRMSNorm) else (norm(x), None)
+    if isinstance(norm, AdaRMSNorm):
+        return norm(x, needed(condition, "a condition"))
+    return norm(x), None

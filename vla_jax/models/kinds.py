@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vla_jax.models.backbones import BACKBONES
 from vla_jax.models.backbones.base import BackboneConfig
@@ -20,6 +20,16 @@ TABLES: dict[type, Mapping[str, type]] = {
     ImageEncoderConfig: ENCODERS,
 }
 """What a field of a base class may hold, by kind."""
+
+
+Kind = TypeVar("Kind")
+
+
+def required(part: BackboneConfig | ExpertConfig, kind: type[Kind], what: str) -> Kind:
+    """The backbone's or expert's configuration, of the one kind that `what` knows. Raises ValueError elsewhere."""
+    if not isinstance(part, kind):
+        raise ValueError(f"{what} knows only a {kind.__name__}; this model has a {type(part).__name__}")
+    return part
 
 
 def class_of(base: type, kind: str, where: str) -> type:

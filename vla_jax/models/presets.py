@@ -9,6 +9,7 @@ from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.experts.tokens import TokensConfig
 from vla_jax.models.gemma import TextConfig
+from vla_jax.models.kinds import required
 
 PI0_CAMERAS = ("base", "left_wrist", "right_wrist")
 
@@ -72,15 +73,16 @@ def twin(model: VLAConfig) -> VLAConfig:
 
     Images of 224 pixels become 32, larger ones in proportion: 16, 64 or 256 tokens.
     """
+    backbone = required(model.backbone, PaliGemmaConfig, "models.presets.twin")
     expert = dataclasses.replace(model.expert, horizon=8)
     if isinstance(expert, JointConfig):
         expert = dataclasses.replace(expert, width=32, mlp=32)
     return dataclasses.replace(
         model,
         backbone=dataclasses.replace(
-            model.backbone,
+            backbone,
             vision=VisionConfig(
-                image_size=model.backbone.vision.image_size // 7, patch=8, width=48, depth=2, mlp=96, heads=4
+                image_size=backbone.vision.image_size // 7, patch=8, width=48, depth=2, mlp=96, heads=4
             ),
             text=TextConfig(width=64, depth=2, mlp=128, heads=4, kv_heads=1, head_dim=16),
         ),

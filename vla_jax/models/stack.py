@@ -15,7 +15,7 @@ memory to little work:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,8 @@ INPUT, PROJECTED, CONTEXT = "block_input", "projected", "context"
 """Names that blocks give with `named`: their input, their queries, keys and values, attention's weighted sum."""
 
 named = checkpoint_name
+
+Part = TypeVar("Part")
 
 STACKS = ("layers", "encoderblock")
 """Names under which modules declare blocks; their parameters carry the layers as first axis."""
@@ -98,11 +100,12 @@ def declare_blocks(
         return [block(*arguments) for _ in range(depth)]
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
+    in_axes: Any = (0, nn.broadcast)  # Flax declares an int
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=in_axes,
         length=depth,
         unroll=min(unroll, depth),
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -125,6 +128,13 @@ def run_blocks(
         x, output = getattr(block, method)(x, _pick(own, i), shared)
         outputs.append(output)
     return x, jax.tree.map(lambda *each: each, *outputs)
+
+
+def needed(part: Part | None, what: str) -> Part:
+    """A part of what blocks are given that one of their methods needs. Raises ValueError where it is None."""
+    if part is None:
+        raise ValueError(f"blocks are run without {what}, which they need; give it to run_blocks")
+    return part
 
 
 def _map_layers(change: Callable[..., Any], tree: PyTree) -> PyTree:
@@ -150,7 +160,7 @@ def unstacked(params: dict[str, Any]) -> dict[str, Any]:
     for name, value in params.items():
         if name == STACKS[0] and isinstance(value, dict):
             depth = jax.tree.leaves(value)[0].shape[0]
-            apart |= {f"{name}_{i}": jax.tree.map(lambda leaf: leaf[i], value) for i in range(depth)}
+            apart |= {f"{name}_{i}": _pick(value, i) for i in range(depth)}
         else:
             apart[name] = unstacked(value) if isinstance(value, dict) else value
     return apart

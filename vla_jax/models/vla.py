@@ -92,14 +92,16 @@ class VLA(nn.Module):
         return self.backbone.extend(context, tokens, mask)
 
     def __call__(
-        self, batch: Batch, x_t: Float[Array, "b k a"], t: Float[Array, " b"]
+        self, batch: Batch, x_t: Float[Array, "b k a"] | None, t: Float[Array, " b"]
     ) -> tuple[Float[Array, "b k a"] | None, Float[Array, "b l v"] | None]:
         """Prefill and denoise: the prediction (None without an expert) and the logits at every text position (None
-        without a language model), for init and tests."""
+        without a language model), for init and tests. `x_t` may be None without an expert."""
         context, hidden = self.prefill(batch)
-        logits = self.logits(hidden) if self.config.backbone.has_text else None
+        logits = None if hidden is None else self.logits(hidden)
         if not self.config.expert.is_network:
             return None, logits
+        if x_t is None:
+            raise ValueError(f"model.expert.kind={self.config.expert.kind} needs a noisy chunk; give x_t")
         return self.denoise(context, Given.of(batch), x_t, t), logits
 
     def _check_expert(self) -> None:

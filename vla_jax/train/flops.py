@@ -18,10 +18,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.gemma import TextConfig
+from vla_jax.models.kinds import required
 from vla_jax.types import Device
 
 #: Peak dense bf16 FLOP/s of one device, by `jax.Device.device_kind` (vendors' data sheets).
@@ -111,7 +113,8 @@ def model_flops(
     `text_tokens` is the padded length of the text, `target_tokens` at how many positions logits are computed,
     `chunk_tokens` the padded length of a chunk as tokens, of which `chunk_targets` have logits.
     """
-    vision, text, expert = config.backbone.vision, config.backbone.text, config.expert
+    backbone, expert = required(config.backbone, PaliGemmaConfig, "model_flops"), config.expert
+    vision, text = backbone.vision, backbone.text
     prefix = len(config.cameras) * vision.tokens + text_tokens
     return Flops(
         vision=len(config.cameras) * _vision(vision, text.width),

@@ -35,9 +35,11 @@ class Backbone(Protocol):
         `plan_visible`: for which samples the context shows the text target too (default: none). A batch may have
         several times as many texts as images (guidance): the first of every sample, then the second.
         """
+        ...
 
     def encode_images(self, batch: Batch) -> Float[Array, "b p d"]:
         """Tokens of all cameras' images: the first part of `prefill`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

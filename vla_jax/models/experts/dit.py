@@ -23,9 +23,9 @@ from vla_jax.layers.mlp import MLP
 from vla_jax.layers.norm import AdaLayerNorm, ScaleShift, layer_norm, layer_normalize
 from vla_jax.models.backbones.base import BackboneConfig
 from vla_jax.models.compute import Compute, check_heads
-from vla_jax.models.experts.base import Expert, ExpertConfig, is_time
+from vla_jax.models.experts.base import Expert, ExpertConfig
 from vla_jax.models.experts.time import ActionTimeMix, embed_time
-from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, run_blocks
+from vla_jax.models.stack import CONTEXT, INPUT, PROJECTED, declare_blocks, named, needed, run_blocks
 from vla_jax.types import Context, Given, KeysValues
 
 TIME_WIDTH = 256
@@ -180,17 +180,21 @@ class DitExpert(Expert):
     ) -> Float[Array, "r k a"]:
         """See `Expert.denoise`."""
         prepared, horizon = context.features is None, x_t.shape[1]
-        if is_time(at):
+        if isinstance(at, Told):
+            time, norms, final, condition = at.actions, at.layers, at.final, None
+        else:
             time, condition = self._told(at)
             norms, final = None, condition
-        else:
-            time, norms, final, condition = at.actions, at.layers, at.final, None
         x_t, valid = self.config.without_padding(x_t, given.action_mask)
         mixed = nn.swish(self.action_time(self.action_in(x_t), time))
         tokens = self.action_mix(mixed)
         tokens = tokens + self.action_positions[:horizon].astype(tokens.dtype)
         state = given.state if prepared else self._token_of(given.state)
         if self.config.state_token:
+            if state is None:
+                raise ValueError(
+                    "model.expert.state_token=True, but no state is given; give it, or use False"
+                )
             tokens = jnp.concatenate([state[:, None].astype(tokens.dtype), tokens], axis=1)
             valid = jnp.concatenate([jnp.ones((valid.shape[0], 1), bool), valid], axis=1)
         tokens = constrain(tokens, ("batch", "length", "act_embed"))
@@ -211,9 +215,11 @@ class DitExpert(Expert):
         """The backbone's features in the width of the blocks."""
         return self.features_proj(self.features_norm(context.features))
 
-    def _token_of(self, state: Float[Array, "r q"]) -> Float[Array, "r d"] | None:
+    def _token_of(self, state: Float[Array, "r q"] | None) -> Float[Array, "r d"] | None:
         """The state's token."""
-        return self.state_out(nn.relu(self.state_in(state))) if self.config.state_token else None
+        if state is None or not self.config.state_token:
+            return None
+        return self.state_out(nn.relu(self.state_in(state)))
 
     def _told(
         self, t: Float[Array, "r"] | Float[Array, "r k"]
@@ -254,12 +260,13 @@ class Pair(nn.Module):
     def keys_values(self, nothing: None, own: None, shared: Shared) -> tuple[None, KeysValues]:
         """Of the features."""
         del own
-        return nothing, self.cross.keys_values(shared.features)
+        return nothing, self.cross.keys_values(needed(shared.features, "features"))
 
     def norms(self, nothing: None, own: None, shared: Shared) -> tuple[None, BothNorms]:
         """What the time does to both blocks."""
         del own
-        return nothing, BothNorms(*(b.norm.modulation(shared.condition) for b in (self.cross, self.own)))
+        condition = needed(shared.condition, "a condition")
+        return nothing, BothNorms(*(b.norm.modulation(condition) for b in (self.cross, self.own)))
 
 
 class Block(nn.Module):
@@ -288,9 +295,11 @@ class Block(nn.Module):
         normed = self.norm(named(x, INPUT), norm)
         q = named(constrain(self.query(normed), ("batch", "length", "act_heads", None)), PROJECTED)
         if past is None:
-            out = attend(q, *self.keys_values(normed), shared.mask, backend=self.attention)
+            out = attend(q, *self.keys_values(normed).of_layer(), shared.mask, backend=self.attention)
         else:
-            out = attend_across(q, *past, shared.visible, backend=self.attention)
+            out = attend_across(
+                q, *past.of_layer(), needed(shared.visible, "what is visible"), backend=self.attention
+            )
         x = x + self.out(named(out, CONTEXT))
         x = x + self.mlp(layer_normalize(x, EPS).astype(x.dtype))
         return constrain(x, ("batch", "length", "act_embed"))

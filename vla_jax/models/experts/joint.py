@@ -70,6 +70,9 @@ class JointConfig(ExpertConfig):
         return JointExpert(self, backbone, compute)
 
 
+OTHER_TIME = "time was prepared by an expert of another model.expert.time; prepare it with this one"
+
+
 class TimeBias(NamedTuple):
     """What time adds to the action tokens before the first swish (π0), float32."""
 
@@ -94,6 +97,10 @@ class JointExpert(Expert):
         expert, heads, how = self.config, self.backbone.heads, self.compute
         dtype = jnp.dtype(how.dtype)
         adaptive = expert.time == "adarms"
+        if heads is None:
+            raise ValueError(
+                f"model.expert.kind=joint reads keys and values, and {self.backbone.kind} leaves none"
+            )
         tower = TowerConfig(width=expert.width, mlp=expert.mlp, adaptive=adaptive, **heads._asdict())
         self.tower = Tower(tower, how.remat, how.unroll, how.attention)
         nn.share_scope(self, self.tower)
@@ -114,15 +121,15 @@ class JointExpert(Expert):
             return context, given
         positions = jnp.sum(context.visible, axis=1, keepdims=True)
         tokens, alone = self.state_proj(given.state)[:, None], jnp.ones((given.state.shape[0], 1, 1), bool)
-        _, kv = self.tower(tokens, positions, alone, context.kv, context.visible, self._clean())
+        clean = None if self.config.time == "mlp" else self._clean()
+        _, kv = self.tower(tokens, positions, alone, context.kv, context.visible, clean)
         return context.append(kv, positions), given.replace(state=None)
 
     def condition(self, t: Float[Array, "r"] | Float[Array, "r k"]) -> TimeBias | AdaptiveTime:
         """The time's bias, or its modulation of every norm."""
-        embedded = embed_clock(t if t.ndim == 2 else t[:, None], self.config)
         if self.config.time == "mlp":
-            return TimeBias(self.action_time_mlp_in.of_time(embedded))
-        return AdaptiveTime(self.tower.modulations(self._embed(embedded)))
+            return TimeBias(self._bias(t))
+        return AdaptiveTime(self.tower.modulations(self._embed(self._clock(t))))
 
     def denoise(
         self,
@@ -137,8 +144,7 @@ class JointExpert(Expert):
         x_t, step_mask = expert.without_padding(x_t, given.action_mask)
         actions, condition = self.action_in_proj(x_t), None
         if expert.time == "mlp":
-            at = at if isinstance(at, TimeBias) else self.condition(at)
-            mixed = nn.swish(self.action_time_mlp_in(actions, at.bias))
+            mixed = nn.swish(self.action_time_mlp_in(actions, self._bias(at)))
             actions = self.action_time_mlp_out(mixed)
         else:
             condition = self._conditions(at, horizon, given.state is not None and expert.state_token)
@@ -159,25 +165,40 @@ class JointExpert(Expert):
         )
         return self.action_out_proj(hidden[:, -horizon:].astype(jnp.float32))
 
+    def _clock(self, t: Float[Array, "r"] | Float[Array, "r k"]) -> Float[Array, "r #k d"]:
+        """The embedding of times, per chunk or per step."""
+        return embed_clock(t if t.ndim == 2 else t[:, None], self.config)
+
+    def _bias(
+        self, at: Float[Array, "r"] | Float[Array, "r k"] | TimeBias | AdaptiveTime
+    ) -> Float[Array, "#r #k d"]:
+        """What time adds to the action tokens, prepared or not."""
+        if isinstance(at, AdaptiveTime):
+            raise ValueError(OTHER_TIME)
+        return at.bias if isinstance(at, TimeBias) else self.action_time_mlp_in.of_time(self._clock(at))
+
     def _conditions(
-        self, at: Float[Array, "r"] | Float[Array, "r k"] | AdaptiveTime, horizon: int, state: bool
+        self,
+        at: Float[Array, "r"] | Float[Array, "r k"] | TimeBias | AdaptiveTime,
+        horizon: int,
+        state: bool,
     ) -> Float[Array, "#r #t d"] | Modulations:
         """What modulates the norms, for `[state][actions]` where there is a state's token: that is clean data."""
         if isinstance(at, AdaptiveTime):
             if state:
                 raise ValueError("time that was prepared has no place for a state's token: prepare that too")
             return at.norms
-        actions = self._embed(embed_clock(at if at.ndim == 2 else at[:, None], self.config))
+        if isinstance(at, TimeBias):
+            raise ValueError(OTHER_TIME)
+        actions = self._embed(self._clock(at))
         if not state:
             return actions
         actions = jnp.broadcast_to(actions, (actions.shape[0], horizon, actions.shape[-1]))
         clean = jnp.broadcast_to(self._clean(), (actions.shape[0], 1, actions.shape[-1]))
         return jnp.concatenate([clean, actions], axis=1)
 
-    def _clean(self) -> Float[Array, "1 1 d"] | None:
-        """The condition at t = 1."""
-        if self.config.time == "mlp":
-            return None
+    def _clean(self) -> Float[Array, "1 1 d"]:
+        """The condition of adaptive norms at t = 1."""
         return self._embed(embed_clock(jnp.ones((1, 1)), self.config))
 
     def _embed(self, embedded: Float[Array, "#r #k d"]) -> Float[Array, "#r #k d"]:
