@@ -11,26 +11,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, Key, UInt32
 
 from vla_jax.flow.base import split
+
+Keys = Key[Array, "*n"] | UInt32[Array, "*n words"]
+"""One key, or one per robot: of `jax.random.key`, or the data that `jax.random.PRNGKey` gives."""
 
 
 class Draws(NamedTuple):
     """Keys for the two things that a robot draws."""
 
-    plan: PRNGKeyArray
+    plan: Key[Array, "*b"]
     """Of the text that it decodes first: one key, or [b], as they were given."""
-    actions: PRNGKeyArray
+    actions: Key[Array, " b"]
     """[b]"""
 
 
-def typed(key: PRNGKeyArray) -> PRNGKeyArray:
+def typed(key: Keys) -> Key[Array, "*n"]:
     """A key of `jax.random.key`; one of `jax.random.PRNGKey` becomes it."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def check_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
+def check_keys(key: Keys, robots: int) -> Key[Array, "*n"]:
     """One key, or one per robot. Raises ValueError."""
     key = typed(key)
     if key.shape not in ((), (robots,)):
@@ -41,7 +44,7 @@ def check_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
 
 
 @functools.partial(jax.jit, static_argnames="robots")
-def robot_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
+def robot_keys(key: Key[Array, "*n"], robots: int) -> Key[Array, " b"]:
     """Keys [b] of some robots: of one key by their rows, of a key each as though the robot were alone (row 0)."""
     if key.ndim:
         return jax.vmap(jax.random.fold_in, (0, None))(key, 0)
@@ -49,13 +52,13 @@ def robot_keys(key: PRNGKeyArray, robots: int) -> PRNGKeyArray:
 
 
 @jax.jit
-def noise_keys(keys: PRNGKeyArray, step: int) -> PRNGKeyArray:
+def noise_keys(keys: Key[Array, " b"], step: Int[Array, ""] | int) -> Key[Array, " b"]:
     """Of episodes' keys [b], those of the prediction that looks at control step `step`."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
 
 
 @functools.partial(jax.jit, static_argnames="robots")
-def draws(key: PRNGKeyArray, robots: int) -> Draws:
+def draws(key: Key[Array, "*n"], robots: int) -> Draws:
     """What `act` draws from: the plan's key or keys as `plan` takes them, and the actions' keys [b]."""
     for_plan, for_actions = split(key, 2)
     return Draws(for_plan, robot_keys(for_actions, robots))

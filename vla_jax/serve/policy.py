@@ -13,17 +13,18 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int
 
 from vla_jax.checkpoint import Saved, open_newest
 from vla_jax.config import TrainConfig, config_hash, from_meta
 from vla_jax.data.bundle import DataBundle
+from vla_jax.data.fast.transform import TokenizeActions
 from vla_jax.data.fields import kind
 from vla_jax.data.observations import check_texts, take
 from vla_jax.flow.config import SolverConfig
@@ -35,7 +36,7 @@ from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.parameters import placed, served
 from vla_jax.serve.compiled.runner import ProgramRunner
 from vla_jax.serve.executors.base import Running, check_finite
-from vla_jax.serve.noise import check_keys, draws, robot_keys
+from vla_jax.serve.noise import Keys, check_keys, draws, robot_keys
 from vla_jax.serve.sampling import decode_text, sample_action_tokens
 from vla_jax.sharding.rules import path_name
 from vla_jax.types import Batch, Observation, PyTree
@@ -104,7 +105,7 @@ class Policy:
                 bundle=bundle,
                 params=params,
                 step=saved.step,
-                weights=loaded.item,
+                weights="ema" if loaded.item == "ema" else "params",
                 batch_size=batch_size,
             )
 
@@ -198,7 +199,7 @@ class Policy:
         moves = self.action_scale > 0
         return chunks[..., moves] / self.action_scale[moves]
 
-    def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float = 0.0) -> list[str]:
+    def plan(self, observation: Observation, key: Keys, temperature: float = 0.0) -> list[str]:
         """One text per robot, decoded greedily (temperature 0) or sampled from softmax(logits / temperature).
 
         `key`: one, or one per robot (`serve.noise`). At most `config.data.max_target_tokens` tokens, the end included.
@@ -229,7 +230,7 @@ class Policy:
     def act(
         self,
         observation: Observation,
-        key: PRNGKeyArray,
+        key: Keys,
         *,
         solver: SolverConfig,
         plan: Sequence[str] | None = None,
@@ -254,7 +255,7 @@ class Policy:
         key = check_keys(key, robots)
         if plan_visible and plan is None:
             plan = self.plan(observation, draws(key, robots).plan)
-        how = dict(plan=plan, plan_visible=plan_visible, solver=solver, samples=samples)
+        how: dict[str, Any] = dict(plan=plan, plan_visible=plan_visible, solver=solver, samples=samples)
         if self.config.kind == "tokens":
             chunks = self._act_tokens(observation, key, **how)
         else:
@@ -265,7 +266,7 @@ class Policy:
     def _act_tokens(
         self,
         observation: Observation,
-        key: PRNGKeyArray,
+        key: Keys,
         *,
         plan: Sequence[str] | None,
         plan_visible: bool,
@@ -293,19 +294,27 @@ class Policy:
     @functools.cached_property
     def grammar(self) -> ActionGrammar:
         """Which tokens make a chunk, for a policy that writes its chunks as tokens."""
-        actions = self.bundle.tokenize_actions
-        return ActionGrammar(
+        actions = self._action_tokenizer
+        host: dict[str, Any] = dict(
             begin=np.asarray(actions.ids.begin, np.int32),
             end=np.int32(actions.ids.end[0]),
             coefficients=actions.coefficients(self.config.model.backbone.vocab),
             total=np.int32(actions.total),
         )
+        return ActionGrammar(**host)
+
+    @property
+    def _action_tokenizer(self) -> TokenizeActions:
+        """Raises ValueError where the policy does not write its actions as tokens."""
+        if self.bundle.tokenize_actions is None:
+            raise ValueError("this policy's actions are no tokens; act makes them from noise")
+        return self.bundle.tokenize_actions
 
     @property
     def max_chunk_tokens(self) -> int:
         """Tokens after which a chunk is cut: four times the longest of the data (imported weights: openpi's limit), and
         what always suffices if less."""
-        actions = self.bundle.tokenize_actions
+        actions = self._action_tokenizer
         limit = actions.limit or 4 * actions.longest
         return min(actions.total or limit, limit)
 
@@ -387,7 +396,7 @@ class Policy:
         """The decoded text, without as many tokens at its end as it takes to read it within the limits."""
         tokenizer, limits = self.bundle.tokenizer, self.config.data
         for length in range(len(tokens), 0, -1):
-            text = tokenizer.decode(tokens[:length])
+            text = tokenizer.decode(tokens[:length].tolist())
             everything, target = self.bundle.text_lengths(observation, row, text)
             if everything <= limits.max_text_tokens and target <= limits.max_target_tokens:
                 return text
@@ -426,11 +435,11 @@ class Policy:
         actions: Float[np.ndarray, "b k a"] | None = None,
     ) -> Batch:
         """The batch of some robots, the last one repeated up to `size`."""
-        rows = _padded(rows, size)
-        plans = None if plan is None else [plan[row] for row in rows]
-        return self.batch(take(observation, rows), plans, None if actions is None else actions[rows])
+        padded = _padded(rows, size)
+        plans = None if plan is None else [plan[int(row)] for row in padded]
+        return self.batch(take(observation, padded), plans, None if actions is None else actions[padded])
 
 
-def _padded(rows: range, size: int) -> np.ndarray:
+def _padded(rows: range, size: int) -> Int[np.ndarray, " size"]:
     """The rows, the last one repeated up to `size`."""
     return np.asarray([*rows, *[rows[-1]] * (size - len(rows))])

@@ -7,12 +7,12 @@ is drawn for a row does not depend on the others (`serve.noise`). `serve.compile
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from vla_jax.data.prompts import null_prompt
 from vla_jax.flow.base import normal
@@ -24,13 +24,9 @@ from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_a
 from vla_jax.models.experts.base import is_time
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
-from vla_jax.serve.executors.base import Running
+from vla_jax.serve.executors.base import Continuation, Running
 from vla_jax.serve.schedule import Schedule
 from vla_jax.types import Batch, Context, Given, PyTree
-
-Continuation = Literal["vjp", "jacobian_free", "prefix"]
-"""How a new chunk is made to continue the one that runs; see `flow.guidance`: the first two are `soft_inpaint`,
-prefix is `clean_prefix`, for policies that were trained with `objective.rtc_prefix`."""
 
 
 @functools.partial(
@@ -54,7 +50,8 @@ class Overlap:
         end = running.delay if running.how == "prefix" else running.end
         weight = np.asarray(soft_weights(known.shape[1], running.delay, end))
         weight = np.broadcast_to(weight, known.shape[:2])
-        return cls(known=known, weight=weight, bound=np.float32(running.bound), how=running.how)
+        host: dict[str, Any] = dict(known=known, weight=weight, bound=np.float32(running.bound))
+        return cls(**host, how=running.how)
 
     def repeated(self, samples: int) -> "Overlap":
         """For as many samples of each row, next to each other."""
@@ -66,7 +63,7 @@ class Overlap:
 def sample_actions(
     params: PyTree,
     batch: Batch,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     *,
     model: VLA,
     process: Process,
@@ -120,7 +117,7 @@ def sample_chunks(
     params: PyTree,
     context: Context,
     given: Given,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     *,
     schedule: Schedule | None = None,
     guidance: Float[Array, " b"] | None = None,
@@ -132,19 +129,23 @@ def sample_chunks(
     instructions, with a context of 2b rows (`read`): classifier-free, ``f_null + w (f_prompt - f_null)``, both as one
     batch (Ho & Salimans 2207.12598, eq. 6). `overlap`: the chunks that run, [b], which the new ones continue.
     """
+
+    def apply(method: str, *args: Any) -> Any:
+        return how.model.apply({"params": params}, *args, method=method)
+
     expert, rows, mask = how.model.config.expert, keys.shape[0], given.action_mask
     shape = (rows * how.samples, expert.horizon, expert.action_dim)
     if guidance is not None:
         given = jax.tree.map(lambda x: jnp.concatenate([x, x]), given)
         guidance = jnp.repeat(guidance, how.samples)[:, None, None]
     if how.prepare:
-        context, given = how.model.apply({"params": params}, context, given, method="prepare")
+        context, given = apply("prepare", context, given)
     given = given.repeat(how.samples)
 
     def predict(x: Array, at: Any) -> Array:
         if is_time(at) and at.shape[0] == 1:
             at = jnp.broadcast_to(at, (x.shape[0], *at.shape[1:]))
-        return how.model.apply({"params": params}, context, given, x, at, method="denoise")
+        return apply("denoise", context, given, x, at)
 
     def field(x: Array, t: Array, at: Any = None) -> Array:
         if at is None:
@@ -162,7 +163,7 @@ def sample_chunks(
 def _solved(
     how: Sampling,
     field: Field,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     shape: tuple[int, ...],
     schedule: Schedule | None,
     overlap: Overlap | None,
@@ -194,7 +195,7 @@ def continuing(
 def sample_action_tokens(
     params: PyTree,
     batch: Batch,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     grammar: ActionGrammar,
     temperature: Float[Array, ""] | float,
     *,
@@ -220,7 +221,7 @@ def sample_action_tokens(
 def decode_text(
     params: PyTree,
     batch: Batch,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     temperature: Float[Array, ""] | float,
     *,
     model: VLA,

@@ -64,9 +64,8 @@ class EvaluablePolicy(ChunkPolicy, Protocol):
         plan: Sequence[str] | None = None,
         plan_visible: bool = False,
         samples: int = 1,
-        **guided: Any,
     ) -> Float[np.ndarray, "b *samples k a"]:
-        """One chunk of actions per robot, or `samples` of them; `guided` holds `guidance` where it is asked for."""
+        """One chunk of actions per robot, or `samples` of them; `guidance` is given too where it is asked for."""
         ...
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
-from vla_jax.serve.sampling import Overlap
+from vla_jax.serve.sampling import Continuation, Overlap
 from vla_jax.serve.schedule import Schedule, make_schedule
 from vla_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from vla_jax.sharding.rules import activate
@@ -74,24 +74,24 @@ class Compiler:
             key=self.array((b, *key.shape), key.dtype, batched=False),
             number=self.array((b,), np.int32, batched=False),
             guidance=self.array((b,), np.float32) if shape.guided else None,
-            overlap=None if shape.continues is None else self._overlap(shape),
+            overlap=None if shape.continues is None else self._overlap(shape, shape.continues),
         )
         if not shape.again:
             return inputs, None
         context = jax.eval_shape(lambda p, i: self.program.prefill(p, i, shape), self.params, inputs)
         return inputs._replace(images=(), text=None), context
 
-    def _overlap(self, shape: Shape) -> Overlap:
+    def _overlap(self, shape: Shape, how: Continuation) -> Overlap:
         horizon, dims = self.program.config.expert.horizon, self.program.scaling.known.offset.shape[-1]
         return Overlap(
             known=self.array((shape.rows, horizon, dims), np.float32),
             weight=self.array((shape.rows, horizon), np.float32),
             bound=self.array((), np.float32, batched=False),
-            how=shape.continues,
+            how=how,
         )
 
-    def array(self, shape: tuple[int, ...], dtype: Any, *, batched: bool = True) -> jax.ShapeDtypeStruct:
-        """An abstract input, and its place on the mesh."""
+    def array(self, shape: tuple[int, ...], dtype: Any, *, batched: bool = True) -> Any:
+        """An abstract input, and its place on the mesh: a ShapeDtypeStruct where arrays are declared."""
         if self.mesh is None:
             return jax.ShapeDtypeStruct(shape, dtype)
         split = batched and shape[0] % batch_shards(self.mesh) == 0

@@ -50,7 +50,8 @@ class Encoder:
     def _images(self, observation: Observation, row: int) -> dict[str, np.ndarray]:
         select, images = self._bundle.select, {}
         for name in self._bundle.shown:
-            frames = observation.images.get(self._bundle.sources.get(name))
+            source = self._bundle.sources.get(name)
+            frames = None if source is None else observation.images.get(source)
             if frames is not None:
                 images[name] = frames[row]
             elif name in select.black:
@@ -65,4 +66,6 @@ class Encoder:
             state = self._bundle.model_state(sample.state)
             sample = self._bundle.normalize.inputs(sample.replace(state=state))
         text = self._tokenize.inputs(sample).text
+        if text is None:
+            raise ValueError("the policy's transforms wrote no text, which its programs read")
         return null(text) if null_prompt else text

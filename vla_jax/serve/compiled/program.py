@@ -74,6 +74,15 @@ class Inputs(NamedTuple):
     overlap: Overlap | None
     """What is known of the chunks that run, in the robots' units and dimensions."""
 
+    @property
+    def given_text(self) -> Text:
+        """The text, for programs that read it. Raises ValueError where there is none."""
+        if self.text is None:
+            raise ValueError(
+                "images and text are to be read, but these are the inputs of a context that is kept"
+            )
+        return self.text
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -100,17 +109,20 @@ class Program:
     def prefill(self, params: PyTree, inputs: Inputs, shape: Shape) -> Context:
         """What images and text leave for the expert."""
         batch, names = self.batch(inputs, shape), tuple(name for name, _, _ in shape.cameras)
-        visible = None if inputs.text.causal is None else jnp.ones(batch.tokens.shape[0], bool)
+        visible = None if inputs.given_text.causal is None else jnp.ones(batch.tokens.shape[0], bool)
         return self.model(names).apply({"params": params}, batch, visible, method="prefill")[0]
 
     def encode_images(self, params: PyTree, inputs: Inputs, shape: Shape) -> Float[Array, "b p d"]:
         """The first part of `prefill`."""
         names = tuple(name for name, _, _ in shape.cameras)
-        return self.model(names).apply({"params": params}, self.batch(inputs, shape), method="encode_images")
+        found: Any = self.model(names).apply(
+            {"params": params}, self.batch(inputs, shape), method="encode_images"
+        )
+        return found
 
     def batch(self, inputs: Inputs, shape: Shape) -> Batch:
         """Images in the model's size, and texts; those of null prompts come behind the others."""
-        names, text = [name for name, _, _ in shape.cameras], inputs.text
+        names, text = [name for name, _, _ in shape.cameras], inputs.given_text
         nothing = jnp.zeros_like(text.mask)
         return Batch(
             images={

@@ -1,6 +1,7 @@
 """Prompts as the compiled program takes them: token rows cut to a length."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from vla_jax.serve.compiled.program import Text
 def stacked(rows: Sequence[TextTokens], length: int, *, plan_visible: bool) -> Text:
     """Some rows cut to one length; without plans the program need not be told which tokens are."""
     tokens, mask, causal, _ = (np.stack(part)[:, :length] for part in zip(*rows))
-    return Text(tokens.astype(np.int32), mask, causal if plan_visible else None)
+    host: tuple[Any, ...] = (tokens.astype(np.int32), mask, causal if plan_visible else None)
+    return Text(*host)
 
 
 def used(text: TextTokens) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from vla_jax.config import TrainConfig
 from vla_jax.data.bundle import DataBundle
@@ -71,7 +71,7 @@ class ProgramRunner:
     def act(
         self,
         observation: Observation,
-        keys: PRNGKeyArray,
+        keys: Key[Array, "*b"],
         *,
         plan: Sequence[str] | None,
         plan_visible: bool,
@@ -85,7 +85,9 @@ class ProgramRunner:
         robots, pieces = len(rows), []
         data = np.asarray(jax.random.key_data(keys))
         data, numbers = (
-            (data, np.zeros(robots)) if keys.ndim else (np.stack([data] * robots), np.arange(robots))
+            (data, np.zeros(robots, np.int32))
+            if keys.ndim
+            else (np.stack([data] * robots), np.arange(robots))
         )
         for start in range(0, robots, max(self.config.buckets)):
             some = slice(start, start + max(self.config.buckets))
@@ -122,7 +124,7 @@ class ProgramRunner:
         plan_visible: bool = False,
         guidance: Sequence[float] | None = None,
         overlap: Overlap | None = None,
-        numbers: Sequence[int] | None = None,
+        numbers: Int[np.ndarray, " b"] | None = None,
         bucket: int | None = None,
         length: int | None = None,
         cameras: Collection[str] | None = None,
@@ -138,7 +140,7 @@ class ProgramRunner:
         if len(rows) > bucket or len(keys) != len(rows):
             raise ValueError(f"{len(rows)} rows with {len(keys)} keys do not fit a bucket of {bucket}")
         real, last = len(rows), [len(rows) - 1] * (bucket - len(rows))
-        numbers = np.zeros(real) if numbers is None else np.asarray(numbers)
+        numbers = np.zeros(real, np.int32) if numbers is None else numbers
         rows = [*rows, *[rows[-1]] * len(last)]
         keys, numbers = (np.concatenate([x, x[last]]) for x in (keys, numbers))
         states = np.stack([row.state for row in rows])
@@ -188,10 +190,10 @@ class ProgramRunner:
         texts += [null(text) for text in texts] if shape.guided else []
         images = self._images(rows, [name for name, _, _ in shape.cameras]) if images is None else images
         keys = keys_of([0] * shape.rows) if keys is None else keys
-        numbers = np.zeros(shape.rows) if numbers is None else numbers
+        numbers = np.zeros(shape.rows, np.int32) if numbers is None else numbers
         found = rows[0].images
         again = shape.again
-        return Inputs(
+        host: dict[str, Any] = dict(  # NumPy's arrays where a program's are declared
             images=() if again else tuple(images.values()),
             present=np.asarray([name in found for name in images]),
             text=None if again else stacked(texts, shape.length, plan_visible=shape.plan_visible),
@@ -202,6 +204,7 @@ class ProgramRunner:
             guidance=guidance,
             overlap=overlap,
         )
+        return Inputs(**host)
 
     def warm_up(self, solver: SolverConfig, **what: Any) -> int:
         """Compiles all of `shapes`; returns how many."""
@@ -271,6 +274,7 @@ class ProgramRunner:
 
 def keys_of(seeds: Sequence[int]) -> UInt32[np.ndarray, "keys data"]:
     """Key data of `jax.random.key(seed)` for seeds from 0 to 2³¹-1."""
-    if jax.config.jax_default_prng_impl == "threefry2x32":  # without a dozen small programs
+    options: Any = jax.config  # whose declaration has none of its options
+    if options.jax_default_prng_impl == "threefry2x32":  # without a dozen small programs
         return np.stack([np.zeros(len(seeds), np.uint32), np.asarray(seeds, np.uint32)], axis=1)
     return np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])

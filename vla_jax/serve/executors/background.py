@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float
 
 from vla_jax.data.observations import owned
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.executors.base import CONTINUATIONS, ChunkExecutor, ChunkPolicy, ExecutorConfig
 from vla_jax.serve.executors.overlapping import running, shifted
+from vla_jax.serve.noise import Keys
 from vla_jax.types import Observation
 
 REMEMBERED = 10
@@ -41,7 +42,7 @@ class Background(ChunkExecutor):
         config: ExecutorConfig,
         *,
         solver: SolverConfig,
-        key: PRNGKeyArray,
+        key: Keys,
         keeps: Bool[np.ndarray, " a"] | Sequence[bool] | None = None,
         pool: Executor | None = None,
     ):
@@ -60,7 +61,8 @@ class Background(ChunkExecutor):
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
         """Begins an episode and waits for its first chunk. A prediction for the last episode is thrown away."""
         if self._pending is not None:
-            self._pending.cancel() or self._pending.exception()
+            if not self._pending.cancel():
+                self._pending.exception()  # waits for it
             self._pending = None
         super().reset(observation, plan)
         self.starved, self._asked = 0, 0
@@ -87,7 +89,7 @@ class Background(ChunkExecutor):
             )  # where it raises, the old chunk goes on
             self.delays.append(self._steps - self._asked)
             self.switches.append(self._steps)
-        if self._pending is None and self._steps - self._asked >= self._config.execute:
+        if self._pending is None and self._steps - self._asked >= self._config.executed:
             self._ask(observation)
         offset = self._steps - self._origin
         if offset < self._policy.horizon:

@@ -5,17 +5,25 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int
 
 from vla_jax.data.observations import check_observation, check_texts, take
 from vla_jax.finite import finite
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.noise import check_keys, draws, noise_keys, robot_keys, typed
+from vla_jax.serve.noise import Keys, check_keys, draws, noise_keys, robot_keys, typed
 from vla_jax.types import Observation
 
 ExecutorKind = Literal["receding", "async", "ensemble", "rtc", "rtc_jacobian_free", "rtc_prefix"]
-CONTINUATIONS = {"rtc": "vjp", "rtc_jacobian_free": "jacobian_free", "rtc_prefix": "prefix"}
-"""Kinds whose new chunk continues the one that runs, and how (`serve.sampling.Continuation`)."""
+Continuation = Literal["vjp", "jacobian_free", "prefix"]
+"""How a new chunk is made to continue the one that runs; see `flow.guidance`: the first two are `soft_inpaint`,
+prefix is `clean_prefix`, for policies that were trained with `objective.rtc_prefix`."""
+
+CONTINUATIONS: dict[str, Continuation] = {
+    "rtc": "vjp",
+    "rtc_jacobian_free": "jacobian_free",
+    "rtc_prefix": "prefix",
+}
+"""Kinds whose new chunk continues the one that runs, and how."""
 
 PULLED = ("rtc", "rtc_jacobian_free")
 """Those that pull more of the new chunk to the old one than what runs anyway."""
@@ -31,8 +39,8 @@ class Running:
     """Steps that will have run before the new chunk is there: these are to be kept."""
     end: int
     """Steps that are planned at all."""
-    how: str = "vjp"
-    """`serve.sampling.Continuation`."""
+    how: Continuation = "vjp"
+    """How the new chunk continues it."""
     bound: float = 5.0
     """β, the largest strength of soft inpainting."""
 
@@ -47,24 +55,28 @@ class ChunkPolicy(Protocol):
     @property
     def horizon(self) -> int:
         """k, the number of actions in a chunk."""
+        ...
 
     @property
     def execute(self) -> int:
         """How many of them to run where the executor's configuration does not say; not asked for where it does."""
+        ...
 
-    def plan(self, observation: Observation, key: PRNGKeyArray, temperature: float) -> list[str]:
+    def plan(self, observation: Observation, key: Keys, temperature: float) -> list[str]:
         """One text per robot; greedily at temperature 0."""
+        ...
 
     def act(
         self,
         observation: Observation,
-        key: PRNGKeyArray,
+        key: Keys,
         *,
         solver: SolverConfig,
         plan: Sequence[str] | None = None,
         plan_visible: bool = False,
     ) -> Float[np.ndarray, "b k a"]:
         """One chunk of actions per robot, in the robot's units."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +133,13 @@ class ExecutorConfig:
                 f"one is there; use --execute {self.delay} or more"
             )
 
+    @property
+    def executed(self) -> int:
+        """`execute` where it is known. Raises ValueError where it was left to the policy."""
+        if self.execute is None:
+            raise ValueError("execute is not set; ExecutorConfig.of(policy) takes the policy's own number")
+        return self.execute
+
     def of(self, policy: ChunkPolicy) -> "ExecutorConfig":
         """The configuration with the policy's own `execute` where none is given; ValueError if its chunks are short."""
         config = dataclasses.replace(self, execute=policy.execute) if self.execute is None else self
@@ -129,14 +148,15 @@ class ExecutorConfig:
 
     def check(self, horizon: int) -> None:
         """ValueError unless chunks of that length are long enough."""
-        if self.execute > horizon:
+        execute = self.executed
+        if execute > horizon:
             raise ValueError(
-                f"execute={self.execute} is more than the {horizon} actions of a predicted chunk; "
+                f"execute={execute} is more than the {horizon} actions of a predicted chunk; "
                 f"use --execute {horizon} or less"
             )
-        if self.kind != "receding" and self.execute + self.delay > horizon:
+        if self.kind != "receding" and execute + self.delay > horizon:
             raise ValueError(
-                f"execute={self.execute} and delay={self.delay} are together more than the {horizon} actions of a "
+                f"execute={execute} and delay={self.delay} are together more than the {horizon} actions of a "
                 f"predicted chunk, which would end before the next one is there; use --execute {horizon - self.delay} "
                 "or less"
             )
@@ -161,7 +181,7 @@ class ChunkExecutor:
         config: ExecutorConfig,
         *,
         solver: SolverConfig,
-        key: PRNGKeyArray,
+        key: Keys,
         keeps: Bool[np.ndarray, " a"] | Sequence[bool] | None = None,
     ):
         self._policy, self._config, self._solver, self._key = policy, config.of(policy), solver, typed(key)
@@ -260,9 +280,10 @@ class RecedingHorizon(ChunkExecutor):
         self, observation: Observation, active: Bool[np.ndarray, " b"] | None = None
     ) -> Float[np.ndarray, "b steps a"]:
         """The wait (not before the first chunk), and the first actions of a new chunk."""
-        actions = self._predict(self._look(observation), active)[:, : self._config.execute]
-        waits = 0 if self._last is None else self._config.delay
-        if waits:
+        actions = self._predict(self._look(observation), active)[:, : self._config.executed]
+        waits = 0
+        if self._last is not None and self._config.delay:
+            waits = self._config.delay
             actions = np.concatenate([self._wait(self._last, waits), actions], axis=1)
         self._last = actions[:, -1]
         return self._count(actions, waits)

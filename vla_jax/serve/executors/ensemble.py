@@ -28,7 +28,7 @@ class TemporalEnsemble(ChunkExecutor):
         delay = config.delay if self._chunks else 0
         self._chunks.append((now, now + delay, self._predict(observation, active)))
         self._chunks = [entry for entry in self._chunks if entry[0] + self._policy.horizon > now]
-        actions = [self._average(step) for step in range(now, now + config.execute)]
+        actions = [self._average(step) for step in range(now, now + config.executed)]
         return self._count(np.stack(actions, axis=1), delay)
 
     def _average(self, step: int) -> Float[np.ndarray, "b a"]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import PRNGKeyArray
-
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.executors.base import ChunkExecutor, ChunkPolicy, ExecutorConfig, RecedingHorizon
 from vla_jax.serve.executors.ensemble import TemporalEnsemble
 from vla_jax.serve.executors.overlapping import Overlapping
+from vla_jax.serve.noise import Keys
 
 
 def make_executor(
@@ -15,7 +14,7 @@ def make_executor(
     config: ExecutorConfig,
     *,
     solver: SolverConfig,
-    key: PRNGKeyArray,
+    key: Keys,
     keeps: Sequence[bool] | None = None,
 ) -> ChunkExecutor:
     """With a simulated delay; for a robot's own clock use `background.Background`."""

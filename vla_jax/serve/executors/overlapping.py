@@ -31,14 +31,14 @@ class Overlapping(ChunkExecutor):
         rest = self._rest
         delay = 0 if rest is None else config.delay
         chunk = self._predict(observation, active, self._running(rest, delay))
-        actions = chunk[:, : config.execute]
-        if delay:
-            actions = np.concatenate([rest[:, :delay], chunk[:, delay : config.execute]], axis=1)
-        self._rest = shifted(chunk, config.execute)
+        actions = chunk[:, : config.executed]
+        if rest is not None and delay:
+            actions = np.concatenate([rest[:, :delay], chunk[:, delay : config.executed]], axis=1)
+        self._rest = shifted(chunk, config.executed)
         return self._count(actions, delay)
 
     def _running(self, rest: Float[np.ndarray, "b k a"] | None, delay: int) -> Running | None:
-        return running(self._config, rest, delay, self._policy.horizon - self._config.execute)
+        return running(self._config, rest, delay, self._policy.horizon - self._config.executed)
 
 
 def running(

@@ -26,9 +26,11 @@ class Serves(Protocol):
 
     def prepare(self, request: Request, seed: int) -> Any:
         """A row; raises Refused."""
+        ...
 
-    def run(self, rows: list[Any]) -> list[Any]:
+    def run(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Answers, or exceptions in their place."""
+        ...
 
 
 class Answers:
@@ -71,12 +73,13 @@ class Answers:
                 wrong = _first(rows, (Refused, Failed))
                 if wrong is not None:
                     return wrong
-                done = await self._batcher.submit(rows, deadline=deadline, gone=gone)
+                found = await self._batcher.submit(rows, deadline=deadline, gone=gone)
         except Refused as refusal:
             return refusal.bare()
-        wrong = _first(done, (Refused, Failed))
+        wrong = _first(found, (Refused, Failed))
         if wrong is not None:
             return wrong
+        done = [each for each in found if isinstance(each, Done)]
         self._metrics.rows.inc(len(rows))
         replies = [_reply(row.seed, each) for row, each in zip(rows, done)]
         return _frame({"batch": replies} if many else replies[0], done, previous_ms)
@@ -92,10 +95,9 @@ class Answers:
             raise Refused("invalid", str(error)) from None
         return parse(decoded, spec, self._rename)
 
-    async def _prepare(
-        self, requests: Sequence[Request], deadline: float, gone: asyncio.Future
-    ) -> list[Any | Refused | Failed]:
-        """Rows; what is not ready at the deadline is not waited for, and not begun any more."""
+    async def _prepare(self, requests: Sequence[Request], deadline: float, gone: asyncio.Future) -> list[Any]:
+        """Rows, or Refused or Failed in their place; what is not ready at the deadline is not waited for, and not begun
+        any more."""
         futures = [self._submit(request) for request in requests]
         ready = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         left = deadline - asyncio.get_running_loop().time()

@@ -242,7 +242,7 @@ class App:
                 self._logs.warning("refused", connection=number, code=reply.code, why=reply.message)
             else:
                 outcome, frame = "ok", reply
-                if self._recorder is not None:
+                if self._recorder is not None and isinstance(message, bytes):
                     self._recorder.add(message, reply)
             self.metrics.requests.labels(outcome).inc()
             await _send(ws, frame)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
@@ -44,14 +44,17 @@ class Backend(Protocol):
 
     def encode(self, observation: Observation, plan: str | None, guidance: float | None) -> tuple[Any, int]:
         """One robot's row, and the text length that it needs. Raises ValueError."""
+        ...
 
     def run(
         self, rows: Sequence[Any], seeds: Sequence[int], guidance: Sequence[float] | None, program: Program
     ) -> Float[np.ndarray, "b S k a"]:
         """Actions in the robots' units for a full bucket."""
+        ...
 
     def compile(self, program: Program, buckets: Collection[int]) -> int:
         """Makes a program for all buckets before it is asked for; returns how many that are."""
+        ...
 
 
 class CompiledBackend:
@@ -160,6 +163,6 @@ class TokensBackend:
 
 
 @jax.jit
-def _keys(seeds: Int[Array, " b"]) -> PRNGKeyArray:
+def _keys(seeds: Int[Array, " b"]) -> Key[Array, " b"]:
     """`jax.random.key` of each."""
     return jax.vmap(jax.random.key)(seeds)

@@ -79,9 +79,10 @@ class Batcher:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -160,8 +161,13 @@ class Batcher:
     def _take(self, now: float) -> list[_Waiting]:
         """The next call's rows; one whose time is over is left out, whoever waits for it is about to notice."""
         chosen: list[_Waiting] = []
+        program: Hashable = None
         for waiting in self._waiting:
-            if now < waiting.deadline and (not chosen or waiting.row.program == chosen[0].row.program):
+            if waiting.row is None or now >= waiting.deadline:
+                continue
+            if not chosen:
+                program = waiting.row.program
+            if waiting.row.program == program:
                 chosen.append(waiting)
             if len(chosen) == self._max_batch:
                 break

@@ -30,7 +30,8 @@ MAX_RANK = 8
 
 def encode(message: Any) -> bytes:
     """A message as bytes. Raises TypeError, ValueError for what has no form on the wire."""
-    return msgpack.packb(message, default=_plain)
+    packed: Any = msgpack.packb(message, default=_plain)
+    return packed
 
 
 def decode(data: bytes, *, items: int = 1024) -> Any:

@@ -97,6 +97,8 @@ class ServeConfig:
         """The TLS settings. Raises OSError, ValueError, which name the file that is not right."""
         if self.tls_cert is None:
             return None
+        if self.tls_key is None:
+            raise ValueError("tls_cert is given without tls_key; give both, or neither")
         return tls_context(self.tls_cert, self.tls_key)
 
     def bind(self) -> tuple[Door, list[Listener]]:

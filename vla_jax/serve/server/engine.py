@@ -153,7 +153,7 @@ class Engine:
                     self._backend.encode(row.observation, text, row.guidance)[0]
                     for row, text in zip(full, texts)
                 ]
-        guidance = [row.guidance for row in full] if program.guided else None
+        guidance = [1.0 if row.guidance is None else row.guidance for row in full] if program.guided else None
         chunks = self._backend.run(encoded, [row.seed for row in full], guidance, program)
         chunks = chunks[:, 0] if program.samples == 1 else chunks
         return [self._answer(chunk, text, bucket) for _, chunk, text in zip(rows, chunks, texts)]
@@ -174,7 +174,7 @@ class Engine:
             self._backend.compile(program, self.buckets)
         prompt = self._any_prompt()
         blank = self.policy.bundle.blank(prompt)
-        images = {camera: frames[0] for camera, frames in blank.images.items()}
+        images = {camera: frames[0] for camera, frames in blank.images.items() if frames is not None}
         # Without its instruction a prompt fits every program, however long this policy's prompts usually are.
         request = Request(images=images, state=blank.state[0], prompt=prompt, guidance=0.0)
         row, calls = self.prepare(request, seed=0), 0
@@ -245,12 +245,20 @@ class Engine:
         )
 
 
+def _frames(observation: Observation, camera: str) -> UInt8[np.ndarray, "b h w 3"]:
+    """A camera's images. Raises ValueError where there are none: rows of one program have the same cameras."""
+    images = observation.images[camera]
+    if images is None:
+        raise ValueError(f"rows of one call differ in camera {camera}: some have no image of it")
+    return images
+
+
 def _stack(rows: Sequence[Row]) -> Observation:
     """Observations of single robots as one of them all."""
     observations = [row.observation for row in rows]
     return Observation(
         images={
-            camera: None if image is None else np.concatenate([o.images[camera] for o in observations])
+            camera: None if image is None else np.concatenate([_frames(o, camera) for o in observations])
             for camera, image in observations[0].images.items()
         },
         state=np.concatenate([o.state for o in observations]),

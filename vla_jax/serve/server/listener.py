@@ -146,6 +146,6 @@ def _in_words(error: OSError, address: tuple) -> OSError:
         errno.EADDRINUSE: "stop what listens there, or choose another --port (0: any that is free)",
         errno.EACCES: "ports below 1024 belong to the system; choose another --port",
         errno.EADDRNOTAVAIL: "this machine has no such address; use --host 127.0.0.1, or 0.0.0.0 for all of them",
-    }.get(error.errno, "choose another --host or --port")
+    }.get(error.errno or 0, "choose another --host or --port")
     reason = os.strerror(error.errno).lower() if error.errno else str(error)
     return OSError(f"cannot listen on {host} port {port}: {reason}; {remedy}")

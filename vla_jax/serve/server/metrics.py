@@ -54,6 +54,6 @@ class Metrics:
         """One sample, e.g. value("vla_requests_total", outcome="ok"); 0 before the first event."""
         return self.registry.get_sample_value(name, labels) or 0.0
 
-    def _listen(self, event: str, seconds: float, **labels: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **labels: str | int) -> None:
         if event == _COMPILED:
             self.compilations.inc()

@@ -103,7 +103,7 @@ class Recorder:
         return True
 
     def _keep(self, record: Recorded) -> None:
-        data = msgpack.packb(record._asdict())
+        data: Any = msgpack.packb(record._asdict())
         if len(data) > self._left:
             self._metrics.recorded.labels("dropped").inc()
             self._logs.warning("record dropped", why="the recording has reached its limit")
