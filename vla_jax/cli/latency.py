@@ -231,7 +231,7 @@ def _bound(args: BenchmarkArgs, compiled: Policy, case: Case, length: int) -> di
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
     assert case.solver.nfe is not None  # the method is one of FIXED
-    work = roofline.work(
+    work = roofline.bounds(
         model,
         batch=case.batch,
         cameras=case.cameras,
