@@ -75,7 +75,7 @@ def _gradient_flops(config: TrainConfig) -> int:
 def gradient(
     config: TrainConfig, rows: int = 1
 ) -> tuple[Callable[..., PyTree], tuple[PyTree, PyTree, Batch]]:
-    """The gradient of some samples' loss as a function of (trained parameters, frozen ones, batch), and their shapes."""
+    """The gradient of some samples' loss, a function of (trained parameters, frozen ones, batch); and their shapes."""
     model, process = VLA(config.model), make_process(config.process)
     batch = abstract_batch(
         config.model,
