@@ -70,12 +70,12 @@ class OptimConfig:
         total = self.warmup_fraction + self.hold_fraction
         _check(total <= 1, f"optim: warmup_fraction + hold_fraction = {total:g} is more than 1; lower one")
 
-    def parsed_groups(self) -> tuple["Group", ...]:
+    def parsed_groups(self) -> tuple["ParameterGroup", ...]:
         """`groups`, read."""
         return tuple(_group(text) for text in self.groups)
 
 
-class Group(NamedTuple):
+class ParameterGroup(NamedTuple):
     """One entry of `OptimConfig.groups`."""
 
     pattern: str
@@ -83,7 +83,7 @@ class Group(NamedTuple):
     clip: float | None
 
 
-def _group(text: str) -> Group:
+def _group(text: str) -> ParameterGroup:
     pattern, *numbers = text.split(":")
     try:
         values = [float(number) for number in numbers]
@@ -95,7 +95,7 @@ def _group(text: str) -> Group:
         f"optim.groups: {text!r} is not pattern:factor or pattern:factor:clip with numbers above 0, e.g. "
         "backbone/**:0.1; to leave a group out use optim.freeze",
     )
-    return Group(pattern, values[0], values[1] if len(values) > 1 else None)
+    return ParameterGroup(pattern, values[0], values[1] if len(values) > 1 else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
-from vla_jax.train.config import Group, OptimConfig
+from vla_jax.train.config import OptimConfig, ParameterGroup
 from vla_jax.train.moments import with_moment_in
 from vla_jax.train.muon import scale_by_muon
 from vla_jax.train.patterns import choose, fits, leaf_names
@@ -141,7 +141,7 @@ def _clip_by_pattern(config: OptimConfig) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
+def _factors(groups: Sequence[ParameterGroup]) -> optax.GradientTransformation:
     """Multiplies each group's update. Raises ValueError at its start where a pattern fits no trained parameter."""
 
     def init(params: PyTree) -> optax.EmptyState:
@@ -162,7 +162,7 @@ def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def group_of(name: str, groups: Sequence[Group]) -> Group | None:
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
     """The group of a parameter: the first whose pattern fits."""
     return next((group for group in groups if fits(name, group.pattern)), None)
 

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     text: TextTokens
 
 
-class Encoder:
+class ObservationEncoder:
     """Checks an observation and tokenises its texts."""
 
     def __init__(self, bundle: DataBundle, *, resize: bool = False):

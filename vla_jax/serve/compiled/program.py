@@ -20,7 +20,7 @@ from vla_jax.serve.compiled.preprocess import (
     robot_actions,
 )
 from vla_jax.serve.sampling import Continuation, Overlap, Sampling, sample_chunks
-from vla_jax.serve.schedule import Schedule
+from vla_jax.serve.schedule import ConditionTable
 from vla_jax.types import Batch, Context, Given, PyTree
 
 
@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class PolicyProgram:
     """The function and its parts, each of which can be compiled (and timed) by itself."""
 
     config: VLAConfig
@@ -89,7 +89,12 @@ class Program:
         return VLA(self.config if not cameras else dataclasses.replace(self.config, cameras=cameras))
 
     def act(
-        self, params: PyTree, schedule: Schedule | None, inputs: Inputs, context: Context | None, shape: Shape
+        self,
+        params: PyTree,
+        schedule: ConditionTable | None,
+        inputs: Inputs,
+        context: Context | None,
+        shape: Shape,
     ) -> Any:
         """Actions [b S k a], and the context where it is to be kept."""
         if context is None:
@@ -132,7 +137,7 @@ class Program:
         return jnp.pad(state, ((0, 0), (0, self.config.expert.state_dim - state.shape[-1])))
 
     def denoise(
-        self, params: PyTree, schedule: Schedule | None, context: Context, inputs: Inputs, shape: Shape
+        self, params: PyTree, schedule: ConditionTable | None, context: Context, inputs: Inputs, shape: Shape
     ) -> Float[Array, "b S k a"]:
         """Noise to actions in the robot's units."""
         expert, dims = self.config.expert, self.scaling.action.factor.shape[-1]
