@@ -37,7 +37,7 @@ from vla_jax.types import Observation
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
 PARTS = ("vision", "prefill", "denoise")
 SCENES = 8
-"""Of the tabletop, at which the error is measured."""
+"""Scenes of the tabletop at which the error is measured."""
 
 
 class Case(NamedTuple):

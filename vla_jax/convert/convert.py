@@ -48,7 +48,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What was converted."""
+    """What was converted: counts, the model found, and arrays of the source that were left out."""
 
     arrays: int
     parameters: int

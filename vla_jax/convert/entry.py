@@ -59,12 +59,12 @@ class Lazy:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Bytes as an array of its `dtype`."""
         return self.size * self.dtype.itemsize
 
 

@@ -61,7 +61,7 @@ class NpzSource:
             raise ValueError(f"{path} is not a readable npz file ({first_line(error)})") from error
 
     def _spec(self, name: str, member: zipfile.ZipInfo) -> ArraySpec:
-        """Of the header alone; pickled objects are refused and never loaded."""
+        """Shape and type, from the array's header alone; pickled objects are refused and never loaded."""
         with self._zip.open(member) as stream:
             shape, fortran, dtype = _npy_header(stream)
             begin = stream.tell()

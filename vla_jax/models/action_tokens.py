@@ -52,6 +52,7 @@ def generate_actions(
     grammar = jax.tree.map(jnp.asarray, grammar)
     rows, start = context.mask.shape
     given = grammar.begin.shape[0]
+    # The last token that is written is read by nobody, so it needs no place in the context.
     context = context.replace(mask=context.visible).reserve(given + max_tokens - 1)
 
     def decode(context: Context, token: Int[Array, " b"], slot: Int[Array, ""]):

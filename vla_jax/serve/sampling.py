@@ -104,7 +104,7 @@ def read(model: VLA, params: PyTree, batch: Batch, *, plan_visible: bool, guided
 
 
 class Sampling(NamedTuple):
-    """What is compiled in."""
+    """Everything about sampling that is compiled in; whatever else changes is an argument."""
 
     model: VLA
     process: Process

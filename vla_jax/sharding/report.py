@@ -18,9 +18,9 @@ class PlacedArray:
     shape: tuple[int, ...]
     spec: str
     bytes: int
-    """Of the whole array."""
+    """Bytes of the whole array."""
     device_bytes: int
-    """Of one device's shard."""
+    """Bytes of one device's shard."""
     split: bool
     """Whether any mesh axis of more than one device splits it."""
 
@@ -34,12 +34,12 @@ class Placement:
 
     @property
     def bytes(self) -> int:
-        """Of all arrays, each counted once."""
+        """Bytes of all arrays, each counted once."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def device_bytes(self) -> int:
-        """On each device."""
+        """Bytes of all arrays on each device."""
         return sum(row.device_bytes for row in self.rows)
 
     @property

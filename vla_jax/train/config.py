@@ -71,12 +71,12 @@ class OptimConfig:
         _check(total <= 1, f"optim: warmup_fraction + hold_fraction = {total:g} is more than 1; lower one")
 
     def parsed_groups(self) -> tuple["ParameterGroup", ...]:
-        """`groups`, read."""
+        """The entries of `groups`, parsed. Raises ValueError for one that is malformed."""
         return tuple(_group(text) for text in self.groups)
 
 
 class ParameterGroup(NamedTuple):
-    """One entry of `OptimConfig.groups`."""
+    """Parameters whose learning rate has a factor, and maybe a clipping norm of their own."""
 
     pattern: str
     factor: float
@@ -118,7 +118,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies A·B."""
+        """What multiplies A·B: alpha / rank; 0 without LoRA."""
         return self.alpha / self.rank if self.rank else 0.0
 
 

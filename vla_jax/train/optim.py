@@ -48,6 +48,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     A step that is left out changes no state in here, so that every count in it is one of updates applied: Adam
     corrects its bias by it, and the average of the parameters warms up by it (`updates_applied`).
     """
+    # Clipped before the moments see it. Decay comes after the direction, decoupled from the moments as in AdamW; the
+    # groups' factors come last, so that they scale the decay too.
     parts = [
         _clip(config),
         _direction(config),
@@ -134,7 +136,7 @@ def _clip_by_pattern(config: OptimConfig) -> optax.GradientTransformation:
         def scale(path: KeyPath, g: Array) -> Array:
             _, most = bucket(path)
             norm = jnp.sqrt(squares[bucket(path)])
-            return jnp.where(norm < most, g, g / norm * most)
+            return jnp.where(norm < most, g, g / norm * most)  # rounded as by optax.clip_by_global_norm
 
         return tree_map_with_path(scale, updates)
 

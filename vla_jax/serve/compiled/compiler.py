@@ -25,7 +25,7 @@ class Compiler:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Those that are compiled."""
+        """Shapes whose executable is there, so that a call with them compiles nothing."""
         return tuple(self._executables)
 
     def executable(self, shape: Shape) -> Any:

@@ -19,9 +19,9 @@ class Encoded(NamedTuple):
     images: dict[str, np.ndarray]
     """The model's cameras that have an image, in the model's order."""
     state: np.ndarray
-    """In the robot's units."""
+    """[q], in the robot's units."""
     group: int
-    """Of the statistics."""
+    """Which row of the normalisation's statistics holds for it (by task, where they are kept apart)."""
     text: TextTokens
 
 

@@ -28,11 +28,11 @@ class Shape(NamedTuple):
     """All that makes one executable differ from another of the same policy."""
 
     rows: int
-    """Observations."""
+    """Observations in a call (axis b)."""
     cameras: tuple[tuple[str, int, int], ...]
     """Name, height and width of each, as the robot sends them."""
     length: int
-    """Text tokens."""
+    """Text tokens of a row, padding included (axis l)."""
     samples: int
     plan_visible: bool
     """The text holds a plan that the actions see."""
@@ -42,13 +42,13 @@ class Shape(NamedTuple):
     again: bool = False
     """From the context that an earlier call left: no images, no text."""
     keep: bool = False
-    """Return that context."""
+    """Return the context beside the actions, for a later call with `again`."""
     continues: Continuation | None = None
     """The chunks continue those that run, and how."""
 
 
 class Text(NamedTuple):
-    """A batch of prompts."""
+    """Prompts as token ids, padded to one length, with a plan behind each where there are plans."""
 
     tokens: Int[Array, "b l"]
     mask: Bool[Array, "b l"]
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
     text: Text | None
     state: Float[Array, "b q"]
     group: Int[Array, " b"]
-    """Of the statistics."""
+    """Which row of the normalisation's statistics holds for each observation."""
     key: Array
     """Key data [b …] as `jax.random.key_data` gives them."""
     number: Int[Array, " b"]

@@ -139,7 +139,7 @@ class ProgramRunner:
             raise ValueError(f"{len(rows)} rows with {len(keys)} keys do not fit a bucket of {bucket}")
         real, last = len(rows), [len(rows) - 1] * (bucket - len(rows))
         numbers = np.zeros(real) if numbers is None else np.asarray(numbers)
-        rows = [*rows, *[rows[-1]] * len(last)]
+        rows = [*rows, *[rows[-1]] * len(last)]  # copies of the last row fill the bucket; cut off below
         keys, numbers = (np.concatenate([x, x[last]]) for x in (keys, numbers))
         states = np.stack([row.state for row in rows])
         weights = None

@@ -37,7 +37,7 @@ class CallKey(NamedTuple):
 
 
 class Backend(Protocol):
-    """Rows in, actions out."""
+    """Computes a call of the server: prepared rows to actions."""
 
     lengths: tuple[int, ...]
     """Text lengths of its programs."""
@@ -161,5 +161,5 @@ class TokensBackend:
 
 @jax.jit
 def _keys(seeds: Int[Array, " b"]) -> PRNGKeyArray:
-    """`jax.random.key` of each."""
+    """One key per seed, [b]: a row's noise does not depend on the rows that share its call."""
     return jax.vmap(jax.random.key)(seeds)

@@ -36,7 +36,7 @@ class PreparedRequest(NamedTuple):
 
     program: CallKey
     observation: Observation
-    """Of one robot."""
+    """What one robot sees, before tokenising and resizing (axis b is 1)."""
     encoded: Any
     """The same as the back end takes it."""
     seed: int
@@ -45,7 +45,7 @@ class PreparedRequest(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a row gets."""
+    """The answer to one request."""
 
     actions: Float[np.ndarray, "*S k a"]
     """In the robot's units; with samples above 1, one chunk per sample."""
