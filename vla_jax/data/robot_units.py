@@ -26,7 +26,7 @@ class Units:
 
     @classmethod
     def of(cls, parts: tuple[Part, ...]) -> "Units":
-        """Of a state or of actions."""
+        """The conversion of a state or of actions, from the parts that they consist of."""
         curves, first = [], 0
         for part in parts:
             if part.convert:
@@ -50,7 +50,7 @@ class Units:
         return x * self.scale + self.offset
 
     def to_robot(self, x: Float[np.ndarray, "*n dims"]) -> Float[np.ndarray, "*n dims"]:
-        """The inverse."""
+        """The inverse of `to_model`."""
         x = (np.asarray(x, np.float64) - self.offset) / self.scale
         for dims, conversion in self.curves:
             x[..., dims] = conversion.to_robot(x[..., dims])

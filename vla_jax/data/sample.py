@@ -66,7 +66,7 @@ class Transform(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def inputs(self, sample: Sample) -> Sample:
-        """Towards the model."""
+        """A sample of the robot's data, one step towards the model."""
         ...
 
     def outputs(self, sample: Sample) -> Sample:

@@ -73,7 +73,7 @@ class Stack(NamedTuple):
     heads: int
     """Attention heads."""
     head_width: int
-    """Of all heads together."""
+    """Width of all heads together: heads · head_dim."""
     projected: int
     """Queries, keys and values of one token."""
     hidden: int
@@ -91,7 +91,7 @@ def stacks(config: VLAConfig) -> list[Stack]:
 
 
 def _stack(path: str, leaves: list[tuple[dict[str | None, int], int]]) -> Stack:
-    """Of its parameters' axes and numbers of elements."""
+    """A stack's sizes, read off the axes and numbers of elements of its parameters."""
     depth = next(sizes["layers"] for sizes, _ in leaves)
     width = max(sizes.get("embed", 1) for sizes, _ in leaves)
     heads = max(sizes.get("heads", 1) for sizes, _ in leaves)

@@ -68,7 +68,7 @@ class VLAConfig:
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Options that change how the network is computed, and not which network it is."""
         return Compute(dtype=self.dtype, remat=self.remat, attention=self.attention, unroll=self.unroll)
 
     @property

@@ -20,9 +20,9 @@ class Draws(NamedTuple):
     """Keys for the two things that a robot draws."""
 
     plan: PRNGKeyArray
-    """Of the text that it decodes first: one key, or [b], as they were given."""
+    """For the text that it decodes first: one key, or [b], as they were given."""
     actions: PRNGKeyArray
-    """[b]"""
+    """For the actions' noise: one key per robot, [b]."""
 
 
 def typed(key: PRNGKeyArray) -> PRNGKeyArray:

@@ -32,7 +32,7 @@ class Running:
     end: int
     """Steps that are planned at all."""
     how: str = "vjp"
-    """`serve.sampling.Continuation`."""
+    """How a chunk continues the running one: a name of `serve.sampling.Continuation`."""
     bound: float = 5.0
     """β, the largest strength of soft inpainting."""
 
@@ -252,7 +252,7 @@ class RecedingHorizon(ChunkExecutor):
     """Runs the first `execute` actions of each chunk, then stands still for `delay` steps while it predicts anew."""
 
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
-        """Begins an episode."""
+        """Begins an episode, in which there is no last action yet."""
         super().reset(observation, plan)
         self._last: Float[np.ndarray, "b a"] | None = None
 
