@@ -88,17 +88,17 @@ class RobotUnits:
         """Size of the model's unit in the robot's, for each action."""
         return 1 / np.abs(self._actions.scale)
 
-    def state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
+    def state(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n q"]:
         """In the model's units, float64; unchanged where these are the robot's."""
         check_dims("state", state, len(self._state.scale))
         return state if self._state.same else self._state.to_model(state)
 
-    def robot_state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
+    def robot_state(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n q"]:
         """The inverse of `state`."""
         return state if self._state.same else self._state.to_robot(state)
 
     def actions(
-        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "*n q"]
+        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "... q"]
     ) -> Float[np.ndarray, "*n k a"]:
         """To the model's units, the state given in the robot's; unchanged where nothing is to be done."""
         check_dims("action", actions, len(self._actions.scale))
@@ -107,7 +107,7 @@ class RobotUnits:
         return self._actions.to_model(actions) - self._subtracted(state)
 
     def robot_actions(
-        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "*n q"]
+        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "... q"]
     ) -> Float[np.ndarray, "*n k a"]:
         """The inverse of `actions`."""
         check_dims("action", actions, len(self._actions.scale))
@@ -127,7 +127,7 @@ class RobotUnits:
         """Actions in the robot's units."""
         return sample.replace(actions=self.robot_actions(sample.chunk, sample.state))
 
-    def _subtracted(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n 1 a"]:
+    def _subtracted(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n 1 a"]:
         """What relative actions are relative to; 0 for absolute ones."""
         check_dims("state", state, len(self._state.scale))
         of = np.asarray(self.robot.relative)

@@ -193,7 +193,7 @@ class ProgramRunner:
         again = shape.again
         return Inputs(
             images=() if again else tuple(images.values()),
-            present=np.asarray([name in found for name in images]),
+            present=np.asarray([name in found for name in images], bool),
             text=None if again else stacked(texts, shape.length, plan_visible=shape.plan_visible),
             state=self.bundle.model_state(np.stack([row.state for row in rows])).astype(np.float32),
             group=np.asarray([row.group for row in rows], np.int32),
