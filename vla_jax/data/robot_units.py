@@ -88,12 +88,12 @@ class RobotUnits:
         """Size of the model's unit in the robot's, for each action."""
         return 1 / np.abs(self._actions.scale)
 
-    def state(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n q"]:
+    def state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
         """In the model's units, float64; unchanged where these are the robot's."""
         check_dims("state", state, len(self._state.scale))
         return state if self._state.same else self._state.to_model(state)
 
-    def robot_state(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n q"]:
+    def robot_state(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n q"]:
         """The inverse of `state`."""
         return state if self._state.same else self._state.to_robot(state)
 
@@ -127,7 +127,7 @@ class RobotUnits:
         """Actions in the robot's units."""
         return sample.replace(actions=self.robot_actions(sample.chunk, sample.state))
 
-    def _subtracted(self, state: Float[np.ndarray, "... q"]) -> Float[np.ndarray, "*n 1 a"]:
+    def _subtracted(self, state: Float[np.ndarray, "*n q"]) -> Float[np.ndarray, "*n 1 a"]:
         """What relative actions are relative to; 0 for absolute ones."""
         check_dims("state", state, len(self._state.scale))
         of = np.asarray(self.robot.relative)
