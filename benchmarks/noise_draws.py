@@ -23,6 +23,7 @@ import numpy as np
 
 from vla_jax.cli.command import cli, run
 from vla_jax.config import TrainConfig
+from vla_jax.data.config import DataConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.models import presets
 from vla_jax.models.config import VLAConfig
@@ -30,9 +31,9 @@ from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.sharding import make_mesh
 from vla_jax.train.config import LoopConfig
-from vla_jax.train.flops import model_flops
+from vla_jax.train.flops import train_flops
 from vla_jax.train.optim import make_optimizer
-from vla_jax.train.run import init_params
+from vla_jax.train.parts import init_params
 from vla_jax.train.state import state_builder
 from vla_jax.train.step import make_train_step
 from vla_jax.types import Batch
@@ -106,13 +107,25 @@ def example(model: VLAConfig, b: int, text_tokens: int) -> Batch:
     )
 
 
-def variant(args: Args, model: VLAConfig, draws: int, rows: int):
-    """A compiled step, its first state and its batch."""
-    config = TrainConfig(
+def configuration(args: Args, model: VLAConfig, draws: int, rows: int = 1) -> TrainConfig:
+    """A run without text that draws so much noise per sample."""
+    return TrainConfig(
         model=model,
+        data=DataConfig(max_text_tokens=args.text_tokens),
         objective=ObjectiveConfig(text=False, plan_visible=0.0, noise_draws=draws),
         train=LoopConfig(batch_size=rows, ema_decay=None),
     )
+
+
+def flops_over_one(args: Args, model: VLAConfig) -> float:
+    """FLOPs of a sample with all its draws in one pass, over those of a sample with one draw."""
+    many, one = (train_flops(configuration(args, model, draws)) for draws in (args.draws, 1))
+    return many / one
+
+
+def variant(args: Args, model: VLAConfig, draws: int, rows: int):
+    """A compiled step, its first state and its batch."""
+    config = configuration(args, model, draws, rows)
     batch = example(model, rows, args.text_tokens)
     tx = make_optimizer(config.optim, 1000)
     builder = state_builder(init_params(VLA(model), batch), tx, ema=False, mesh=make_mesh(config.mesh))
@@ -140,8 +153,6 @@ def measure(args: Args) -> dict[str, Any]:
             jax.block_until_ready(metrics)
             seconds[name].append(time.perf_counter() - start)
     median = {name: float(np.median(found[1:])) for name, found in seconds.items()}
-    flops = model_flops(model, text_tokens=args.text_tokens, target_tokens=0)
-    full = model_flops(presets.pi0(), text_tokens=args.text_tokens, target_tokens=0)
     device = jax.devices()[0]
     return {
         "draws": args.draws,
@@ -154,8 +165,8 @@ def measure(args: Args) -> dict[str, Any]:
         "shared_over_one": median["shared_pass"] / median["one_draw"],
         "separate_over_one": median["separate_passes"] / median["one_draw"],
         "separate_over_shared": median["separate_passes"] / median["shared_pass"],
-        "flops_shared_over_one": flops.train_sample(args.draws) / flops.train_sample(1),
-        "flops_shared_over_one_pi0": full.train_sample(args.draws) / full.train_sample(1),
+        "flops_shared_over_one": flops_over_one(args, model),
+        "flops_shared_over_one_pi0": flops_over_one(args, presets.pi0()),
         "temporary_bytes": {name: memory for name, (_, _, _, memory) in ready.items()},
         "device": f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}",
     }

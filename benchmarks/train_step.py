@@ -77,9 +77,8 @@ def measure(config, mesh, steps: int, repeats: int) -> dict | None:
 
     from vla_jax.aot import programs
     from vla_jax.sharding import activate, check_batch
-    from vla_jax.train.flops import total_peak
+    from vla_jax.train.flops import total_peak, train_flops
     from vla_jax.train.memory import out_of_memory
-    from vla_jax.train.run import train_flops
 
     programs.check_sizes(config)
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
@@ -106,7 +105,7 @@ def measure(config, mesh, steps: int, repeats: int) -> dict | None:
         raise ValueError("the loss is not a number: the timing would mean nothing")
     seconds = statistics.median(times[1:])
     peak = total_peak(mesh.devices.reshape(-1).tolist())
-    rate, flops = config.train.batch_size / seconds, train_flops(config, builder.shapes)
+    rate, flops = config.train.batch_size / seconds, train_flops(config)
     return {
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,

@@ -135,6 +135,11 @@ class TrainConfig:
             return "instead"
         return "beside" if self.data.action_tokens else "none"
 
+    @property
+    def padded_chunk(self) -> int:
+        """Tokens of a chunk's row in a batch of a resolved configuration; 0 where chunks do not become tokens."""
+        return self.data.fast.max_tokens if self.chunk_tokens != "none" else 0
+
     def resolve(
         self,
         *,

@@ -95,7 +95,10 @@ def test_a_policy_on_two_slices_with_every_axis(tmp_path):
             ("--program", "sample", "--solver.method", "tsit5"),
             "so nothing can be predicted; compile with a method",
         ),
-        (("--program", "sample", "--train.batch-size", "4194304", "--solver.num-steps", "1"), "GiB too much"),
+        (
+            ("--program", "sample", "--model.expert.mlp", "320000000", "--solver.num-steps", "1"),
+            "GiB too much",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(tmp_path, options, message):

@@ -9,7 +9,7 @@ import pytest
 from tests.convert import layouts
 from tests.convert.layouts import COUNTS, FULL
 from vla_jax.convert import big_vision, lerobot, openpi, paligemma_hf, pi0_hf
-from vla_jax.convert.entry import Spec
+from vla_jax.convert.entry import ArraySpec
 from vla_jax.convert.formats import Options
 from vla_jax.convert.model import our_shapes
 from vla_jax.models import presets
@@ -19,7 +19,7 @@ class Listed:
     """A source of which only the list is there."""
 
     def __init__(self, shapes, dtype=np.float32):
-        self.specs = {name: Spec(shape, np.dtype(dtype)) for name, shape in shapes.items()}
+        self.specs = {name: ArraySpec(shape, np.dtype(dtype)) for name, shape in shapes.items()}
 
 
 def check(opened, count, preset=None):

@@ -215,7 +215,9 @@ def test_padding_is_zero_masked_and_cut_off_again():
     np.testing.assert_array_equal(found.actions, np.pad(ACTION[:5], ((0, 0), (0, 2))))
     np.testing.assert_array_equal(found.action_mask, np.pad(mask, ((0, 0), (0, 2))))
     draws = np.stack([found.actions, found.actions + 1])  # any axes may lead
-    np.testing.assert_array_equal(pad.outputs(raw.replace(actions=draws, action_mask=None)).actions, draws[..., :3])
+    np.testing.assert_array_equal(
+        pad.outputs(raw.replace(actions=draws, action_mask=None)).actions, draws[..., :3]
+    )
     with pytest.raises(
         ValueError, match=r"the state has 6 dims, the model 4; use model\.expert\.state_dim=6 or more"
     ):

@@ -16,7 +16,7 @@ def total(noise, data, pairs):
 
 
 def test_exact_is_the_best_of_all_permutations():
-    """C18: squared distance. The seed notes' unsquared distance answers another question."""
+    """Distances are squared: plain ones are another problem, with other pairs."""
     noise, data = np.random.default_rng(1).normal(size=(2, 6, 3))
     costs = {p: total(noise, data, list(p)) for p in itertools.permutations(range(6))}
     pairs = exact_pairs(noise, data)
@@ -45,7 +45,7 @@ def test_plan_has_unit_margins_and_any_scale():
 
 
 def test_condition_keeps_the_prior():
-    """C18: plain pairing gives each condition its own share of the noise; with the condition's cost none does."""
+    """Plain pairing gives each condition its own share of the noise; with the condition's cost none does."""
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, 256)
     data = rng.normal(size=(256, 2)) * 0.2 + np.where(label, 2.0, -2.0)[:, None]

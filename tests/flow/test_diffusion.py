@@ -32,7 +32,7 @@ def perfect(g, process):
 
 
 def test_forward_moments_and_steps():
-    """C1: q(x_t | a) = N(alpha a, sigma^2), at the steps of the table and nowhere else."""
+    """q(x_t | a) = N(alpha a, sigma^2), at the steps of the table and nowhere else."""
     process = make_process(
         ProcessConfig(kind="ddpm", path="ddpm_linear", diffusion_steps=50, time="uniform", t_max=1.0)
     )
@@ -65,7 +65,7 @@ def test_targets_recover_data_and_noise(kind):
 
 
 def test_ancestral_step_is_the_posterior():
-    """C1, E5: DDIM with eta = 1 draws from q(x_{i-1} | x_i, x0) of Ho et al., eq. 6-7."""
+    """DDIM with eta = 1 draws from q(x_{i-1} | x_i, x0) of Ho et al., eq. 6-7."""
     schedule = CosineSteps(20)
     process = Diffusion(schedule=schedule, prediction="x1")
     betas = schedule.betas()
@@ -131,7 +131,7 @@ def test_ddim_against_a_loop_and_between_predictions(mixture):
 
 
 def test_all_samplers_draw_the_same_law(mixture):
-    """A10: ancestral, DDIM, probability-flow ODE and reverse SDE on one field end in one law, the data's."""
+    """Ancestral, DDIM, probability-flow ODE and reverse SDE on one field end in one law, the data's."""
     schedule = VP()
     g = mixture(schedule)
     process = Diffusion(schedule=schedule)

@@ -36,7 +36,7 @@ def case():
 
 
 def test_scales_zero_and_one_are_one_evaluation(case):
-    """A7, D8, D11: w = 1 and w = 0 are the plain calls bit for bit; others are one batch twice as long."""
+    """w = 1 and w = 0 are the plain calls bit for bit; others are one batch twice as long."""
     x, t, c, null = case
     sizes = []
 
@@ -56,7 +56,7 @@ def test_scales_zero_and_one_are_one_evaluation(case):
 
 
 def test_traced_scale_compiles_once(case):
-    """D11: test-time control without compiling again; and it is differentiable."""
+    """Test-time control without compiling again; and it is differentiable."""
     x, t, c, null = case
     guided = jax.jit(lambda w: classifier_free(toy, c, null, w)(x, t))
     for w in (0.0, 1.0, 1.5, 7.0):
@@ -89,7 +89,7 @@ def test_interval_and_zero_star(case):
 
 
 def test_guided_gaussian_has_the_closed_form():
-    """A7, D4: std s_u^(1-w) s_c^w on CondOT, which is *not* the tilted law p^(1-w) p_c^w."""
+    """Its deviation is s_u^(1-w) s_c^w on CondOT, which is *not* the tilted law p^(1-w) p_c^w."""
     prior, conditional = (
         GaussianMixture(weights=jnp.ones(1), means=jnp.zeros((1, 1)), stds=jnp.full((1, 1), s))
         for s in (1.0, 0.5)
@@ -131,7 +131,7 @@ def test_guiding_any_prediction_is_guiding_all(mixture):
 
 
 def test_perfect_classifier_gives_the_conditional_field(mixture):
-    """A5: score + grad log p(c|x) is the score of the component, for each kind of prediction and path."""
+    """score + grad log p(c|x) is the score of the component, for each kind of prediction and path."""
     for schedule in (CondOT(), VP()):
         g = mixture(schedule)
         one = GaussianMixture(weights=jnp.ones(1), means=g.means[1:2], stds=g.stds[1:2], schedule=schedule)
@@ -156,7 +156,7 @@ def test_perfect_classifier_gives_the_conditional_field(mixture):
 
 
 def test_more_classifier_more_class(mixture):
-    """A5: the share of samples in the class rises with w, their spread falls."""
+    """The share of samples in the class rises with w, their spread falls."""
     g = mixture(CondOT())
     x = normal(0, (500, 2))
 
@@ -172,7 +172,7 @@ def test_more_classifier_more_class(mixture):
 
 
 def test_conditions_are_dropped_sample_by_sample():
-    """A6: 10 % of samples, all of a sample's entries together, whatever the pytree."""
+    """10 % of samples, all of a sample's entries together, whatever the pytree."""
     condition = {"a": jnp.ones((100_000, 2, 3)), "b": jnp.ones(100_000, jnp.int32)}
     null = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((), jnp.int32)}
     dropped = drop_condition(jax.random.key(0), condition, null, 0.1)
@@ -217,7 +217,7 @@ def test_soft_inpainting_on_a_linear_field():
 
 
 def test_mixing_is_exact_at_both_ends():
-    """D8 with a traced w: not to rounding but bit for bit, in float32 too."""
+    """w = 0 and w = 1 with a traced w: not to rounding but bit for bit, in float32 too."""
     f_c, f_u = (u.astype(jnp.float32) for u in normals(5, 2, (1000, 3)))
     mixed = jax.jit(mix)
     np.testing.assert_array_equal(mixed(f_c, f_u, 1.0), f_c)

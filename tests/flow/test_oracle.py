@@ -18,7 +18,7 @@ def points():
 
 
 def test_score_and_continuity(schedule, mixture, points):
-    """A1 and C16: score = grad log p; d_t log p + div v + v . score = 0, the continuity equation over p."""
+    """score = grad log p; d_t log p + div v + v . score = 0, the continuity equation over p."""
     g, (x, t) = mixture(schedule), points
     t = jnp.clip(t, 0.002, 0.998)  # d_t sigma itself is infinite at the end of some schedules
 
@@ -53,7 +53,7 @@ def test_finite_at_both_ends(schedule, mixture):
 
 
 def test_expectations_are_averages_of_data(mixture):
-    """C3: x1 and velocity are means over data points, weighted by how well they explain x (self-normalised)."""
+    """x1 and velocity are means over data points, weighted by how well they explain x (self-normalised)."""
     g = mixture(Cosine())
     data = np.asarray(jax.jit(lambda key: g.sample(key, 400_000))(jax.random.key(0)))
     x, t = jnp.array([[0.4, 0.1]]), jnp.array([0.6])
@@ -68,7 +68,7 @@ def test_expectations_are_averages_of_data(mixture):
 
 
 def test_score_knows_nothing_of_the_normaliser():
-    """A1: zero at the mode, zero half way between two equal bumps."""
+    """Zero at the mode, zero half way between two equal bumps."""
     two = GaussianMixture(
         weights=jnp.array([0.5, 0.5]), means=jnp.array([[-1.0], [1.0]]), stds=jnp.full((2, 1), 0.3)
     )
@@ -81,7 +81,7 @@ def test_score_knows_nothing_of_the_normaliser():
 
 
 def test_conversions_agree_with_the_oracle(schedule, mixture, points):
-    """A2 on exact fields: from each conditional expectation follow the others."""
+    """On exact fields: from each conditional expectation follow the others."""
     g, (x, t) = mixture(schedule), points
     t = jnp.clip(t, 0.05, 0.95)
 

@@ -35,7 +35,7 @@ def everything(schedule):
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(ALL), st.floats(0.01, 0.99), st.integers(0, 99))
 def test_round_trips(schedule, t, seed):
-    """A2, C13: every conversion of an exact prediction is exact, in float64."""
+    """Every conversion of an exact prediction is exact, in float64."""
     x1, eps = normals(seed, 2, (2, 3))
     truth, made, pairs = jax.device_get(everything(schedule)(x1, eps, jnp.full(2, t)))
     for (source, target), value in made.items():

@@ -16,7 +16,7 @@ from vla_jax.flow.times import Beta, LogitNormal, TimeSampler, Uniform
 
 
 def test_corrupt_on_the_straight_path():
-    """C2: x_t = (1-t) eps + t a, target a - eps; a time per sample or per token."""
+    """x_t = (1-t) eps + t a, target a - eps; a time per sample or per token."""
     a, noise = normals(0, 2, (3, 4, 2))
     for t in (jnp.array([0.0, 0.3, 1.0]), jnp.linspace(0, 1, 12).reshape(3, 4)):
         c = Flow().corrupt(jax.random.key(1), a, t=t, noise=noise)
@@ -67,7 +67,7 @@ def test_every_path_by_name(path):
 
 
 def test_sampling_the_mixture(mixture):
-    """The exact field carries noise to data; the same noise gives the same data, bit for bit (C5)."""
+    """The exact field carries noise to data; the same noise gives the same data, bit for bit."""
     g = mixture(CondOT())
     solver = SolverConfig(num_steps=50, method="midpoint")
 
@@ -85,7 +85,7 @@ def test_sampling_the_mixture(mixture):
 
 
 def test_conditional_and_marginal_losses_have_one_gradient(mixture):
-    """C4, the CFM theorem: grad E|u - (a - eps)|^2 = grad E|u - v|^2 for a field linear in features of (x, t)."""
+    """The CFM theorem: grad E|u - (a - eps)|^2 = grad E|u - v|^2 for a field linear in features of (x, t)."""
     g = mixture(CondOT())
 
     @jax.jit

@@ -96,7 +96,7 @@ def test_step_schedule_is_its_table(kind, steps):
 
 
 def test_terminal_noise_of_the_tables():
-    """E3: a table for 1000 steps cut to 100 leaves 36 % of the variance; rescaled it leaves 2e-5, cosine 2e-7."""
+    """A table for 1000 steps cut to 100 leaves 36 % of the variance; rescaled it leaves 2e-5, cosine 2e-7."""
     naive = np.prod(1 - np.linspace(1e-4, 0.02, 100))
     np.testing.assert_allclose(naive, 0.364, atol=1e-3)
     assert LinearSteps(100).alpha(jnp.asarray(0.0)) ** 2 < 2.1e-5
@@ -104,7 +104,7 @@ def test_terminal_noise_of_the_tables():
 
 
 def test_tables_are_the_continuous_schedules():
-    """E4: sqrt(alpha_bar) of the cosine table is sin(pi t / 2) within 0.0045; the linear table is VP(0.1, 20)."""
+    """sqrt(alpha_bar) of the cosine table is sin(pi t / 2) within 0.0045; the linear table is VP(0.1, 20)."""
     t = jnp.linspace(0, 1, 1001)
     assert jnp.abs(CosineSteps(1000).alpha(t) - Cosine().alpha(t)).max() < 0.0045
     assert jnp.abs(LinearSteps(1000).alpha(t) - VP().alpha(t)).max() < 1e-3

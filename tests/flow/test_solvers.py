@@ -16,7 +16,7 @@ ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "rk38": 4}
 
 @pytest.mark.parametrize("own_times", [False, True], ids=["shared-t", "t-per-sample"])
 def test_orders(smooth, mixture, own_times):
-    """C5: error ~ N^-order for every path, the batch with one time or each sample on its way to its own end.
+    """Error ~ N^-order for every path, the batch with one time or each sample on its way to its own end.
 
     All resolutions run on grids of one length: who has arrived makes steps of zero.
     """
@@ -40,7 +40,7 @@ def test_orders(smooth, mixture, own_times):
 
 
 def test_against_diffrax_and_each_other(mixture):
-    """C14: dopri5 and tsit5 reach what many RK4 steps reach; evaluations are counted as they happen."""
+    """dopri5 and tsit5 reach what many RK4 steps reach; evaluations are counted as they happen."""
     g = mixture(CondOT())
     x = normal(0, (8, 2))
     calls = []

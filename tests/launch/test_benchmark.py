@@ -12,7 +12,7 @@ import pytest
 from tests.serve import toy
 from vla_jax.cli import benchmark, command, latency, roofline
 from vla_jax.models import presets
-from vla_jax.train.flops import model_flops
+from vla_jax.models.work import forward
 
 
 def run(monkeypatch, *options: object) -> None:
@@ -22,24 +22,18 @@ def run(monkeypatch, *options: object) -> None:
 
 @pytest.mark.parametrize("cameras", [2, 3])
 def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(cameras):
-    model = dataclasses.replace(presets.pi0(), cameras=("a", "b", "c")[:cameras])
-    text, expert = model.backbone.text, model.expert
-    flops = model_flops(model, text_tokens=48, target_tokens=1)
-    work = roofline.work(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
+    model = dataclasses.replace(presets.pi05(), cameras=("a", "b", "c")[:cameras])
+    text = model.backbone.text
+    flops = forward(model, text_tokens=48, target_tokens=1)
+    work = roofline.bounds(model, batch=2, cameras=cameras, length=48, samples=3, evaluations=10, itemsize=2)
     assert work["vision"].flops == 2 * flops.vision
-    last = (
-        2
-        * (cameras * 256 + 48)
-        * (
-            2 * text.width * text.heads * text.head_dim
-            + 2 * (cameras * 256 + 48) * text.heads * text.head_dim
-            + 3 * text.width * text.mlp
-        )
-    )
-    assert work["prefill"].flops == pytest.approx(2 * (flops.decoder - last), rel=1e-12)
-    # state token, time MLP (two of three inputs' widths) and state projection are done once, and not counted
-    suffix = expert.horizon / (expert.horizon + 1)
-    assert work["denoise"].flops == pytest.approx(60 * flops.expert * suffix, rel=0.01)
+    prefix = cameras * 256 + 48
+    heads = text.heads * text.head_dim
+    last = 2 * prefix * (2 * text.width * heads + 2 * prefix * heads + 3 * text.width * text.mlp)
+    assert work["prefill"].flops == 2 * (flops.prefix - last)
+    # The time's MLP and the norms' projections are computed before the call.
+    time = 2 * (2 + (2 * 18 + 1) * 3) * 1024**2
+    assert work["denoise"].flops == 60 * (flops.expert - time)
     # published: 414 M parameters of the encoder, 623 MB of the expert read per step (with the cache here)
     assert work["vision"].bytes == pytest.approx(2 * 414e6, rel=0.01)
     assert work["denoise"].bytes / 10 == pytest.approx(623e6, rel=0.06)
@@ -48,15 +42,17 @@ def test_the_roofline_counts_what_training_counts_but_for_what_is_left_out(camer
 def test_int8_is_for_weights_and_the_cache_keeps_its_type():
     model = presets.pi0()
     sizes = {"batch": 8, "cameras": 3, "length": 48, "samples": 1, "evaluations": 10}
-    same, less = (roofline.work(model, **sizes, itemsize=itemsize, cache_itemsize=2) for itemsize in (2, 1))
-    cache = 8 * (3 * 256 + 48) * 18 * 2 * 256 * 2
+    same, less = (roofline.bounds(model, **sizes, itemsize=itemsize, cache_itemsize=2) for itemsize in (2, 1))
+    cache = 8 * (3 * 256 + 48 + 1) * 18 * 2 * 256 * 2  # the prefix and the state's token
     for part, reads in {"vision": 0, "prefill": cache, "denoise": 10 * cache}.items():
         assert less[part].bytes - reads == (same[part].bytes - reads) / 2, part
 
 
 def test_published_roofline_of_pi0_on_an_h200():
     """About 5.3 ms at 3 cameras, 48 text tokens, 10 steps (counted independently elsewhere)."""
-    work = roofline.work(presets.pi0(), batch=1, cameras=3, length=48, samples=1, evaluations=10, itemsize=2)
+    work = roofline.bounds(
+        presets.pi0(), batch=1, cameras=3, length=48, samples=1, evaluations=10, itemsize=2
+    )
     best = roofline.Peak(9.89e14, 4.8e12, "data sheet")
     assert 1e3 * sum(best.seconds(part) for part in work.values()) == pytest.approx(5.3, rel=0.05)
 

@@ -19,7 +19,7 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.objective import Objective
-from vla_jax.train.run import init_params
+from vla_jax.train.parts import init_params
 
 PROCESS = make_process(ProcessConfig())
 

@@ -245,7 +245,7 @@ def test_sampled_chunk(setup, point):
             return VLA(cfg).apply({"params": params}, cache, Given.of(data), x, t, method="denoise")
 
         solver = SolverConfig(num_steps=steps)
-        return Flow().sample(field, jax.random.key(0), noise.shape, solver, noise=noise).x
+        return Flow().sample(field, jax.random.key(0), noise.shape, solver, noise=jnp.asarray(noise)).x
 
     assert relative(np.asarray(sample(params, 10)), wanted) < BOUND
     assert relative(np.asarray(sample(params, 9)), wanted) > 10 * BOUND  # one step fewer would show

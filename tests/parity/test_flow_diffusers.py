@@ -30,7 +30,7 @@ def answer(x, t):
 
 
 def test_tables(table):
-    """E5: alpha_bar, step i at t = 1 - (i + 1) / T."""
+    """alpha_bar, step i at t = 1 - (i + 1) / T."""
     schedule, options = table
     their = DDPMScheduler(num_train_timesteps=STEPS, **options)
     alpha = np.asarray(schedule.alpha(1 - (jnp.arange(STEPS) + 1) / STEPS))
@@ -40,7 +40,7 @@ def test_tables(table):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_ddim(table, kind, clip):
-    """E5: ten steps of DDIM, eta 0, for every kind of prediction, with and without clipping: 1e-5."""
+    """Ten steps of DDIM, eta 0, for every kind of prediction, with and without clipping: 1e-5."""
     schedule, options = table
     x = np.random.default_rng(0).normal(size=(4, 16, 7)).astype(np.float32)
     their = DDIMScheduler(
@@ -65,7 +65,7 @@ def test_ddim(table, kind, clip):
 
 
 def test_ancestral_moments(table):
-    """E5: mean and variance of a DDPM step are those of DDIM with eta = 1, and of diffusers' DDPM."""
+    """Mean and variance of a DDPM step are those of DDIM with eta = 1, and of diffusers' DDPM."""
     schedule, options = table
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     ddpm = DDPMScheduler(num_train_timesteps=STEPS, clip_sample=False, **options)

@@ -49,7 +49,7 @@ def pair(request):
 
 
 def test_schedules(pair):
-    """C13: values and derivatives at 1000 times, 1e-12 in float64; and the inverse of the SNR."""
+    """Values and derivatives at 1000 times, 1e-12 in float64; and the inverse of the SNR."""
     our, their = pair
     t = jnp.asarray(INSIDE)
     expected = their(torch.from_numpy(INSIDE))
@@ -61,7 +61,7 @@ def test_schedules(pair):
 
 
 def test_paths_and_conversions(pair):
-    """C10, C12: x_t, dx_t and the six conversions, 1e-12 in float64 relative to the largest number involved."""
+    """x_t, dx_t and the six conversions, 1e-12 in float64 relative to the largest number involved."""
     our, their = pair
     rng = np.random.default_rng(0)
     x0, x1, value = rng.normal(size=(3, 20, K, A))
@@ -87,7 +87,7 @@ def test_paths_and_conversions(pair):
 
 
 def test_ends_where_theirs_are_nan():
-    """C13: on the straight path x1 gives no velocity at t = 1, eps none at t = 0: theirs NaN or inf, ours refuses.
+    """On the straight path x1 gives no velocity at t = 1, eps none at t = 0: theirs NaN or inf, ours refuses.
 
     And where the answer exists, e.g. x1 from eps' velocity at t = 1, ours is finite.
     """
@@ -162,7 +162,7 @@ def trained():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_and_evaluations(trained, method):
-    """C14: the same samples to 1e-6 in float32, from as many evaluations."""
+    """The same samples to 1e-6 in float32, from as many evaluations."""
     params, x = trained
     model = Network(params, torch.float32)
     their = ODESolver(model).sample(torch.from_numpy(x), step_size=1 / 20, method=METHODS[method])
@@ -247,7 +247,7 @@ def test_likelihood(trained):
 
 
 def test_schedule_change(trained):
-    """C13: a trained field moved to another schedule, as their ScheduleTransformedModel moves it."""
+    """A trained field moved to another schedule, as their ScheduleTransformedModel moves it."""
     params, x = trained
     their = ScheduleTransformedModel(
         ModelWrapper(Network(params, torch.float32)), theirs.CondOTScheduler(), theirs.CosineScheduler()
@@ -259,7 +259,7 @@ def test_schedule_change(trained):
 
 
 def test_wrapper_of_the_tutorial_does_not_run():
-    """C11: notes write `forward(self, x, t, extras)`; the solver passes keywords, so it must be `**extras`."""
+    """Notes write `forward(self, x, t, extras)`; the solver passes keywords, so it must be `**extras`."""
 
     class Noted(ModelWrapper):
         def forward(self, x, t, extras):

@@ -66,10 +66,10 @@ def test_actions_are_chunks_whatever_the_network_says(policy, caplog):
 
 
 def test_malformed_chunks_are_said(policy, caplog):
-    from vla_jax.models.action_tokens import ActionTokens
+    from vla_jax.models.action_tokens import GeneratedTokens
 
     first = policy.bundle.tokenize_actions.ids.first
-    written = ActionTokens(np.full((1, 2, 4), first, np.int32), np.asarray([[[True] * 4, [False] * 4]]))
+    written = GeneratedTokens(np.full((1, 2, 4), first, np.int32), np.asarray([[[True] * 4, [False] * 4]]))
     chunks = policy.read_chunks(written)
     assert chunks.shape == (1, 2, 8, 3)
     assert "2 of 2 chunks were malformed" in caplog.text

@@ -30,8 +30,8 @@ from vla_jax.objectives.config import ObjectiveConfig
 from vla_jax.objectives.objective import Objective
 from vla_jax.sharding import MeshConfig, activate, batch_sharding, make_mesh, placement
 from vla_jax.sharding.config import AXES
+from vla_jax.train.parts import init_params
 from vla_jax.train.prefetch import to_device
-from vla_jax.train.run import init_params
 from vla_jax.train.state import state_builder
 
 MESHES = {

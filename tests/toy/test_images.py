@@ -1,4 +1,4 @@
-"""C15: the image U-Net, drawn shapes, the CIFAR-10 reader, launch.images."""
+"""The image U-Net, drawn shapes, the CIFAR-10 reader, launch.images."""
 
 import json
 import sys

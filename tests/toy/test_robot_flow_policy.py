@@ -1,4 +1,4 @@
-"""C20: the smallest robot policy, with the shapes of its docstring."""
+"""The smallest robot policy, with the shapes of its docstring."""
 
 import time
 

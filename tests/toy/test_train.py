@@ -1,4 +1,4 @@
-"""Trained networks against the exact: items A3, A4, A9, A10, C3, C8, C9, C11 of docs/flow.md."""
+"""Trained networks against the exact fields and laws; docs/flow.md has the equations."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ TUTORIAL = dict(network="plain", time="uniform", steps=5000, batch_size=256, lea
 
 
 def test_checkerboard(checkerboard):
-    """C11 after about a quarter of the launcher's steps: NLL below 3.6 (entropy 3.466), 93 % of samples in support."""
+    """After about a quarter of the launcher's steps: NLL below 3.6 (entropy 3.466), 93 % of samples in support."""
     assert measure.entropy(checkerboard.law) == pytest.approx(np.log(32), abs=1e-4)
     nll = measure.nll(checkerboard, n=1024, steps=40)
     quality = measure.quality(checkerboard, solver("midpoint", 20))
@@ -25,7 +25,7 @@ def test_checkerboard(checkerboard):
 
 
 def test_velocity_becomes_the_marginal_one(checkerboard):
-    """C3: trained on the conditional target alone, the network reaches E[target | x_t], not the target."""
+    """Trained on the conditional target alone, the network reaches E[target | x_t], not the target."""
     error = measure.time_error(checkerboard, np.array([0.2, 0.5, 0.8]))
     assert (error.error < 0.03 * error.size).all()
     assert (error.error < 0.02 * error.floor).all()  # the target itself is this far from its mean
@@ -33,7 +33,7 @@ def test_velocity_becomes_the_marginal_one(checkerboard):
 
 
 def test_noise_and_score_are_one_training():
-    """A3: denoising score matching and noise prediction go through the same networks, up to the sign."""
+    """Denoising score matching and noise prediction go through the same networks, up to the sign."""
     shared = dict(path="vp", time="uniform", width=32, depth=1, steps=50, batch_size=64)
     eps = train(LAWS["gmm"], ToyConfig(process="ddpm", **shared), seed=0)
     score = train(LAWS["gmm"], ToyConfig(process="score", **shared), seed=0)
@@ -43,21 +43,21 @@ def test_noise_and_score_are_one_training():
 
 
 def test_score_of_a_trained_network(diffusion):
-    """A3: the exact score where the data are. Nearly at the data a short training leaves 14 %, the long one of
+    """The exact score where the data are. Nearly at the data a short training leaves 14 %, the long one of
     benchmarks/RESULTS.md 4 %."""
     error = measure.time_error(diffusion, np.array([0.1, 0.5, 0.9]), n=8192)
     assert (np.sqrt(error.error / error.size) < np.array([0.05, 0.05, 0.15])).all()
 
 
 def test_all_noise_levels_are_learned(diffusion):
-    """A4: the loss is that of a perfect network within 3 % at every noise level, though it spans three decades."""
+    """The loss is that of a perfect network within 3 % at every noise level, though it spans three decades."""
     error = measure.time_error(diffusion, np.linspace(0.05, 0.95, 10))
     assert error.floor.max() > 300 * error.floor.min()
     np.testing.assert_allclose(error.loss, error.floor, rtol=0.03)
 
 
 def test_samplers_of_one_network_agree(diffusion):
-    """A10: ancestral, DDIM, reverse SDE and probability-flow ODE draw one law: all near data, none further."""
+    """Ancestral, DDIM, reverse SDE and probability-flow ODE draw one law: all near data, none further."""
     noise = measure.sampling_noise(diffusion.law, n=2000)
     found = {}
     for method, steps in (("ancestral", 100), ("ddim", 100), ("sde", 200), ("midpoint", 25)):
@@ -68,7 +68,7 @@ def test_samplers_of_one_network_agree(diffusion):
 
 
 def test_too_much_guidance():
-    """A9: variety is lost first, then samples leave the bounds of all data; w = 1 is best, w = 0 knows no class."""
+    """Variety is lost first, then samples leave the bounds of all data; w = 1 is best, w = 0 knows no class."""
     config = ToyConfig(width=128, depth=2, steps=600, learning_rate=4e-3, ema=0.99, conditional=True)
     trained = train(LAWS["gmm"], config, seed=0)
     found, samples = measure.guidance(trained, (0, 1, 2, 5, 8), solver=solver("euler", 20), n=128)
@@ -80,14 +80,14 @@ def test_too_much_guidance():
 
 
 def test_ring_of_the_tutorial():
-    """C8: the plain network of [x, t], 5000 steps of 256: loss 1.01, energy distance of 50 Euler steps < 0.003."""
+    """The plain network of [x, t], 5000 steps of 256: loss 1.01, energy distance of 50 Euler steps < 0.003."""
     trained = train(LAWS["ring"], ToyConfig(**TUTORIAL), seed=0)
     assert trained.losses[-500:].mean() == pytest.approx(1.01, abs=0.03)
     assert measure.quality(trained, solver("euler", 50)).energy_distance < 0.003
 
 
 def test_ring_of_the_tutorial_by_noise_prediction():
-    """C9: the DDPM twin on 1000 linear steps: loss 0.19, energy distance < 0.006, fresh noise at every step."""
+    """The DDPM twin on 1000 linear steps: loss 0.19, energy distance < 0.006, fresh noise at every step."""
     trained = train(LAWS["ring"], ToyConfig(process="ddpm", **TUTORIAL), seed=0)
     assert trained.losses[-500:].mean() == pytest.approx(0.19, abs=0.02)
     assert measure.quality(trained, solver("ancestral", 1000), n=2000).energy_distance < 0.006

@@ -14,7 +14,7 @@ import pytest
 
 from tests.serve import toy
 from tests.serve.server.harness import serving
-from vla_jax.checkpoint import load
+from vla_jax.checkpoint.read import load_params
 from vla_jax.checkpoint.tree import flatten
 from vla_jax.cli import benchmark, command, latency, roofline
 from vla_jax.config import TrainConfig
@@ -38,7 +38,7 @@ CONFIG = TrainConfig(
     objective=ObjectiveConfig(text=False),
     data=toy.data_config(),
     optim=OptimConfig(learning_rate=3e-3),
-    train=LoopConfig(batch_size=8, steps=60, log_every=1, save_every=60, ema_decay=None),
+    train=LoopConfig(batch_size=8, steps=60, log_every=1, save_every=60, val_every=0, ema_decay=None),
 )
 
 
@@ -93,7 +93,7 @@ def test_int8_is_near(policy):
 
 
 def test_lora_trains_factors_of_backbone_and_expert(trained, adapted):
-    (full, tuned) = (flatten(load(folder).params) for folder in (trained, adapted))
+    (full, tuned) = (flatten(load_params(folder).params) for folder in (trained, adapted))
     factors = {name.removesuffix("_lora/b") for name in tuned if name.endswith("_lora/b")}
     assert {"expert/layers/cross/query/kernel", "expert/layers/own/mlp/Dense_0/kernel"} <= factors
     assert "backbone/img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel" in factors

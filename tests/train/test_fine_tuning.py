@@ -25,9 +25,9 @@ from vla_jax.sharding import MeshConfig, make_mesh
 from vla_jax.sharding.rules import path_name
 from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
 from vla_jax.train.optim import make_optimizer
-from vla_jax.train.parts import make_parts, network
+from vla_jax.train.parts import init_params, make_parts, network
 from vla_jax.train.patterns import choose, fits, leaf_names
-from vla_jax.train.run import check_trunks, init_params
+from vla_jax.train.run import check_trunks
 from vla_jax.train.state import state_builder
 from vla_jax.train.step import make_train_step
 from vla_jax.types import Given

@@ -3,20 +3,15 @@
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.aot import tiny
 from tests.data import toy as toy_data
-from tests.models import small
-from vla_jax.aot import programs
 from vla_jax.checkpoint import load, read_meta
 from vla_jax.checkpoint.manager import versions
 from vla_jax.config import TrainConfig, from_json
@@ -26,24 +21,17 @@ from vla_jax.data.fast.config import FastConfig
 from vla_jax.data.loader import Loader
 from vla_jax.data.tokenizer import train_tokenizer
 from vla_jax.data.transforms import Tokenize
-from vla_jax.flow.processes import make_process
 from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.experts.joint import JointConfig
 from vla_jax.models.gemma import TextConfig
 from vla_jax.models.kinds import of_kind
-from vla_jax.models.vla import VLA
 from vla_jax.objectives.config import ObjectiveConfig
-from vla_jax.sharding import MeshConfig, make_mesh
 from vla_jax.train import run
 from vla_jax.train.cluster.hosts import code_hash
-from vla_jax.train.config import LoopConfig, LoraConfig, OptimConfig
-from vla_jax.train.flops import model_flops
-from vla_jax.train.optim import make_optimizer
-from vla_jax.train.run import count_flops, sample_tokens, train, train_flops
-from vla_jax.train.step import make_train_step
-from vla_jax.types import Given
+from vla_jax.train.config import LoopConfig, OptimConfig
+from vla_jax.train.run import sample_tokens, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -306,85 +294,3 @@ def test_data_path_must_be_given(config, tmp_path):
     nowhere = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
     with pytest.raises(ValueError, match=r"data\.path is not set"):
         train(nowhere, tmp_path)
-
-
-def products(jaxpr) -> int:
-    """FLOPs of all matrix products and convolutions of a jaxpr, scans multiplied out."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape  # height, width, in, out
-            total += 2 * math.prod(kernel[:3]) * math.prod(eqn.outvars[0].aval.shape)
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += times * products(inner)
-    return total
-
-
-@pytest.mark.parametrize("expert", [{"time": "mlp"}, {"time": "adarms", "state_token": False}])
-def test_flops_against_the_traced_program(expert):
-    cfg, b, targets = small.config(**expert), 2, 5
-    batch = small.batch(cfg, b)
-    model = VLA(cfg)
-    t = jnp.zeros(b)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, batch.actions, t))
-
-    def prefill(params):
-        return model.apply(params, batch, method="prefill")
-
-    def denoise(params, cache):
-        return model.apply(params, cache, Given.of(batch), batch.actions, t, method="denoise")
-
-    def logits(params, hidden):
-        return model.apply(params, hidden[:, :targets], method="logits")
-
-    cache, hidden = jax.eval_shape(prefill, params)
-    found = model_flops(cfg, text_tokens=batch.tokens.shape[1], target_tokens=targets)
-    assert products(jax.make_jaxpr(prefill)(params).jaxpr) == b * (found.vision + found.decoder)
-    assert products(jax.make_jaxpr(logits)(params, hidden).jaxpr) == b * found.logits
-    assert products(jax.make_jaxpr(denoise)(params, cache).jaxpr) == b * found.expert
-
-
-def test_flops_of_pi0_are_the_published_order():
-    from vla_jax.models.presets import pi0
-
-    found = model_flops(pi0(), text_tokens=48, target_tokens=0).train_sample(1)
-    assert found == pytest.approx(1.2e13, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("freeze", "rank"),
-    [
-        ((), 0),
-        (("backbone/img/**",), 0),
-        (("backbone/**",), 0),
-        (("backbone/llm/**",), 0),
-        (("expert/**", "backbone/img/**"), 4),
-    ],
-)
-def test_flops_of_a_training_step_that_leaves_parts_alone(freeze, rank):
-    """Against the products of the true step's trace, which has one gradient less for every frozen matrix."""
-    config = tiny.get_config()
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, remat="none"),
-        optim=dataclasses.replace(config.optim, freeze=freeze),
-        lora=LoraConfig(rank=rank, modules=("backbone/llm/layers/**",)),
-    )
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
-    batch = programs.abstract_batch(config, mesh)
-    state = programs.plan(config, batch, mesh).shapes
-    assert (state.frozen is not None) == bool(freeze or rank)
-    tx = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
-    counted = products(jax.make_jaxpr(step)(state, batch).jaxpr)
-    found = config.train.batch_size * train_flops(config, state)
-    assert found == pytest.approx(counted, rel=0.06)
-    everything = config.train.batch_size * count_flops(config).train_sample(1)
-    assert (found == everything) == (not freeze)

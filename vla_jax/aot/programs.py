@@ -5,27 +5,31 @@ state is `eval_shape`d, the batch is a tree of shapes that the configuration giv
 """
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vla_jax.config import TrainConfig
 from vla_jax.flow.processes import make_process
 from vla_jax.layers.attention import check_backend
+from vla_jax.models import abstract
 from vla_jax.models.vla import VLA
 from vla_jax.serve.sampling import sample_actions
 from vla_jax.sharding import activate, batch_sharding, check_batch, check_prefix, check_unsharded, placement
 from vla_jax.sharding.report import Placement
 from vla_jax.train.compiled import jit_train_step
+from vla_jax.train.flops import sample_flops, train_flops
 from vla_jax.train.optim import make_optimizer
-from vla_jax.train.run import count_flops, init_params, plan_state, train_flops
+from vla_jax.train.parts import init_params
+from vla_jax.train.run import plan_state
 from vla_jax.train.state import StateBuilder
 from vla_jax.train.step import make_train_step
 from vla_jax.types import Batch
 
 PROGRAMS = ("train", "sample")
+
+EXAMPLES = {"cameras": "base left_wrist right_wrist", "vocab": "257152", "max_tokens": "256"}
+"""Values of sizes, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ def _train(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
     step = make_train_step(VLA(config.model), make_process(config.process), config, tx)
     with activate(builder.mesh):
         lowered = jit_train_step(step, builder, config.train.xla).lower(builder.shapes, batch)
-    return Lowered(lowered, builder.mesh, table, train_flops(config, builder.shapes))
+    return Lowered(lowered, builder.mesh, table, train_flops(config))
 
 
 def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered:
@@ -98,36 +102,20 @@ def _sample(config: TrainConfig, batch: Batch, builder: StateBuilder) -> Lowered
             samples=1,
             plan_visible=False,
         )
-    return Lowered(lowered, builder.mesh, table, count_flops(config).chunk(config.solver.nfe))
+    return Lowered(lowered, builder.mesh, table, sample_flops(config).chunk(config.solver.nfe))
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     """Shapes of one global batch, split over the mesh."""
-    model, b, length = config.model, config.train.batch_size, config.data.max_text_tokens
-    expert, size = model.expert, model.backbone.image_size
-    sharding = batch_sharding(mesh)
-
-    def shape(dtype: Any, *sizes: int) -> Any:  # a shape where `Batch` declares an array
-        return jax.ShapeDtypeStruct((b, *sizes), dtype, sharding=sharding)
-
-    chunk: dict[str, Any] = {}
-    if config.chunk_tokens != "none":
-        g = config.data.fast.max_tokens
-        chunk |= dict(action_tokens=shape(jnp.int32, g))
-        chunk |= dict(action_token_mask=shape(jnp.bool_, g), action_token_loss=shape(jnp.bool_, g))
-    if config.chunk_tokens != "instead":
-        chunk |= dict(actions=shape(jnp.float32, expert.horizon, expert.action_dim))
-        chunk |= dict(action_mask=shape(jnp.bool_, expert.horizon, expert.action_dim))
-    return Batch(
-        **chunk,
-        images={camera: shape(jnp.uint8, size, size, 3) for camera in model.cameras},
-        image_mask={camera: shape(jnp.bool_) for camera in model.cameras},
-        state=shape(jnp.float32, expert.state_dim),
-        tokens=shape(jnp.int32, length),
-        token_mask=shape(jnp.bool_, length),
-        token_causal=shape(jnp.bool_, length),
-        token_loss=shape(jnp.bool_, length),
+    shapes = abstract.abstract_batch(
+        config.model,
+        rows=config.train.batch_size,
+        text_tokens=config.data.max_text_tokens,
+        actions=config.chunk_tokens != "instead",
+        chunk_tokens=config.padded_chunk,
     )
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def prefix_tokens(config: TrainConfig) -> int:
@@ -137,17 +125,12 @@ def prefix_tokens(config: TrainConfig) -> int:
 
 def check_sizes(config: TrainConfig) -> None:
     """Raises ValueError where a size was left to a data set that is not there."""
-    model = config.model
-    sizes = {
-        "model.cameras": (len(model.cameras), "--model.cameras base left_wrist right_wrist"),
-        "model.backbone.text.vocab": (model.backbone.vocab, "--model.backbone.text.vocab 257152"),
-        "model.expert.action_dim": (model.expert.action_dim, "--model.expert.action_dim 32"),
-        "model.expert.state_dim": (model.expert.state_dim, "--model.expert.state_dim 32"),
-    }
+    sizes = {f"model.{name}": value for name, value in config.model.unknown().items()}
     if config.chunk_tokens != "none":
-        sizes["data.fast.max_tokens"] = (config.data.fast.max_tokens, "--data.fast.max-tokens 256")
-    for name, (value, example) in sizes.items():
+        sizes["data.fast.max_tokens"] = config.data.fast.max_tokens
+    for name, value in sizes.items():
         if not value:
+            example = EXAMPLES.get(name.rpartition(".")[2], "32")
             raise ValueError(
-                f"{name} is left to the data set, which is not read here; give it, e.g. {example}"
+                f"{name} is left to the data set, which is not read here; give it, e.g. --{name} {example}"
             )

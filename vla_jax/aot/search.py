@@ -8,6 +8,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+import jax
+
 from vla_jax.aot.chips import GIB
 from vla_jax.aot.hlo import UnreadableText
 from vla_jax.aot.memory import DoesNotFit
@@ -15,11 +17,10 @@ from vla_jax.aot.programs import prefix_tokens
 from vla_jax.aot.report import Report, measure
 from vla_jax.aot.topology import Topology
 from vla_jax.config import TrainConfig
-from vla_jax.models.backbones.paligemma import PaliGemmaConfig
-from vla_jax.models.experts.joint import JointConfig
-from vla_jax.models.kinds import required
+from vla_jax.models.abstract import Stack, abstract_params, axes, stacks
 from vla_jax.sharding import MeshConfig
-from vla_jax.train.run import count_flops
+from vla_jax.sharding.rules import mesh_axes_of
+from vla_jax.train.flops import train_flops
 
 REMAT = ("nothing_saveable", "save_attention", "dots_with_no_batch_dims_saveable", "none")
 
@@ -73,22 +74,16 @@ def candidates(config: TrainConfig, topology: Topology, remats: tuple[str, ...] 
 
 
 def meshes(topology: Topology, config: TrainConfig) -> Iterator[MeshConfig]:
-    """Meshes of powers of two that divide the model: fsdp the widths, tensor the heads and feed-forward layers."""
-    inside = topology.chips // topology.slices
-    backbone, expert = _pi0(config)
-    widths = math.gcd(backbone.vision.width, backbone.text.width, expert.width)
-    divided = (
-        backbone.vision.heads,
-        backbone.vision.mlp,
-        backbone.text.heads,
-        backbone.text.mlp,
-        expert.mlp,
-    )
-    most = math.gcd(*divided, backbone.text.vocab)
+    """Meshes of powers of two that divide every axis of a parameter which the rules lay on fsdp or tensor."""
+    inside, split = topology.chips // topology.slices, {"fsdp": 0, "tensor": 0}
+    for sizes in axes(config.model).values():
+        for name, size in sizes.items():
+            for axis in split.keys() & mesh_axes_of(name):
+                split[axis] = math.gcd(split[axis], size)
     for tensor in (1, 2, 4, 8):
-        if most % tensor or inside % tensor:
+        if split["tensor"] % tensor or inside % tensor:
             continue
-        fsdp = math.gcd(widths, inside // tensor)
+        fsdp = math.gcd(split["fsdp"], inside // tensor)
         while fsdp >= 1:
             data = topology.chips // tensor // fsdp
             yield dataclasses.replace(config.mesh, data=data, fsdp=fsdp, sequence=1, tensor=tensor)
@@ -105,73 +100,42 @@ def estimate(config: TrainConfig, topology: Topology) -> tuple[float, float]:
     tensor; half of it hides behind the work. Memory: state, gradients, kept activations, one layer's work.
     """
     chip, mesh, model = topology.chip, config.mesh, config.model
-    backbone, _ = _pi0(config)
-    flops = count_flops(config)
-    forward = flops.vision + flops.decoder + flops.logits + config.objective.noise_draws * flops.expert
     per_chip = config.train.batch_size / topology.chips
-    work = forward * (3 + REDONE[model.remat]) * per_chip / (0.85 * chip.flops)
+    work = train_flops(config) * (1 + REDONE[model.remat] / 3) * per_chip / (0.85 * chip.flops)
 
-    parameters = _parameters(config)
+    towers, prefix = stacks(model), prefix_tokens(config)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
     links = 2 * chip.link * (2 if mesh.fsdp > 16 else 1)
     gathered = parameters / mesh.tensor * (2 * 2 + 4) * config.train.accumulate if mesh.fsdp > 1 else 0.0
-    tokens = prefix_tokens(config) * per_chip * mesh.tensor
-    summed = 2 * 2 * 4 * backbone.text.depth * tokens * backbone.text.width * 2 if mesh.tensor > 1 else 0.0
+    streams = sum(tower.depth * tower.width for tower in towers) * prefix * per_chip * mesh.tensor
+    summed = 2 * 2 * 4 * 2 * streams if mesh.tensor > 1 else 0.0
     replicated = 2 * 4 * parameters / (mesh.fsdp * mesh.tensor) if mesh.data > 1 else 0.0
     traffic = (gathered + summed + replicated) / links
     seconds = max(work, traffic) + 0.5 * min(work, traffic)
 
     state = parameters * (12 + 4 * (config.train.ema_decay is not None) + 4) / (mesh.fsdp * mesh.tensor)
     samples = per_chip * mesh.tensor / config.train.accumulate
-    kept = samples * _kept(config) / (mesh.tensor if model.remat == "none" else 1)
-    layer = 3 * parameters / (backbone.text.depth + 3) / mesh.tensor * 6 + samples * 2 * 3 * prefix_tokens(
-        config
-    ) * (backbone.text.mlp / mesh.tensor * 2)
+    kept = samples * sum(_kept(tower, model.remat, prefix) for tower in towers)
+    kept /= mesh.tensor if model.remat == "none" else 1
+    widest, blocks = max(tower.hidden for tower in towers), sum(tower.depth for tower in towers)
+    layer = 3 * 6 * 1.5 * parameters / blocks / mesh.tensor + samples * 2 * 3 * prefix * widest / mesh.tensor
     return seconds, state + kept + layer
 
 
-def _pi0(config: TrainConfig) -> tuple[PaliGemmaConfig, JointConfig]:
-    """Both parts of the model. Raises ValueError where they are of other kinds."""
-    model = config.model
-    return (
-        required(model.backbone, PaliGemmaConfig, "aot.search"),
-        required(model.expert, JointConfig, "aot.search"),
-    )
-
-
-def _parameters(config: TrainConfig) -> float:
-    backbone, e = _pi0(config)
-    v, t = backbone.vision, backbone.text
-    attention = 2 * t.heads * t.head_dim + 2 * t.kv_heads * t.head_dim
-    return (
-        v.depth * (4 * v.width**2 + 2 * v.width * v.mlp)
-        + t.vocab * t.width
-        + t.depth * (t.width * attention + 3 * t.width * t.mlp)
-        + t.depth * (e.width * attention + 3 * e.width * e.mlp)
-    )
-
-
-def _kept(config: TrainConfig) -> float:
-    """Bytes of activations that one sample leaves for the backward pass."""
-    backbone, _ = _pi0(config)
-    v, t = backbone.vision, backbone.text
-    image, prefix = len(config.model.cameras) * v.tokens, prefix_tokens(config)
-    heads = t.heads * t.head_dim
-    projected = heads + 2 * t.kv_heads * t.head_dim
+def _kept(tower: Stack, remat: str, tokens: int) -> float:
+    """Bytes of activations in bfloat16 that one sample leaves in a stack of blocks for the backward pass."""
+    context, projected = tower.width + tower.head_width, tower.projected
     per_token = {
-        "offload_inputs": (0, 0),
-        "offload_dots": (v.width, t.width),
-        "nothing_saveable": (v.width, t.width),
-        "save_context": (2 * v.width, t.width + heads),
-        "save_attention": (5 * v.width, t.width + heads + projected),
-        "dots_with_no_batch_dims_saveable": (
-            6 * v.width + v.mlp,
-            2 * t.width + heads + projected + 2 * t.mlp,
-        ),
-        "none": (12 * v.width + 3 * v.mlp, 6 * t.width + 2 * heads + 2 * projected + 5 * t.mlp),
-    }[config.model.remat]
-    logits = 4 * v.heads * v.tokens * image * v.depth + 6 * t.heads * prefix**2 * t.depth
-    extra = logits if config.model.remat == "none" else 0
-    return 2 * (v.depth * image * per_token[0] + t.depth * prefix * per_token[1]) + extra
+        "offload_inputs": 0,
+        "offload_dots": tower.width,
+        "nothing_saveable": tower.width,
+        "save_context": context,
+        "save_attention": context + projected,
+        "dots_with_no_batch_dims_saveable": tower.width + context + projected + tower.hidden,
+        "none": 4 * tower.width + 2 * (context + projected) + 3 * tower.hidden,
+    }[remat]
+    logits = 3 * tower.heads * tokens**2 if remat == "none" else 0
+    return 2 * tower.depth * (tokens * per_token + logits)
 
 
 def search(

@@ -36,7 +36,7 @@ def join(first: dict[str, Any], second: dict[str, Any] | None) -> dict[str, Any]
 
 
 def flatten(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Leaves by path."""
+    """Leaves of nested dicts by path: {"a": {"b": x}} → {"a/b": x}."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{above}{name}"

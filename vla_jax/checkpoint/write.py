@@ -18,14 +18,14 @@ import jax
 import orbax.checkpoint as ocp
 
 CHUNK_BYTES = 64 * 2**20
-"""Of a file's chunks, at most: whoever wants one layer of a stack reads so much, not gigabytes."""
+"""Largest chunk of a file: whoever wants one layer of a stack reads so much, not gigabytes."""
 
 LAYER_BYTES = 2**16
-"""Of one layer of a stack, on one device, at least, for it to be a chunk of its own. Every chunk costs a request, a key
-in the index and memory while it is written: a vector in chunks of one number each took gigabytes."""
+"""A layer of a stack with at least so many bytes on one device is a chunk of its own. Every chunk costs a request, a
+key in the index and memory while it is written: a vector in chunks of one number each took gigabytes."""
 
 FILE_BYTES = 128 * 2**20
-"""Of a file, about: what was copied to be written is held until its file is full."""
+"""About the size of a file: what was copied to be written is held until its file is full."""
 
 AT_ONCE = 256 * 2**20
 """Bytes of an item that are being written at a time, where its largest shard has fewer."""
@@ -78,7 +78,7 @@ def give_back() -> None:
 
 
 def shard_bytes(x: jax.Array) -> int:
-    """Of the part of an array that one device has."""
+    """Bytes of the part of an array that one device has."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 

@@ -28,7 +28,7 @@ from vla_jax.models.config import VLAConfig
 from vla_jax.serve.compiled.cache import keep_programs
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.parameters import size_bytes
-from vla_jax.serve.compiled.parts import Parts
+from vla_jax.serve.compiled.parts import TimedParts
 from vla_jax.serve.policy import Policy
 from vla_jax.sim.evaluate import EvaluateConfig
 from vla_jax.sim.tabletop import TabletopEnv
@@ -37,7 +37,7 @@ from vla_jax.types import Observation
 REFERENCE = SolverConfig(method="midpoint", num_steps=100)
 PARTS = ("vision", "prefill", "denoise")
 SCENES = 8
-"""Of the tabletop, at which the error is measured."""
+"""Scenes of the tabletop at which the error is measured."""
 
 
 class Case(NamedTuple):
@@ -168,7 +168,7 @@ def _measure(args: BenchmarkArgs, compiled: Policy, cases: list[Case]) -> list[d
 
 def _compile(
     args: BenchmarkArgs, compiled: Policy, case: Case, observation: Observation
-) -> tuple[dict[str, Any], Parts]:
+) -> tuple[dict[str, Any], TimedParts]:
     """The static half of a case's row, and its parts."""
     rows = compiled.runner.encode(observation)
     names = tuple(rows[0].images)
@@ -193,7 +193,7 @@ def _compile(
         "memory": _memory(executable),
         "roofline": _bound(args, compiled, case, shape.length),
     }
-    return row, Parts(compiled.runner, shape, rows)
+    return row, TimedParts(compiled.runner, shape, rows)
 
 
 def _whole(compiled: Policy, case: Case, observation: Observation, samples: int) -> Callable[[], Any]:
@@ -231,7 +231,7 @@ def _bound(args: BenchmarkArgs, compiled: Policy, case: Case, length: int) -> di
         return None
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
     assert case.solver.nfe is not None  # the method is one of FIXED
-    work = roofline.work(
+    work = roofline.bounds(
         model,
         batch=case.batch,
         cameras=case.cameras,

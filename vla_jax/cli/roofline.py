@@ -1,9 +1,9 @@
 """The least time that a call can take on a device: its arithmetic at peak, or its bytes at full bandwidth.
 
-Counted per part, for the very shape that is run: matrix products and attention (2 FLOPs per multiply-add), and as bytes
-the weights once per pass and the cache once per evaluation; activations are taken to stay on the chip. What need not
-be computed (time conditioning, the unused half of the last prefix layer) is not counted. A part takes no less than
-the longer of the two; the parts follow one another.
+Of each part of the model, for the very shape that is run, the model says (models/work.py) its FLOPs and what it reads:
+the weights once per pass and the context once per evaluation; activations are taken to stay on the chip. What need not
+be computed (what the time adds, the unused half of the last prefix layer) is not counted. A part takes no less than the
+longer of the two; the parts follow one another.
 """
 
 import dataclasses
@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
-from vla_jax.models.experts.joint import JointConfig
-from vla_jax.models.kinds import required
+from vla_jax.models.work import served
 from vla_jax.train.flops import PEAK_FLOPS
 from vla_jax.types import Device
 
@@ -46,7 +44,7 @@ LEAST_READ, MOST_READ = 2**20, 2**28
 """Bytes of the matrix that a CPU's bandwidth is measured with."""
 
 
-class Work(NamedTuple):
+class Bound(NamedTuple):
     """Of one part of a call."""
 
     flops: float
@@ -63,12 +61,12 @@ class Peak:
     """Bytes per second."""
     source: str
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, part: Bound) -> float:
         """The least time."""
-        return max(work.flops / self.flops, work.bytes / self.bandwidth)
+        return max(part.flops / self.flops, part.bytes / self.bandwidth)
 
 
-def work(
+def bounds(
     model: VLAConfig,
     *,
     batch: int,
@@ -78,43 +76,21 @@ def work(
     evaluations: int,
     itemsize: int,
     cache_itemsize: int | None = None,
-) -> dict[str, Work]:
+) -> dict[str, Bound]:
     """Vision, prefill and denoise of one call.
 
     `length`: text tokens; `itemsize`: bytes of a weight; `cache_itemsize`: of a key or value, where it is another one
     (int8 is for weights only).
     """
-    backbone = required(model.backbone, PaliGemmaConfig, "the roofline")
-    expert = required(model.expert, JointConfig, "the roofline")
-    vision, text = backbone.vision, backbone.text
-    patches, prefix = vision.tokens, cameras * vision.tokens + length
-    heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
-
-    block = 4 * vision.width**2 + 2 * vision.width * vision.mlp
-    encoder = vision.depth * block + 3 * vision.patch**2 * vision.width + vision.width * text.width
-    seen = 2 * patches * vision.width * vision.depth  # multiply-adds of attention per token
-    parts = {
-        "vision": Work(2 * batch * cameras * patches * (encoder + seen), itemsize * encoder),
+    seen = dataclasses.replace(model, cameras=tuple(f"camera_{i}" for i in range(cameras)))
+    times = {"denoise": evaluations}
+    return {
+        name: Bound(
+            times.get(name, 1) * part.flops,
+            times.get(name, 1) * (itemsize * part.weights + (cache_itemsize or itemsize) * part.context),
+        )
+        for name, part in served(seen, text_tokens=length, rows=batch, samples=samples).items()
     }
-
-    def layer(width: int, mlp: int) -> int:
-        return 2 * width * heads + 2 * width * kv + 3 * width * mlp
-
-    depth = text.depth - 1
-    decoder = depth * layer(text.width, text.mlp) + 2 * text.width * kv
-    cache = batch * prefix * text.depth * 2 * kv * (cache_itemsize or itemsize)
-    parts["prefill"] = Work(
-        2 * batch * prefix * (decoder + depth * 2 * prefix * heads), itemsize * decoder + cache
-    )
-
-    rows, suffix = batch * samples, expert.horizon
-    tower = text.depth * layer(expert.width, expert.mlp) + 2 * expert.action_dim * expert.width
-    tower += expert.width**2 if expert.time == "mlp" else 0
-    attention = text.depth * 2 * (prefix + suffix + expert.state_token) * heads
-    parts["denoise"] = Work(
-        evaluations * 2 * rows * suffix * (tower + attention), evaluations * (itemsize * tower + cache)
-    )
-    return parts
 
 
 def peak(

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from vla_jax.convert.entry import Shape, Spec
+from vla_jax.convert.entry import ArraySpec, Shape
 
 #: Names that an error lists of each kind.
 LISTED = 5
@@ -11,7 +11,7 @@ LISTED = 5
 
 def account(
     where: str | Path,
-    found: Mapping[str, Spec],
+    found: Mapping[str, ArraySpec],
     expected: Mapping[str, Shape],
     *,
     unused: Collection[str] = (),

@@ -47,8 +47,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What was converted."""
+class ConversionReport:
+    """What was converted: counts, the model found, and arrays of the source that were left out."""
 
     arrays: int
     parameters: int
@@ -74,7 +74,7 @@ def convert(
     dtype: str = "keep",
     weights: str | None = None,
     options: Options = Options(),
-) -> Report:
+) -> ConversionReport:
     """Reads `path` in the format `source`, writes the folder `out` in the format `target`; one of them is vla_jax.
 
     Both: a run's weights alone, LoRA merged, with all that a policy needs and without what only training needs.
@@ -129,7 +129,9 @@ def load(
     return place(imported(opened.entries, opened.source, shapes, DTYPES[dtype]), shardings)
 
 
-def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, options: Options) -> Report:
+def _import(
+    opened: Opened, out: Path, source: str, dtype: np.dtype | None, options: Options
+) -> ConversionReport:
     opened.check_copies()
     shapes = our_shapes(opened.model, expert=opened.expert)
     arrays = imported(opened.entries, opened.source, shapes, dtype)
@@ -151,7 +153,7 @@ def _import(opened: Opened, out: Path, source: str, dtype: np.dtype | None, opti
     return dataclasses.replace(_report(arrays, opened.model, left_out), merged=len(opened.merged))
 
 
-def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -> Report:
+def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -> ConversionReport:
     """A run's weights in a run of their own: one set of parameters, nothing frozen or low-rank."""
     run = RunSource(path, weights)
     arrays = exported([Entry(theirs=name, ours=name) for name in run.specs], run, dtype)
@@ -166,7 +168,7 @@ def _plain(path: Path, out: Path, dtype: np.dtype | None, weights: str | None) -
 
 def _export(
     path: Path, out: Path, target: str, dtype: np.dtype | None, weights: str | None, options: Options
-) -> Report:
+) -> ConversionReport:
     if target not in TARGETS:
         raise ValueError(f"{target!r} is not written here; there are {', '.join(TARGETS)}")
     run = RunSource(path, weights)
@@ -215,6 +217,8 @@ def _check_space(out: Path, arrays: Mapping[str, Lazy]) -> None:
         )
 
 
-def _report(arrays: Mapping[str, Lazy], model: VLAConfig, left_out: set[str]) -> Report:
+def _report(arrays: Mapping[str, Lazy], model: VLAConfig, left_out: set[str]) -> ConversionReport:
     parameters = sum(lazy.size for lazy in arrays.values())
-    return Report(arrays=len(arrays), parameters=parameters, model=model, left_out=tuple(sorted(left_out)))
+    return ConversionReport(
+        arrays=len(arrays), parameters=parameters, model=model, left_out=tuple(sorted(left_out))
+    )

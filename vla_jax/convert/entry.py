@@ -18,7 +18,7 @@ PIECE_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class ArraySpec:
     """Shape and type of an array that has not been read."""
 
     shape: Shape
@@ -26,11 +26,11 @@ class Spec:
 
 
 @runtime_checkable
-class Source(Protocol):
+class ArraySource(Protocol):
     """Arrays by name, of which parts can be read."""
 
     @property
-    def specs(self) -> Mapping[str, Spec]:
+    def specs(self) -> Mapping[str, ArraySpec]:
         """Shapes and types by name."""
         ...
 
@@ -59,12 +59,12 @@ class Lazy:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Bytes as an array of its `dtype`."""
         return self.size * self.dtype.itemsize
 
 
@@ -129,7 +129,7 @@ class Entry:
 
 
 def imported(
-    entries: list[Entry], source: Source, shapes: Mapping[str, Shape], dtype: np.dtype | None
+    entries: list[Entry], source: ArraySource, shapes: Mapping[str, Shape], dtype: np.dtype | None
 ) -> dict[str, Lazy]:
     """Our arrays, made of theirs; `dtype` None keeps the type that each has."""
     by_ours: dict[str, list[Entry]] = {}
@@ -156,7 +156,7 @@ def imported(
     return {name: lazy(name, sorted(by_ours[name], key=lambda e: e.index)) for name in sorted(by_ours)}
 
 
-def exported(entries: list[Entry], source: Source, dtype: np.dtype | None) -> dict[str, Lazy]:
+def exported(entries: list[Entry], source: ArraySource, dtype: np.dtype | None) -> dict[str, Lazy]:
     """Their arrays, made of ours, in the order of the table."""
 
     def lazy(entry: Entry) -> Lazy:
@@ -179,7 +179,7 @@ def exported(entries: list[Entry], source: Source, dtype: np.dtype | None) -> di
     return {entry.theirs: lazy(entry) for entry in entries}
 
 
-def _target(name: str, spec: Spec, dtype: np.dtype | None) -> np.dtype:
+def _target(name: str, spec: ArraySpec, dtype: np.dtype | None) -> np.dtype:
     if dtype is not None:
         return dtype
     if spec.dtype.itemsize > 4:

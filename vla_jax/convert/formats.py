@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_jax.convert.account import account
-from vla_jax.convert.entry import Entry, Source, row_slices
+from vla_jax.convert.entry import ArraySource, Entry, row_slices
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.policy_data import PolicyOptions
 from vla_jax.finite import finite
@@ -49,7 +49,7 @@ class Opened:
     """Their weights, with the table that makes them ours. Nothing has been read but names and shapes."""
 
     where: Path
-    source: Source
+    source: ArraySource
     entries: list[Entry]
     model: VLAConfig
     expert: bool

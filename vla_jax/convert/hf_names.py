@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vla_jax.convert.entry import Entry, Spec
+from vla_jax.convert.entry import ArraySpec, Entry
 from vla_jax.models.encoders.siglip import VisionConfig
 from vla_jax.models.gemma import TextConfig
 
@@ -149,7 +149,7 @@ def linear_entries(theirs: str, ours: str, flips: Mapping) -> list[Entry]:
 class Sizes:
     """Sizes read off arrays in torch's layout; what shapes do not say are the numbers of heads."""
 
-    def __init__(self, specs: Mapping[str, Spec], where: object):
+    def __init__(self, specs: Mapping[str, ArraySpec], where: object):
         self.specs, self.where = specs, where
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vla_jax.convert.entry import Shape, Spec
+from vla_jax.convert.entry import ArraySpec, Shape
 from vla_jax.models.backbones.paligemma import PaliGemmaConfig
 from vla_jax.models.config import VLAConfig
 from vla_jax.models.encoders.siglip import VisionConfig
@@ -104,7 +104,7 @@ def _towers(shape: Callable[[str, int], Shape]) -> PaliGemmaConfig:
 
 
 def config_from(
-    specs: Mapping[str, Spec], *, where: object, cameras: tuple[str, ...], horizon: int
+    specs: Mapping[str, ArraySpec], *, where: object, cameras: tuple[str, ...], horizon: int
 ) -> tuple[VLAConfig, bool]:
     """The configuration whose arrays have these names of ours, and whether an expert is among them.
 

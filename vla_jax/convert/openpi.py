@@ -12,7 +12,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vla_jax.convert.entry import Entry, Lazy, Source
+from vla_jax.convert.entry import ArraySource, Entry, Lazy
 from vla_jax.convert.formats import Opened, Options
 from vla_jax.convert.model import config_from, joint_of, our_shapes
 from vla_jax.convert.openpi_lora import MergedSource, has_lora
@@ -64,7 +64,7 @@ def open_weights(path: Path, options: Options) -> Opened:
         raise FileNotFoundError(
             f"{folder} is missing: give a checkpoint of openpi, a folder with params in it"
         )
-    source: Source = OrbaxSource(folder)
+    source: ArraySource = OrbaxSource(folder)
     if has_lora(source.specs):
         source = MergedSource(source, path, 1.0 if options.lora_scale is None else options.lora_scale)
     elif options.lora_scale is not None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vla_jax.convert.entry import Index, Source, Spec
+from vla_jax.convert.entry import ArraySource, ArraySpec, Index
 
 EINSUMS = ("q_einsum", "kv_einsum", "attn_vec_einsum")
 FACTORS = ("lora_a", "lora_b")
@@ -28,13 +28,13 @@ class MergedSource:
     unless the conversion asks for another type.
     """
 
-    def __init__(self, source: Source, where: object, scale: float):
+    def __init__(self, source: ArraySource, where: object, scale: float):
         self._source, self._scale = source, scale
         self._factors = _factors(source.specs, where)
         self._cached: tuple[str, np.ndarray, np.ndarray] | None = None
         factors = {factor for pair in self._factors.values() for factor in pair}
         self.specs = {
-            name: Spec(spec.shape, np.dtype(np.float32)) if name in self._factors else spec
+            name: ArraySpec(spec.shape, np.dtype(np.float32)) if name in self._factors else spec
             for name, spec in source.specs.items()
             if name not in factors
         }
@@ -63,12 +63,12 @@ class MergedSource:
         return piece.astype(np.float32) + np.float32(scale) * update
 
 
-def has_lora(names: Mapping[str, Spec]) -> bool:
+def has_lora(names: Mapping[str, ArraySpec]) -> bool:
     """Whether a checkpoint has such arrays."""
     return any(factor in name for name in names for factor in FACTORS)
 
 
-def _factors(specs: Mapping[str, Spec], where: object) -> dict[str, tuple[str, str]]:
+def _factors(specs: Mapping[str, ArraySpec], where: object) -> dict[str, tuple[str, str]]:
     """Matrix → its A and B; raises ValueError where one of the three is missing or of another shape."""
     found: dict[str, dict[str, str]] = {}
     for name in specs:

@@ -8,7 +8,7 @@ from following the others, which guidance of the whole chunk (real-time chunking
 
 import numpy as np
 
-from vla_jax.convert.entry import Index, Source
+from vla_jax.convert.entry import ArraySource, Index
 from vla_jax.convert.run import RunSource
 
 AXES = {
@@ -30,7 +30,7 @@ def padded_dims(run: RunSource) -> range:
 class Silenced:
     """The arrays of a run, with zeros for some of the action dims."""
 
-    def __init__(self, run: Source, dims: range):
+    def __init__(self, run: ArraySource, dims: range):
         self.specs = run.specs
         self._run, self._dims = run, dims
 

@@ -23,7 +23,7 @@ from vla_jax.checkpoint.plain_sum import fold
 from vla_jax.checkpoint.steps import FOLDER, is_whole
 from vla_jax.config import TrainConfig, from_meta, to_json
 from vla_jax.convert.account import account
-from vla_jax.convert.entry import Index, Lazy, Spec
+from vla_jax.convert.entry import ArraySpec, Index, Lazy
 from vla_jax.convert.model import our_shapes
 from vla_jax.convert.sources import OrbaxSource
 from vla_jax.convert.statistics import run_statistics
@@ -36,7 +36,7 @@ from vla_jax.models.config import VLAConfig
 class PieceSums:
     """`vla_jax.checkpoint.fingerprint` of a tree whose arrays pass by in pieces, each piece once."""
 
-    def __init__(self, specs: Mapping[str, Spec | Lazy]):
+    def __init__(self, specs: Mapping[str, ArraySpec | Lazy]):
         self._specs = specs
         self._sums = dict.fromkeys(specs, 0)
         self._plain = dict.fromkeys(specs, 0)

@@ -17,7 +17,7 @@ import tensorstore as ts
 from etils import epath
 
 from vla_jax.checkpoint.failures import first_line
-from vla_jax.convert.entry import Index, Spec, rows_of
+from vla_jax.convert.entry import ArraySpec, Index, rows_of
 
 #: safetensors' names of types.
 DTYPES = {
@@ -44,7 +44,7 @@ class NpzSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, ArraySpec] = {}
         self._member: tuple[str, int, Any] | None = None  # name, row to come next, stream
         try:
             self._zip = zipfile.ZipFile(path)
@@ -60,8 +60,8 @@ class NpzSource:
         except _UNREADABLE as error:
             raise ValueError(f"{path} is not a readable npz file ({first_line(error)})") from error
 
-    def _spec(self, name: str, member: zipfile.ZipInfo) -> Spec:
-        """Of the header alone; pickled objects are refused and never loaded."""
+    def _spec(self, name: str, member: zipfile.ZipInfo) -> ArraySpec:
+        """Shape and type, from the array's header alone; pickled objects are refused and never loaded."""
         with self._zip.open(member) as stream:
             shape, fortran, dtype = _npy_header(stream)
             begin = stream.tell()
@@ -116,13 +116,13 @@ _UNREADABLE = (
 )
 
 
-def plausible(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Spec:
+def plausible(name: str, shape: tuple[int, ...], dtype: np.dtype) -> ArraySpec:
     """The array's description, unless no network has such an array. Raises ValueError, before anything is allocated."""
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{name} of shape {list(shape)} has no elements")
     if math.prod(shape) * dtype.itemsize > MAX_ARRAY_BYTES:
         raise ValueError(f"{name} of shape {list(shape)} is larger than any array of a network here")
-    return Spec(shape, dtype)
+    return ArraySpec(shape, dtype)
 
 
 def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -139,7 +139,7 @@ class SafetensorsSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, ArraySpec] = {}
         self._place: dict[str, tuple[Path, int]] = {}
         listed = None
         if path.is_file():

@@ -38,7 +38,7 @@ def flips(config: JointConfig) -> dict[str, Flip]:
 
 
 def negate(x: np.ndarray) -> np.ndarray:
-    """-x."""
+    """Negates a layer's kernel or bias: velocities change their sign when time runs backwards."""
     return -x
 
 

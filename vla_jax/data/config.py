@@ -113,7 +113,7 @@ class DataConfig:
 
     @property
     def prompt_form(self) -> Prompt:
-        """What makes the prompts."""
+        """The form of prompts that the options choose, with its treatment of the state."""
         return Prompt(self.prompt, self.prompt_clip_state, self.prompt_state_dim)
 
     def weights(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ class DatasetIndex:
     """What must be known of every episode to sample from them."""
 
     fingerprint: str
-    """Of the data it was made from."""
+    """Fingerprint of the data it was made from."""
     lengths: tuple[int, ...]
     """Steps of each episode."""
     tasks: tuple[str, ...]

@@ -38,7 +38,7 @@ class Loader:
     """Endless: position → row of `frames`."""
     horizon: int
     batch_size: int
-    """Of the global batch."""
+    """Samples of the global batch, over all processes."""
     rows: tuple[int, ...]
     """The rows of the global batch that this loader builds."""
 

@@ -61,7 +61,7 @@ def select_of(
 
 
 def unscaled_of(robot: RobotDescription) -> dict[str, tuple[int, ...]]:
-    """`Normalize.unscaled`."""
+    """Field → dimensions that are not normalised, as `Normalize.unscaled` takes them."""
     found = {"state": robot.unscaled("state"), "action": robot.unscaled("actions")}
     return {field: dims for field, dims in found.items() if dims}
 

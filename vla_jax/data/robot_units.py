@@ -26,7 +26,7 @@ class Units:
 
     @classmethod
     def of(cls, parts: tuple[Part, ...]) -> "Units":
-        """Of a state or of actions."""
+        """The conversion of a state or of actions, from the parts that they consist of."""
         curves, first = [], 0
         for part in parts:
             if part.convert:
@@ -50,7 +50,7 @@ class Units:
         return x * self.scale + self.offset
 
     def to_robot(self, x: Float[np.ndarray, "*n dims"]) -> Float[np.ndarray, "*n dims"]:
-        """The inverse."""
+        """The inverse of `to_model`."""
         x = (np.asarray(x, np.float64) - self.offset) / self.scale
         for dims, conversion in self.curves:
             x[..., dims] = conversion.to_robot(x[..., dims])
@@ -98,7 +98,7 @@ class RobotUnits:
         return state if self._state.same else self._state.to_robot(state)
 
     def actions(
-        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "*n q"]
+        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "... q"]
     ) -> Float[np.ndarray, "*n k a"]:
         """To the model's units, the state given in the robot's; unchanged where nothing is to be done."""
         check_dims("action", actions, len(self._actions.scale))
@@ -107,7 +107,7 @@ class RobotUnits:
         return self._actions.to_model(actions) - self._subtracted(state)
 
     def robot_actions(
-        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "*n q"]
+        self, actions: Float[np.ndarray, "*n k a"], state: Float[np.ndarray, "... q"]
     ) -> Float[np.ndarray, "*n k a"]:
         """The inverse of `actions`."""
         check_dims("action", actions, len(self._actions.scale))

@@ -21,7 +21,7 @@ class ActionTokens(NamedTuple):
 class Sample:
     """One row of a batch in the making: what a robot sees, and for training what it should do.
 
-    Where only states and actions count, for statistics, one sample holds them of many steps: [n q], and [n k a] or [n a].
+    Where only states and actions count, for statistics, one sample holds them of many steps: [n q], [n k a] or [n a].
     """
 
     images: dict[str, UInt8[np.ndarray, "h w 3"]]
@@ -66,7 +66,7 @@ class Transform(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def inputs(self, sample: Sample) -> Sample:
-        """Towards the model."""
+        """A sample of the robot's data, one step towards the model."""
         ...
 
     def outputs(self, sample: Sample) -> Sample:

@@ -95,7 +95,7 @@ class ResizeImages:
         return sample
 
     def resize(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "height width 3"]:
-        """One image."""
+        """One image scaled and padded to [height, width]."""
         return resize_with_pad(image, self.height, self.width, self.fit)
 
 
@@ -118,7 +118,7 @@ class PadDims:
             )
 
     def inputs(self, sample: Sample) -> Sample:
-        """Pads the last axis."""
+        """Pads the last axis of state, actions and their mask. Raises ValueError for more than the model's."""
         if sample.state.shape[-1] > self.state_dim:
             raise ValueError(
                 f"the state has {sample.state.shape[-1]} dims, the model {self.state_dim}; use "
@@ -143,9 +143,9 @@ class Tokenize:
 
     tokenizer: Tokenizer
     max_tokens: int
-    """Of prompt and target together."""
+    """Length of a row: prompt and target together."""
     max_target_tokens: int
-    """Of the target with its end."""
+    """Most tokens of a target, its end included."""
     prompt: Prompt = Prompt()
     """What the instruction becomes; with a form that has the state in it, this stands before PadDims."""
 

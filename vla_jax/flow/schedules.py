@@ -75,19 +75,19 @@ class CondOT(Schedule):
     """The straight line of rectified flow and pi0: ``x_t = t x1 + (1 - t) eps``."""
 
     def alpha(self, t: Time) -> Time:
-        """T itself."""
+        """alpha = t."""
         return t
 
     def sigma(self, t: Time) -> Time:
-        """1 - t."""
+        """sigma = 1 - t."""
         return 1 - t
 
     def d_alpha(self, t: Time) -> Time:
-        """1."""
+        """alpha' = 1 at every t."""
         return jnp.ones_like(t)
 
     def d_sigma(self, t: Time) -> Time:
-        """-1."""
+        """sigma' = -1 at every t."""
         return -jnp.ones_like(t)
 
     def inverse_log_snr(self, log_snr: Time) -> Time:
@@ -198,7 +198,7 @@ class LinearVP(VariancePreserving):
     """``alpha = t, sigma = sqrt(1 - t^2)``."""
 
     def alpha(self, t: Time) -> Time:
-        """T itself."""
+        """alpha = t; the noise's variance is 1 - t^2."""
         return t
 
     def variance(self, t: Time) -> Time:
@@ -206,7 +206,7 @@ class LinearVP(VariancePreserving):
         return (1 - t) * (1 + t)
 
     def d_alpha(self, t: Time) -> Time:
-        """1."""
+        """alpha' = 1 at every t."""
         return jnp.ones_like(t)
 
     def inverse_log_snr(self, log_snr: Time) -> Time:

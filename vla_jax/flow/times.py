@@ -20,7 +20,7 @@ class Uniform:
     """Every time equally often."""
 
     def quantile(self, u: Float[Array, "*t"]) -> Float[Array, "*t"]:
-        """U itself."""
+        """The quantile function of the uniform law on [0, 1] is the identity."""
         return u
 
 

@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
 
     setting: Setting
     hypervolume: Mean
-    """Of its one point."""
+    """Hypervolume of its one point, over the seeds."""
     regret: Mean | None
     """None where no seed is shared with the best fixed λ."""
     success_regret: Mean | None

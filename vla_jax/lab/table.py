@@ -75,7 +75,7 @@ class Row:
 
     @property
     def kappa(self) -> float:
-        """κ."""
+        """κ, which scales the gradient from the expert to the backbone (`objective.insulation`)."""
         return self.config.objective.insulation
 
     def metric(self, name: str) -> float | None:
@@ -113,7 +113,7 @@ class Setting:
 
     @property
     def kappa(self) -> float:
-        """κ."""
+        """κ, which scales the gradient from the expert to the backbone (`objective.insulation`)."""
         return self.rows[0].kappa
 
     @property

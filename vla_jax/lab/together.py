@@ -60,7 +60,7 @@ class Together:
     model: Model
     process: Process
     config: TrainConfig
-    """Resolved; of the group."""
+    """The group's resolved configuration; what differs between cells is in `knobs`."""
     tx: optax.GradientTransformation
     init_params: InitParams
     knobs: Knobs
@@ -80,7 +80,7 @@ class Together:
 
     @cached_property
     def init(self) -> Callable[[], Cells]:
-        """The first states."""
+        """Makes the first states of all cells, each from its own seed."""
 
         def one(knobs: Knobs) -> TrainState:
             policy = policy_of(self.config, knobs.weights)

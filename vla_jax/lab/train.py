@@ -28,8 +28,9 @@ from vla_jax.train.cluster.interrupt import StopSignal
 from vla_jax.train.loop import FREE_TO_CHANGE
 from vla_jax.train.metrics import JsonLines, truncate
 from vla_jax.train.optim import learning_rate, make_optimizer
+from vla_jax.train.parts import init_params
 from vla_jax.train.prefetch import Prefetch
-from vla_jax.train.run import check_trunks, init_params, loader_of, prepare_data, resolve
+from vla_jax.train.run import check_trunks, loader_of, prepare_data, resolve
 from vla_jax.types import Batch
 
 

@@ -19,7 +19,7 @@ MASKED = -2.3819763e38
 """The logit of a forbidden pair: finite, so that a row without any allowed key is uniform and not NaN."""
 
 PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
-"""Where the kernels run."""
+"""Backend → names of the platforms that have its kernel; `xla` is not in it, because it runs everywhere."""
 
 KERNELS = {"cudnn": cudnn.attend, "splash": splash.attend}
 

@@ -85,12 +85,12 @@ def dct_2d(names: Sequence[str | None]) -> Initializer:
 
 
 def zeros(names: Sequence[str | None]) -> Initializer:
-    """Zeros."""
+    """All zeros, with a logical name for each axis."""
     return nn.with_logical_partitioning(nn.initializers.zeros_init(), tuple(names))
 
 
 def ones(names: Sequence[str | None]) -> Initializer:
-    """Ones."""
+    """All ones, with a logical name for each axis."""
     return nn.with_logical_partitioning(nn.initializers.ones_init(), tuple(names))
 
 

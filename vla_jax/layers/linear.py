@@ -198,7 +198,7 @@ def to_heads(width: int, heads: int) -> Projection:
 
 
 def from_heads(width: int, heads: int) -> Projection:
-    """The way back."""
+    """Heads joined again: [b t heads head_dim] → [b t width], with bias."""
     return Projection(("heads", "head_dim", "embed"), (heads, width // heads, width), 2)
 
 

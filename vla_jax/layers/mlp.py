@@ -1,4 +1,4 @@
-"""Feed-forward blocks."""
+"""Feed-forward blocks of a transformer: Gemma's gated one and the plain one of SigLIP and the DiT expert."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class GeGLU(nn.Module):
         names, sizes = (None, "embed", "mlp"), (2, self.width, self.hidden)
         gating = declare(self, "gating_einsum", fan_in(names, in_axis=1, batch_axis=0), sizes)
         linear = declare(self, "linear", fan_in(("mlp", "embed"), in_axis=0), (self.hidden, self.width))
+        # Gate and up are one product, which reads x once.
         gate, up = jnp.split(multiply("btd,cdf->btcf", x, gating), 2, axis=2)
         hidden = constrain((nn.gelu(gate) * up)[:, :, 0], ("batch", length, "act_mlp"))
         return multiply("btf,fd->btd", hidden, linear)
@@ -34,7 +35,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        """Declares both layers."""
+        """Declares `Dense_0` [d hidden] and `Dense_1` [hidden d], the names of flax's own Dense layers."""
         self.Dense_0 = dense(self.hidden, ("embed", "mlp"), self.dtype)
         self.Dense_1 = dense(self.width, ("mlp", "embed"), self.dtype)
 

@@ -56,7 +56,7 @@ class AdaRMSNorm(nn.Module):
     width: int
 
     def setup(self):
-        """Declares the projection."""
+        """Declares `Dense_0`: condition → scale, shift and gate, zero at first."""
         self.Dense_0 = Dense(
             3 * self.width,
             dtype=None,
@@ -65,7 +65,7 @@ class AdaRMSNorm(nn.Module):
         )
 
     def modulation(self, condition: Float[Array, "#b #t g"]) -> Modulation:
-        """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
+        """What a condition does: `__call__` takes it in the condition's place, so that it can be computed before."""
         return Modulation(*_parts(self.Dense_0(condition), 3))
 
     def __call__(
@@ -105,13 +105,13 @@ class AdaLayerNorm(nn.Module):
     eps: float
 
     def setup(self):
-        """Declares the projection."""
+        """Declares `Dense_0`: condition → scale and shift, zero at first."""
         self.Dense_0 = Dense(
             2 * self.width, dtype=None, kernel_init=zeros(("embed", "mlp")), bias_init=zeros(("mlp",))
         )
 
     def modulation(self, condition: Float[Array, "#b #t g"]) -> ScaleShift:
-        """Of a condition: what `__call__` takes in its place, so that it can be computed before the tokens come."""
+        """What a condition does: `__call__` takes it in the condition's place, so that it can be computed before."""
         return ScaleShift(*_parts(self.Dense_0(condition), 2))
 
     def __call__(

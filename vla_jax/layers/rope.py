@@ -16,6 +16,7 @@ class Rotation(NamedTuple):
 def rotation(positions: Int[Array, "b t"], width: int, max_wavelength: float = 10_000.0) -> Rotation:
     """Angles position · max_wavelength^(-2i/e) for heads of width e, float32."""
     half = width // 2
+    # float32: in bfloat16 positions above 256 would no longer differ by one.
     frequency = max_wavelength ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return Rotation(jnp.sin(angle), jnp.cos(angle))

@@ -1,12 +1,15 @@
 """A model's inputs and parameters as shapes: nothing is allocated or computed."""
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from vla_jax.models.config import VLAConfig
+from vla_jax.models.stack import STACKS
 from vla_jax.models.vla import VLA
 from vla_jax.types import Batch, PyTree
 
@@ -48,3 +51,58 @@ def abstract_params(config: VLAConfig) -> PyTree:
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(VLA(config).init, key, batch, batch.actions, time)["params"]
+
+
+def axes(config: VLAConfig) -> dict[str, dict[str | None, int]]:
+    """The sizes of every parameter's axes by their logical names; the last of axes with one name."""
+    found = jax.tree.leaves_with_path(
+        abstract_params(config), is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): dict(zip(box.names, box.value.shape))
+        for path, box in found
+    }
+
+
+class Stack(NamedTuple):
+    """Sizes of a stack of equal blocks, from its parameters alone."""
+
+    path: str
+    depth: int
+    width: int
+    heads: int
+    """Attention heads."""
+    head_width: int
+    """Width of all heads together: heads · head_dim."""
+    projected: int
+    """Queries, keys and values of one token."""
+    hidden: int
+    """What the feed-forward layer's first product gives for one token (gate and up together)."""
+
+
+def stacks(config: VLAConfig) -> list[Stack]:
+    """All stacks of a model's blocks."""
+    grouped: dict[str, list[tuple[dict[str | None, int], int]]] = {}
+    for (path, sizes), leaf in zip(axes(config).items(), jax.tree.leaves(abstract_params(config))):
+        parts = path.split("/")
+        if (start := next((i for i, part in enumerate(parts) if part in STACKS), None)) is not None:
+            grouped.setdefault("/".join(parts[: start + 1]), []).append((sizes, math.prod(leaf.shape)))
+    return [_stack(path, leaves) for path, leaves in grouped.items()]
+
+
+def _stack(path: str, leaves: list[tuple[dict[str | None, int], int]]) -> Stack:
+    """A stack's sizes, read off the axes and numbers of elements of its parameters."""
+    depth = next(sizes["layers"] for sizes, _ in leaves)
+    width = max(sizes.get("embed", 1) for sizes, _ in leaves)
+    heads = max(sizes.get("heads", 1) for sizes, _ in leaves)
+    head_width = heads * max((sizes.get("head_dim", 1) for sizes, _ in leaves if "heads" in sizes), default=1)
+
+    def per_token(*names: str) -> int:
+        of = (n for sizes, n in leaves if "embed" in sizes and any(name in sizes for name in names))
+        return sum(of) // (depth * width)
+
+    both = (
+        per_token("heads", "kv_heads") - head_width
+    )  # without the way back, which is as large as the queries
+    hidden = per_token("mlp") - max(sizes.get("mlp", 0) for sizes, _ in leaves)
+    return Stack(path, depth, width, heads, head_width, both, hidden)

@@ -27,7 +27,7 @@ class ActionGrammar(NamedTuple):
     """Coefficients of a whole chunk; 0: tokens hold pieces of coefficients, so that only the end id ends a chunk."""
 
 
-class ActionTokens(NamedTuple):
+class GeneratedTokens(NamedTuple):
     """What was written: without begin and end; `mask` is False behind a chunk's last token."""
 
     tokens: Int[Array, "b g"]
@@ -43,7 +43,7 @@ def generate_actions(
     *,
     max_tokens: int,
     temperature: Float[Array, ""] | float = 0.0,
-) -> ActionTokens:
+) -> GeneratedTokens:
     """Writes a chunk per row of the context: at most `max_tokens` tokens, over what an expert may see of it.
 
     `keys` [b] has one key per row. `temperature` 0 takes the likeliest token, 1 samples the model's distribution.
@@ -52,6 +52,7 @@ def generate_actions(
     grammar = jax.tree.map(jnp.asarray, grammar)
     rows, start = context.mask.shape
     given = grammar.begin.shape[0]
+    # The last token that is written is read by nobody, so it needs no place in the context.
     context = context.replace(mask=context.visible).reserve(given + max_tokens - 1)
 
     def decode(context: Context, token: Int[Array, " b"], slot: Int[Array, ""]) -> Any:
@@ -91,7 +92,7 @@ def generate_actions(
         nothing.astype(bool),
     )
     *_, tokens, mask = jax.lax.while_loop(unfinished, write, first)
-    return ActionTokens(tokens, mask)
+    return GeneratedTokens(tokens, mask)
 
 
 def _choose(

@@ -68,7 +68,7 @@ class VLAConfig:
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Options that change how the network is computed, and not which network it is."""
         return Compute(dtype=self.dtype, remat=self.remat, attention=self.attention, unroll=self.unroll)
 
     @property
@@ -91,7 +91,9 @@ class VLAConfig:
         """(pattern of parameter paths, field): arrays that may be missing from another model's parameters, or have
         another shape there, where that field is another."""
         parts = {"backbone": self.backbone, "expert": self.expert}
-        return tuple((f"{n}/{path}", f"{n}.{field}") for n, part in parts.items() for path, field in part.sized_by)
+        return tuple(
+            (f"{n}/{path}", f"{n}.{field}") for n, part in parts.items() for path, field in part.sized_by
+        )
 
     def unknown(self) -> dict[str, int | tuple[str, ...]]:
         """What may be left to the data set, by option; 0 or empty: still unknown."""

@@ -104,7 +104,7 @@ class Tower(nn.Module):
     """Logical name of the axis of tokens."""
 
     def setup(self):
-        """Declares blocks and norm."""
+        """Declares the stack of blocks and the last norm, which is adaptive where the blocks' norms are."""
         cfg = self.config
         arguments = (cfg, self.attention, self.length)
         self.layers = declare_blocks(
@@ -114,7 +114,7 @@ class Tower(nn.Module):
         self.final_norm = AdaRMSNorm(cfg.width) if cfg.adaptive else RMSNorm()
 
     def modulations(self, condition: Float[Array, "#bk #t g"]) -> Modulations:
-        """Of an adaptive tower: what `__call__` takes in the condition's place. Axes of 1 stay 1."""
+        """What a condition does to all norms of an adaptive tower, for `__call__` in its place. Axes of 1 stay 1."""
         _, layers = run_blocks(self.layers, None, None, Shared(condition=condition), method="modulation")
         return Modulations(layers, self.final_norm.modulation(condition))
 
@@ -166,7 +166,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "bk t d"], own: Own, shared: Shared
     ) -> tuple[Float[Array, "bk t d"], KeysValues]:
-        """One layer; see `Tower.__call__`."""
+        """The tokens behind this layer, and the layer's keys and values; see `Tower.__call__`."""
         before, after = own.modulation or (shared.condition, shared.condition)
         # few tokens after a past: they stay together
         length = self.length if own.past is None else "length"

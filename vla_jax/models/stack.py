@@ -99,6 +99,7 @@ def declare_blocks(
     if module.has_variable("params", f"{name}_0"):
         return [block(*arguments) for _ in range(depth)]
     if remat != "none":
+        # Inside a scan XLA cannot merge what is computed again with the forward pass (`jax.checkpoint`).
         block = nn.remat(block, prevent_cse=False, policy=POLICIES[remat])
     in_axes: Any = (0, nn.broadcast)  # Flax declares an int
     scanned = nn.scan(

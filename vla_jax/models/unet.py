@@ -36,7 +36,7 @@ class UNetConfig:
     blocks: int = 2
     """Residual blocks at each resolution on the way down; one more on the way up."""
     groups: int = 8
-    """Of the group norms; divides width."""
+    """Groups of the group norms; divides `width`."""
     dropout: float = 0.0
     """Inside residual blocks, in training."""
     classes: int = 0
@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], emb: Float[Array, "b d"], train: bool
     ) -> Float[Array, "b h w e"]:
-        """Channels c to `channels`."""
+        """[b h w c] → [b h w channels], inside scaled and shifted by the time's embedding."""
         h = nn.Conv(self.channels, (3, 3))(nn.silu(nn.GroupNorm(self.groups)(x)))
         scale, shift = jnp.split(nn.Dense(2 * self.channels)(nn.silu(emb))[:, None, None], 2, axis=-1)
         h = nn.GroupNorm(self.groups)(h) * (1 + scale) + shift

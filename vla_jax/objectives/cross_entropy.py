@@ -27,7 +27,7 @@ class CrossEntropy(NamedTuple):
     """Sums over the valid labels."""
 
     loss: Float[Array, ""]
-    """-log p(label)."""
+    """Sum of -log p(label) in nats."""
     correct: Float[Array, ""]
     """How many labels are the likeliest token."""
 
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
 
     table: Float[Array, "w d"]
     start: Int[Array, ""] | int = 0
-    """The first one's id."""
+    """Token id of the first row."""
     count: Int[Array, ""] | None = None
     """How many they are; None: w, none of them fills up."""
 

@@ -23,9 +23,9 @@ class Draws(NamedTuple):
     """Keys for the two things that a robot draws."""
 
     plan: Key[Array, "*b"]
-    """Of the text that it decodes first: one key, or [b], as they were given."""
+    """For the text that it decodes first: one key, or [b], as they were given."""
     actions: Key[Array, " b"]
-    """[b]"""
+    """For the actions' noise: one key per robot, [b]."""
 
 
 def typed(key: Keys) -> Key[Array, "*n"]:

@@ -30,7 +30,7 @@ from vla_jax.data.observations import check_texts, take
 from vla_jax.flow.config import SolverConfig
 from vla_jax.layers import lora
 from vla_jax.models.abstract import abstract_params
-from vla_jax.models.action_tokens import ActionGrammar, ActionTokens
+from vla_jax.models.action_tokens import ActionGrammar, GeneratedTokens
 from vla_jax.models.vla import VLA, portable
 from vla_jax.serve.compiled.config import CompileConfig, Rewrites
 from vla_jax.serve.compiled.parameters import placed, served
@@ -318,7 +318,7 @@ class Policy:
         limit = actions.limit or 4 * actions.longest
         return min(actions.total or limit, limit)
 
-    def read_chunks(self, written: ActionTokens) -> Float[np.ndarray, "b S k a"]:
+    def read_chunks(self, written: GeneratedTokens) -> Float[np.ndarray, "b S k a"]:
         """Sampled tokens as normalised chunks; says in the log how many were no chunk and had to be completed."""
         chunks, malformed = self.bundle.decode_actions(np.asarray(written.tokens), np.asarray(written.mask))
         if malformed.any():

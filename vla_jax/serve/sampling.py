@@ -20,12 +20,12 @@ from vla_jax.flow.config import SolverConfig
 from vla_jax.flow.guidance import clean_prefix, mix, soft_inpaint, soft_weights
 from vla_jax.flow.processes import Process
 from vla_jax.flow.solvers import Field
-from vla_jax.models.action_tokens import ActionGrammar, ActionTokens, generate_actions
+from vla_jax.models.action_tokens import ActionGrammar, GeneratedTokens, generate_actions
 from vla_jax.models.experts.base import is_time
 from vla_jax.models.generate import generate
 from vla_jax.models.vla import VLA
 from vla_jax.serve.executors.base import Continuation, Running
-from vla_jax.serve.schedule import Schedule
+from vla_jax.serve.schedule import ConditionTable
 from vla_jax.types import Batch, Context, Given, PyTree
 
 
@@ -101,7 +101,7 @@ def read(model: VLA, params: PyTree, batch: Batch, *, plan_visible: bool, guided
 
 
 class Sampling(NamedTuple):
-    """What is compiled in."""
+    """Everything about sampling that is compiled in; whatever else changes is an argument."""
 
     model: VLA
     process: Process
@@ -119,7 +119,7 @@ def sample_chunks(
     given: Given,
     keys: Key[Array, " b"],
     *,
-    schedule: Schedule | None = None,
+    schedule: ConditionTable | None = None,
     guidance: Float[Array, " b"] | None = None,
     overlap: Overlap | None = None,
 ) -> Float[Array, "b S k a"]:
@@ -165,7 +165,7 @@ def _solved(
     field: Field,
     keys: Key[Array, " b"],
     shape: tuple[int, ...],
-    schedule: Schedule | None,
+    schedule: ConditionTable | None,
     overlap: Overlap | None,
     mask: Bool[Array, "b k a"] | None,
 ) -> Float[Array, "bS k a"]:
@@ -203,7 +203,7 @@ def sample_action_tokens(
     samples: int,
     plan_visible: bool,
     max_tokens: int,
-) -> ActionTokens:
+) -> GeneratedTokens:
     """`samples` chunks per observation as tokens, [b S g]: one prefill, then one token after the other.
 
     With `plan_visible` the tokens see the batch's text target (the plan).

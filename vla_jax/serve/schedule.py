@@ -23,7 +23,7 @@ from vla_jax.types import PyTree
     jax.tree_util.register_dataclass, data_fields=("times", "entries"), meta_fields=("by_stage",)
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ConditionTable:
     """Entries for some times, along leading axes."""
 
     times: Float[Array, "u"] | Float[Array, "n stages"]
@@ -38,7 +38,9 @@ class Schedule:
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[leading:])[i], self.entries)
 
 
-def make_schedule(model: VLA, params: PyTree, process: Process, solver: SolverConfig) -> Schedule | None:
+def make_schedule(
+    model: VLA, params: PyTree, process: Process, solver: SolverConfig
+) -> ConditionTable | None:
     """The entries of a solver's times; None where these depend on what it finds on its way."""
     by_stage = isinstance(process, Flow) and solver.method in FIXED
     if by_stage:
@@ -50,7 +52,7 @@ def make_schedule(model: VLA, params: PyTree, process: Process, solver: SolverCo
             return None
         times = found
     entries = _entries(params, jnp.asarray(times, jnp.float32), model=model)
-    return Schedule(times=jnp.asarray(times), entries=entries, by_stage=by_stage)
+    return ConditionTable(times=jnp.asarray(times), entries=entries, by_stage=by_stage)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -11,16 +11,16 @@ from vla_jax.sharding.rules import path_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PlacedArray:
     """One array of the state."""
 
     name: str
     shape: tuple[int, ...]
     spec: str
     bytes: int
-    """Of the whole array."""
+    """Bytes of the whole array."""
     device_bytes: int
-    """Of one device's shard."""
+    """Bytes of one device's shard."""
     split: bool
     """Whether any mesh axis of more than one device splits it."""
 
@@ -29,17 +29,17 @@ class Row:
 class Placement:
     """Where a tree of arrays lies."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PlacedArray, ...]
     mesh: dict[str, int]
 
     @property
     def bytes(self) -> int:
-        """Of all arrays, each counted once."""
+        """Bytes of all arrays, each counted once."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def device_bytes(self) -> int:
-        """On each device."""
+        """Bytes of all arrays on each device."""
         return sum(row.device_bytes for row in self.rows)
 
     @property
@@ -63,7 +63,7 @@ class Placement:
 
     def summary(self) -> str:
         """One line per top-level item (params, ema, opt_state) and one for the whole."""
-        groups: dict[str, list[Row]] = {}
+        groups: dict[str, list[PlacedArray]] = {}
         for row in self.rows:
             groups.setdefault(row.name.split("/")[0], []).append(row)
         lines = []
@@ -121,10 +121,10 @@ def human(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
-def _row(name: str, leaf: Any, sharding: NamedSharding) -> Row:
+def _row(name: str, leaf: Any, sharding: NamedSharding) -> PlacedArray:
     shard = sharding.shard_shape(leaf.shape)
     itemsize = leaf.dtype.itemsize
-    return Row(
+    return PlacedArray(
         name=name,
         shape=tuple(leaf.shape),
         spec=", ".join(str(entry) for entry in sharding.spec) or "-",

@@ -48,6 +48,12 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
+def mesh_axes_of(name: str | None) -> frozenset[str]:
+    """The mesh axes that an axis of a logical name is split over."""
+    axes = dict(RULES).get(name or "")
+    return frozenset() if axes is None else frozenset({axes} if isinstance(axes, str) else axes)
+
+
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[None]:
     """Inside, the models' activation constraints mean this mesh and the table above."""

@@ -29,7 +29,7 @@ from vla_jax.data.schema import Episode
 from vla_jax.data.sources import rlds
 from vla_jax.files import read_json
 from vla_jax.finite import finite
-from vla_jax.sim.sources import MetaWorldSource, Source, TabletopSource
+from vla_jax.sim.sources import DemonstrationSource, MetaWorldSource, TabletopSource
 
 _MAX_SHARDS = 1000
 _TABLETOP_BATCH = 128
@@ -95,7 +95,7 @@ class _ShardReport(NamedTuple):
     retries: int
 
 
-def make_source(config: CollectConfig) -> Source:
+def make_source(config: CollectConfig) -> DemonstrationSource:
     """The source that `config.env` names. Raises ValueError for one that does not exist."""
     kind, _, rest = config.env.partition(":")
     if kind == "tabletop" and not rest:
@@ -200,7 +200,7 @@ def write_shard(config: CollectConfig, shard: int) -> _ShardReport:
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_source(config: CollectConfig) -> Source:
+def _worker_source(config: CollectConfig) -> DemonstrationSource:
     """A worker keeps its simulations and compiled programs from one shard to the next."""
     return make_source(config)
 

@@ -11,14 +11,14 @@ Z_95 = 1.959963984540054
 """The standard normal's 97.5 % quantile: a two-sided interval of 95 %."""
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """Bounds of a share, both in [0, 1]."""
 
     low: float
     high: float
 
 
-def wilson(successes: int, trials: int, z: float = Z_95) -> Interval:
+def wilson(successes: int, trials: int, z: float = Z_95) -> ConfidenceInterval:
     """Wilson's score interval of a binomial share (Wilson 1927, eq. 1), meaningful at 0 % and 100 % too.
 
     The bounds are the two roots p of ``(successes/trials - p)² = z² p (1-p) / trials``.
@@ -35,7 +35,7 @@ def wilson(successes: int, trials: int, z: float = Z_95) -> Interval:
     # At the ends one root is exactly 0 or 1; rounding would leave 1e-17 beside it.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == trials else (centre + half) / scale
-    return Interval(low, high)
+    return ConfidenceInterval(low, high)
 
 
 class Sides(NamedTuple):

@@ -27,7 +27,7 @@ ATTEMPTS = 20
 _ROUNDING_M = 1e-5
 
 
-class Source(Protocol):
+class DemonstrationSource(Protocol):
     """Numbered demonstrations; only successful ones are given out."""
 
     schema: DatasetSchema

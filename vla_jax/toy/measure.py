@@ -63,7 +63,7 @@ class Guidance(NamedTuple):
 
 
 def entropy(law: Law, n: int = 200_000) -> float:
-    """Of the law, in nats, by sampling; standard error below 0.003."""
+    """Entropy of a law in nats, by sampling; standard error below 0.003."""
     return -float(jax.jit(law.log_prob)(law.sample(jax.random.key(1), n).x).mean())
 
 

@@ -66,7 +66,7 @@ class ImagesConfig:
             raise ValueError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1")
 
 
-class State(NamedTuple):
+class UNetState(NamedTuple):
     """All that training changes."""
 
     params: Any
@@ -110,15 +110,15 @@ class ImageTrainer:
         return lambda i: draw(jax.random.fold_in(key, i), n)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def init(self) -> State:
+    def init(self) -> UNetState:
         """Fresh parameters."""
         label = jnp.zeros(1, jnp.int32) if self.config.model.classes else None
         key = jax.random.key(self.config.seed)
         params = self.network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), label)
-        return State(params, self.optimiser.init(params), params, jnp.zeros((), jnp.int32))
+        return UNetState(params, self.optimiser.init(params), params, jnp.zeros((), jnp.int32))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def step(self, state: State, batch: Images) -> tuple[State, Float[Array, ""]]:
+    def step(self, state: UNetState, batch: Images) -> tuple[UNetState, Float[Array, ""]]:
         """(state, loss) after one batch."""
         key = jax.random.fold_in(jax.random.key(self.config.seed + 1), state.step)
         for_process, for_drop, for_dropout = jax.random.split(key, 3)
@@ -138,7 +138,7 @@ class ImageTrainer:
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(self.config.ema, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
-        return State(params, optimiser, average, state.step + 1), value
+        return UNetState(params, optimiser, average, state.step + 1), value
 
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def sample(

@@ -70,20 +70,20 @@ class OptimConfig:
         total = self.warmup_fraction + self.hold_fraction
         _check(total <= 1, f"optim: warmup_fraction + hold_fraction = {total:g} is more than 1; lower one")
 
-    def parsed_groups(self) -> tuple["Group", ...]:
-        """`groups`, read."""
+    def parsed_groups(self) -> tuple["ParameterGroup", ...]:
+        """The entries of `groups`, parsed. Raises ValueError for one that is malformed."""
         return tuple(_group(text) for text in self.groups)
 
 
-class Group(NamedTuple):
-    """One entry of `OptimConfig.groups`."""
+class ParameterGroup(NamedTuple):
+    """Parameters whose learning rate has a factor, and maybe a clipping norm of their own."""
 
     pattern: str
     factor: float
     clip: float | None
 
 
-def _group(text: str) -> Group:
+def _group(text: str) -> ParameterGroup:
     pattern, *numbers = text.split(":")
     try:
         values = [float(number) for number in numbers]
@@ -95,7 +95,7 @@ def _group(text: str) -> Group:
         f"optim.groups: {text!r} is not pattern:factor or pattern:factor:clip with numbers above 0, e.g. "
         "backbone/**:0.1; to leave a group out use optim.freeze",
     )
-    return Group(pattern, values[0], values[1] if len(values) > 1 else None)
+    return ParameterGroup(pattern, values[0], values[1] if len(values) > 1 else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies A·B."""
+        """What multiplies A·B: alpha / rank; 0 without LoRA."""
         return self.alpha / self.rank if self.rank else 0.0
 
 

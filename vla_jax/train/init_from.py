@@ -36,7 +36,7 @@ class Start:
     """What a checkpoint gives to a new run."""
 
     arrays: dict[str, Array]
-    """By path of ours."""
+    """Path in the new model → array."""
     said: list[str]
     """What was taken and what is new, for people."""
 

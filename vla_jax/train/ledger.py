@@ -69,7 +69,7 @@ class Ledger:
         self.seconds, self.starts, self._at = seconds | {"training": kept}, starts, at
 
     def begin(self) -> None:
-        """The first step begins."""
+        """From now on time counts as training; called when the first step begins."""
         self._switch("training")
         self.write()
 

@@ -89,7 +89,7 @@ class TrainingDiverged(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained."""
+    """All that the loop is given: step, data, initial parameters and what checkpoints say."""
 
     builder: StateBuilder
     """Shapes, shardings and initialiser of the state."""
@@ -236,7 +236,7 @@ def _watchdog(loop: LoopConfig) -> Watchdog:
 
 
 class _Trainer:
-    """The loop's own bookkeeping."""
+    """The running loop: its job, logs, checkpoints and watchers, and how many steps were skipped."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ Values = Mapping[str, Any]
 
 
 class Writer(Protocol):
-    """Somewhere that metrics go."""
+    """A destination of metrics: a file, TensorBoard, Weights & Biases."""
 
     def write(self, step: int, values: Values) -> None:
         """Takes scalars and short vectors."""
@@ -51,7 +51,7 @@ class Written:
         self._hash.update(text.encode(errors="surrogateescape"))
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint's metadata."""
+        """Number of lines and their hash, for a checkpoint's metadata."""
         return {"lines": self._lines, "sha256": self._hash.hexdigest()}
 
 
@@ -181,7 +181,7 @@ class MetricsLog:
         self._write(self._metrics, step, values)
 
     def perf(self, step: int, values: Values) -> None:
-        """Timings."""
+        """Timings, into perf.jsonl: metrics.jsonl holds only what config and data determine."""
         self._write(self._perf, step, {f"perf/{name}": value for name, value in values.items()})
 
     def written(self) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from vla_jax.sharding.rules import is_box, path_name
-from vla_jax.train.config import Group, OptimConfig
+from vla_jax.train.config import OptimConfig, ParameterGroup
 from vla_jax.train.moments import with_moment_in
 from vla_jax.train.muon import scale_by_muon
 from vla_jax.train.patterns import choose, fits, leaf_names
@@ -48,6 +48,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     A step that is left out changes no state in here, so that every count in it is one of updates applied: Adam
     corrects its bias by it, and the average of the parameters warms up by it (`updates_applied`).
     """
+    # Clipped before the moments see it. Decay comes after the direction, decoupled from the moments as in AdamW; the
+    # groups' factors come last, so that they scale the decay too.
     parts = [
         _clip(config),
         _direction(config),
@@ -134,14 +136,14 @@ def _clip_by_pattern(config: OptimConfig) -> optax.GradientTransformation:
         def scale(path: KeyPath, g: Array) -> Array:
             _, most = bucket(path)
             norm = jnp.sqrt(squares[bucket(path)])
-            return jnp.where(norm < most, g, g / norm * most)
+            return jnp.where(norm < most, g, g / norm * most)  # rounded as by optax.clip_by_global_norm
 
         return tree_map_with_path(scale, updates)
 
     return optax.stateless(update)
 
 
-def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
+def _factors(groups: Sequence[ParameterGroup]) -> optax.GradientTransformation:
     """Multiplies each group's update. Raises ValueError at its start where a pattern fits no trained parameter."""
 
     def init(params: PyTree) -> optax.EmptyState:
@@ -162,7 +164,7 @@ def _factors(groups: Sequence[Group]) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def group_of(name: str, groups: Sequence[Group]) -> Group | None:
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup | None:
     """The group of a parameter: the first whose pattern fits."""
     return next((group for group in groups if fits(name, group.pattern)), None)
 

@@ -6,22 +6,21 @@ the matrices that it adapts to the second.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from vla_jax.checkpoint.tree import flatten, join
+from vla_jax.checkpoint.tree import join
 from vla_jax.config import TrainConfig
 from vla_jax.layers import lora
 from vla_jax.layers.matrices import matrix_axes
-from vla_jax.objectives.config import ObjectiveConfig
+from vla_jax.models.vla import VLA
 from vla_jax.objectives.terms import Model
-from vla_jax.train.flops import Trained
 from vla_jax.train.patterns import choose, fits, leaf_names
-from vla_jax.train.state import InitParams, TrainState
-from vla_jax.types import PyTree
+from vla_jax.train.state import InitParams
+from vla_jax.types import Batch, PyTree
 
 LORA_KEY = 0x10FA
 """Folded into a run's key for A, so that all other parameters start as without LoRA."""
@@ -38,6 +37,20 @@ class Parts:
     """Key → all parameters, LoRA's with them."""
     frozen: frozenset[str]
     """Paths of those that are not trained."""
+
+
+def init_params(model: VLA, example: Batch, batch_size: int | None = None) -> InitParams:
+    """Key → boxed parameters. Only the shapes of `example` matter, a part of a batch of `batch_size` (or all)."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size or x.shape[0], *x.shape[1:]), x.dtype), example
+    )
+
+    def init(key: PRNGKeyArray) -> PyTree:
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        t = jnp.zeros(batch.tokens.shape[:1])
+        return model.init(key, batch, batch.actions, t)["params"]
+
+    return init
 
 
 def make_parts(init_params: InitParams, config: TrainConfig) -> Parts:
@@ -81,42 +94,3 @@ class _Network:
         """The model's own, with all parameters. What a method does not read of them is not computed either."""
         params = lora.scaled(join(variables["params"], self.frozen), self.scale)
         return self.model.apply({"params": params}, *args, **kwargs)
-
-
-def trained_shares(state: TrainState, objective: ObjectiveConfig) -> Trained:
-    """What of each part has a gradient, from the shapes of a state; for the count of FLOPs."""
-    shapes, trained = flatten(state.whole(averaged=False)), flatten(state.params).keys()
-    if (
-        objective.asked == ("action",) and objective.insulation == 0
-    ):  # nothing that is learned depends on the backbone
-        trained = {name for name in trained if name.startswith("expert/")}
-
-    def share(*prefixes: str) -> float | None:
-        names = [name for name in shapes if name.startswith(prefixes)]
-        if not any(name in trained for name in names):
-            return None
-        sizes = {name: math.prod(shapes[name].shape) for name in names if _counts(name)}
-        return sum(n for name, n in sizes.items() if name in trained) / max(1, sum(sizes.values()))
-
-    table = "backbone/llm/embedder/input_embedding"
-    return Trained(
-        vision=share("backbone/img/"),
-        decoder=share("backbone/llm/layers/", "backbone/llm/final_norm/"),
-        table=1.0 if table in trained else None,
-        expert=share("expert/"),
-        through=objective.insulation > 0,
-    )
-
-
-def factor_sizes(state: TrainState) -> dict[str, int]:
-    """Elements of LoRA's factors by the part that they are in: multiply-adds for each of its tokens."""
-    sizes = {
-        name: math.prod(leaf.shape) for name, leaf in flatten(state.params).items() if lora.is_factor(name)
-    }
-    parts = ("backbone/img/", "backbone/llm/", "expert/")
-    return {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in parts}
-
-
-def _counts(name: str) -> bool:
-    """Whether FLOPs are counted of a parameter: a matrix of the network itself, not LoRA's beside it."""
-    return matrix_axes(name) is not None and not lora.is_factor(name)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
 
 from vla_jax.checkpoint import Saved, open_newest, read_meta
 from vla_jax.checkpoint.manager import flatten
@@ -40,14 +38,14 @@ from vla_jax.train import spikes
 from vla_jax.train.cluster.hosts import bundle_hash, code_hash
 from vla_jax.train.cluster.interrupt import StopSignal
 from vla_jax.train.cluster.watchdog import Watchdog
-from vla_jax.train.flops import Flops, model_flops
+from vla_jax.train.flops import train_flops
 from vla_jax.train.init_from import check_start, read_start
 from vla_jax.train.loop import PLACEMENT, Job, fit
 from vla_jax.train.optim import learning_rate, make_optimizer
 from vla_jax.train.overlap import settled
-from vla_jax.train.parts import factor_sizes, make_parts, trained_shares
+from vla_jax.train.parts import init_params, make_parts
 from vla_jax.train.profile import Steps
-from vla_jax.train.state import InitParams, StateBuilder, TrainState, state_builder
+from vla_jax.train.state import InitParams, StateBuilder, state_builder
 from vla_jax.train.step import add_up, make_eval_step, make_train_step
 from vla_jax.train.weigh import policy_of
 from vla_jax.types import Batch, PyTree
@@ -227,7 +225,7 @@ def make_job(config: TrainConfig, bundle: DataBundle, mesh: jax.sharding.Mesh) -
             "splits": split_hash(index, config),
         },
         identity=identity_of(split_hash(index, config)),
-        sample_flops=train_flops(config, builder.shapes),
+        sample_flops=train_flops(config),
         sample_tokens=sample_tokens(config),
         key=jax.random.key(config.seed),
         defaults=json.loads(to_json(TrainConfig())),
@@ -318,20 +316,6 @@ def check_weighting_state(run_dir: str | os.PathLike, config: TrainConfig) -> No
         )
 
 
-def init_params(model: VLA, example: Batch, batch_size: int | None = None):
-    """Key → boxed parameters. Only the shapes of `example` matter, a part of a batch of `batch_size` (or all)."""
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch_size or x.shape[0], *x.shape[1:]), x.dtype), example
-    )
-
-    def init(key: PRNGKeyArray) -> PyTree:
-        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        t = jnp.zeros(batch.tokens.shape[:1])
-        return model.init(key, batch, batch.actions, t)["params"]
-
-    return init
-
-
 def make_validate(model: VLA, process: Process, config: TrainConfig, builder: StateBuilder):
     """(parameters, device batches) → metrics. Noise is the same in every validation, so that they compare."""
     mesh = builder.mesh
@@ -351,51 +335,13 @@ def make_validate(model: VLA, process: Process, config: TrainConfig, builder: St
     return validate
 
 
-def train_flops(config: TrainConfig, state: TrainState) -> float:
-    """Analytic FLOPs of one training sample; terms of weight zero are not computed and not counted.
-
-    `state` (its shapes will do) says what is trained.
-    """
-    objective = config.objective
-    draws = objective.noise_draws if objective.action_weight else 0
-    whole = count_flops(config).train_sample(draws, trained_shares(state, objective))
-    model = config.model
-    images = model.image_tokens
-    tokens = {
-        "backbone/img/": images,
-        "backbone/llm/": images + config.data.max_text_tokens + padded_chunk(config),
-        "expert/": draws * model.expert.tokens,
-    }
-    # Three passes, as of every matrix that is trained: forward, the activations' gradient, the factors' own.
-    lora = sum(tokens[part] * size for part, size in factor_sizes(state).items())
-    return whole + 3 * 2 * lora
-
-
 def sample_tokens(config: TrainConfig) -> int:
     """Tokens of one training sample: images, padded text, the padded chunk as FAST tokens, and the expert's suffix for
     every noise draw, each where there is one."""
     model, objective = config.model, config.objective
     draws = objective.noise_draws if objective.action_weight and model.expert.is_network else 0
     prefix = model.image_tokens + config.data.max_text_tokens
-    return prefix + padded_chunk(config) + draws * model.expert.tokens
-
-
-def padded_chunk(config: TrainConfig) -> int:
-    """Tokens of a chunk's row in a batch of a resolved configuration; 0 where chunks do not become tokens."""
-    return config.data.fast.max_tokens if config.chunk_tokens != "none" else 0
-
-
-def count_flops(config: TrainConfig) -> Flops:
-    """Analytic FLOPs of a resolved configuration's model on its data."""
-    target_tokens = config.data.max_target_tokens if config.objective.text else 0
-    chunk_tokens = padded_chunk(config)
-    return model_flops(
-        config.model,
-        text_tokens=config.data.max_text_tokens,
-        target_tokens=target_tokens,
-        chunk_tokens=chunk_tokens,
-        chunk_targets=config.data.fast.max_targets or chunk_tokens,
-    )
+    return prefix + config.padded_chunk + draws * model.expert.tokens
 
 
 def describe(config: Mapping[str, Any], prefix: str = "") -> str:

@@ -39,7 +39,7 @@ class EvalSums(NamedTuple):
 
 @runtime_checkable
 class TrainStep(Protocol):
-    """What `make_train_step` returns."""
+    """One step of training as a pure function; `knobs` take the place of numbers of the configuration."""
 
     def __call__(
         self, state: TrainState, batch: Batch, knobs: Knobs | None = None, /

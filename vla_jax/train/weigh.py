@@ -39,7 +39,7 @@ class Weighed(NamedTuple):
     gradients: PyTree
     total: Float[Array, ""]
     metrics: Metrics
-    """Of the losses, see `term_metrics`; and their weights, where those are not constants."""
+    """Metrics of the losses (`term_metrics`), and their weights, where those are not constants."""
     weighting: PyTree | None
     """The next state of the λ policy."""
     weights: Named
@@ -58,7 +58,7 @@ class Problem:
 
     @property
     def objective(self) -> Objective:
-        """The losses; see there."""
+        """The losses of this model, with κ from the knobs where there are any."""
         return Objective(
             model=self.model,
             process=self.process,

@@ -28,7 +28,7 @@ _FILES = ("tokenizer.json", "processor_config.json")
 MOST_CHARACTERS = 0xD800
 """Coefficients are written as the characters from 0 on; from U+D800 on lie the surrogates, which no text may hold."""
 _LARGEST = 2.0**62
-"""Of a coefficient: beyond it an int64 overflows."""
+"""Largest coefficient: beyond it an int64 overflows."""
 
 
 class Decoded(NamedTuple):

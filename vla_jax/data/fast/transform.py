@@ -26,9 +26,9 @@ class TokenizeActions:
     ids: ActionIds
     horizon: int
     action_dim: int
-    """The robot's own."""
+    """The robot's own dimensions, without padding."""
     max_tokens: int
-    """Of a row, begin and end included."""
+    """Length of a row, begin and end included."""
     keep_actions: bool
     """Whether the continuous actions stay beside the tokens (for an expert) or go (the tokens are the policy)."""
     limit: int = 0

@@ -15,7 +15,7 @@ from vla_jax.data.robots.description import Camera, Part, RobotDescription
 
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
 SIGNS = (1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
-"""Of the joints, π0's against ALOHA's."""
+"""Factor of each joint from ALOHA's units to π0's."""
 CLOSED, OPEN = -0.6213, 1.4910
 """The gripper's joint in radians, which a command of 0 … 1 stands for."""
 

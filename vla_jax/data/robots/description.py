@@ -120,7 +120,7 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RobotDescription:
-    """A robot."""
+    """How a robot's messages name and order cameras, state and actions, and what their numbers mean."""
 
     name: str
     state: tuple[Part, ...]

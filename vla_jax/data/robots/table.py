@@ -25,7 +25,7 @@ ROBOTS: Mapping[str, RobotDescription] = {
 }
 
 MAX_BYTES = 1_000_000
-"""Of a JSON file; a description takes some hundred lines."""
+"""Largest JSON file that is read; a description takes some hundred lines."""
 
 
 def find_robot(name: str) -> RobotDescription:

@@ -21,7 +21,7 @@ class EncodedEpisode:
     """Camera → one PNG per step."""
     language_instruction: str
     text_target: tuple[str, ...]
-    """One per step."""
+    """The text to be learned, one per step."""
     metadata: dict[str, Any]
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from vla_jax.data.sources import rlds
 
 FEATURES_FILE = "features.json"
 MAX_BYTES = 64 * 2**20
-"""Of a JSON file beside the records; ours have a few KiB."""
+"""Largest JSON file that is read beside the records; ours have a few KiB."""
 
 _protos: Any = feature_pb2
 """Generated code, whose classes are made when it is imported."""

@@ -79,12 +79,12 @@ class BackboneConfig:
 
     @property
     def width(self) -> int:
-        """Of its outputs and features."""
+        """Width of its outputs and features."""
         raise NotImplementedError
 
     @property
     def heads(self) -> Heads | None:
-        """Of the keys and values; None where it leaves none."""
+        """Sizes of the keys and values that it leaves; None where it leaves none."""
         return None
 
     @property

@@ -46,30 +46,30 @@ class EncoderConfig(BackboneConfig):
 
     @property
     def reads_images(self) -> bool:
-        """As the option says."""
+        """Whether it looks at the cameras: the option `images`."""
         return self.images
 
     @property
     def reads_state(self) -> bool:
-        """Through its token."""
+        """Whether the state is a token among the features: the option `state_token`."""
         return self.state_token
 
     @property
     def image_size(self) -> int:
-        """Of every camera."""
+        """Height and width of every camera's image in pixels."""
         return self.vision.image_size
 
     @property
     def image_tokens(self) -> int:
-        """The encoder's."""
+        """Features that one camera's image becomes; 0 without images."""
         return self.vision.tokens if self.images else 0
 
     def check(self, compute: Compute) -> None:
-        """The encoder's limits."""
+        """Raises ValueError where the image encoder cannot be computed so."""
         self.vision.check(compute)
 
     def make(self, cameras: tuple[str, ...], compute: Compute, leaves: frozenset[str]) -> "Encoder":
-        """The module."""
+        """The module for these cameras; its contexts have `features`."""
         del leaves  # it has but one thing to leave
         return Encoder(self, cameras, compute)
 

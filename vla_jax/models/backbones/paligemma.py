@@ -35,22 +35,22 @@ class PaliGemmaConfig(BackboneConfig):
 
     @property
     def image_size(self) -> int:
-        """Of every camera."""
+        """Height and width of every camera's image in pixels."""
         return self.vision.image_size
 
     @property
     def image_tokens(self) -> int:
-        """One per patch."""
+        """Tokens of the prefix that one camera's image becomes: one per patch."""
         return self.vision.tokens
 
     @property
     def width(self) -> int:
-        """Of the decoder."""
+        """Width of the decoder's outputs, to which image tokens are projected."""
         return self.text.width
 
     @property
     def heads(self) -> Heads:
-        """Of the decoder."""
+        """Sizes of the decoder's keys and values, which a joint expert attends to layer by layer."""
         text = self.text
         return Heads(text.depth, text.heads, text.kv_heads, text.head_dim)
 
@@ -64,7 +64,7 @@ class PaliGemmaConfig(BackboneConfig):
         return dataclasses.replace(self, text=dataclasses.replace(self.text, vocab=vocab))
 
     def unknown(self) -> dict[str, int]:
-        """The table's rows."""
+        """The vocabulary may be left to the data set's tokenizer (0)."""
         return {"backbone.text.vocab": self.text.vocab}
 
     def check(self, compute: Compute) -> None:
@@ -73,7 +73,7 @@ class PaliGemmaConfig(BackboneConfig):
         check_heads(compute, "model.backbone.text.head_dim", self.text.head_dim)
 
     def make(self, cameras: tuple[str, ...], compute: Compute, leaves: frozenset[str]) -> "PaliGemma":
-        """The module."""
+        """The module for these cameras, whose contexts have the fields `leaves`."""
         return PaliGemma(self, cameras, compute, leaves)
 
 
@@ -143,6 +143,7 @@ class PaliGemma(nn.Module):
         (`Context.reserve`). `visible` says whether an expert may see it later.
         """
         x = self.llm.embed(token[:, None])
+        # As in `token_positions`: the slots of padding and of masked cameras take no position.
         positions = jnp.sum(context.mask, axis=1, keepdims=True)
         own = jnp.ones((x.shape[0], 1, 1), bool)
         hidden, kv = self.llm(x, positions, own, context.kv, context.mask)

@@ -49,7 +49,7 @@ class VisionConfig(ImageEncoderConfig):
 
     @property
     def tokens(self) -> int:
-        """Tokens per camera."""
+        """Tokens that one camera's image becomes: one per patch."""
         return (self.image_size // self.patch) ** 2
 
     def check(self, compute: Compute) -> None:
@@ -57,7 +57,7 @@ class VisionConfig(ImageEncoderConfig):
         check_heads(compute, "model.backbone.vision.width / vision.heads", self.width // self.heads)
 
     def make(self, out_width: int, compute: Compute) -> "SigLIP":
-        """The module."""
+        """The module: uint8 images [b h w 3] → tokens [b p out_width]."""
         return SigLIP(
             self, out_width, jnp.dtype(compute.dtype), compute.remat, compute.unroll, compute.attention
         )
@@ -82,6 +82,7 @@ class SigLIP(nn.Module):
             raise ValueError(
                 f"images are {images.shape[1:3]}, the encoder takes {cfg.image_size}×{cfg.image_size}"
             )
+        # Pixels and positions are added in float32; only their sum is rounded to the blocks' type.
         x = images.astype(jnp.float32) / 127.5 - 1.0
         x = Patches(
             cfg.width,
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
     attention: Backend
 
     def setup(self):
-        """Declares them."""
+        """Declares the stack of blocks and the last norm, under big_vision's names."""
         self.encoderblock = declare_blocks(
             self, "encoderblock", EncoderBlock, (self.config, self.dtype, self.attention),
             depth=self.config.depth, remat=self.remat, unroll=self.unroll,

@@ -31,7 +31,7 @@ from vla_jax.types import Context, Given, KeysValues
 TIME_WIDTH = 256
 """Width of the time's embedding before the norms' MLP."""
 EPS = 1e-5
-"""Of the norms in blocks; the last one has 1e-6."""
+"""Added to the variance in the blocks' norms; the last norm has 1e-6."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,12 @@ class DitConfig(ExpertConfig):
 
     @property
     def reads_state(self) -> bool:
-        """Through its token alone."""
+        """Whether the state is a token beside the actions; the network reads it nowhere else."""
         return self.state_token
 
     @property
     def tokens(self) -> int:
-        """State and actions."""
+        """Tokens of one evaluation: the state's, if it has one, and one per action."""
         return self.horizon + self.state_token
 
     def check(self, compute: Compute) -> None:
@@ -87,7 +87,7 @@ class DitConfig(ExpertConfig):
         check_heads(compute, "model.expert.width / model.expert.heads", self.width // self.heads)
 
     def make(self, backbone: BackboneConfig, compute: Compute) -> "DitExpert":
-        """The module."""
+        """The module, for a backbone that leaves features of any width."""
         del backbone  # its features are projected, whatever their width
         return DitExpert(self, compute)
 
@@ -216,7 +216,7 @@ class DitExpert(Expert):
         return self.features_proj(self.features_norm(context.features))
 
     def _token_of(self, state: Float[Array, "r q"] | None) -> Float[Array, "r d"] | None:
-        """The state's token."""
+        """The state's token, of two layers; None without one."""
         if state is None or not self.config.state_token:
             return None
         return self.state_out(nn.relu(self.state_in(state)))
@@ -258,7 +258,7 @@ class Pair(nn.Module):
         return self.own(self.cross(x, norms.cross, shared, past), norms.own, shared), None
 
     def keys_values(self, nothing: None, own: None, shared: Shared) -> tuple[None, KeysValues]:
-        """Of the features."""
+        """Keys and values of the cross-attention, from the backbone's features."""
         del own
         return nothing, self.cross.keys_values(needed(shared.features, "features"))
 

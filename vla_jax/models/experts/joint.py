@@ -57,16 +57,16 @@ class JointConfig(ExpertConfig):
 
     @property
     def reads_state(self) -> bool:
-        """Through its token alone."""
+        """Whether the state is a token beside the actions; the network reads it nowhere else."""
         return self.state_token
 
     @property
     def tokens(self) -> int:
-        """State and actions."""
+        """Tokens of one evaluation: the state's, if it has one, and one per action."""
         return self.horizon + self.state_token
 
     def make(self, backbone: BackboneConfig, compute: Compute) -> "JointExpert":
-        """The module."""
+        """The module, with as many layers and heads as the backbone whose keys and values it attends to."""
         return JointExpert(self, backbone, compute)
 
 

@@ -15,5 +15,5 @@ def bare(values: Named) -> Scalar | Named:
 
 
 def with_names(saved: Scalar | Named, names: Sequence[str]) -> Named:
-    """The inverse."""
+    """By name, whether it was saved so or, with one weighted loss, as a bare number."""
     return saved if isinstance(saved, dict) else dict(zip(names, [saved], strict=True))

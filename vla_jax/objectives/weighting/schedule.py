@@ -39,7 +39,7 @@ class Scheduled(Weighting):
         return self.everywhere(lambda name: 1.0 if name == "text" else self.at(step, self.lambdas[name]))
 
     def at(self, step: Int[Array, ""] | int, given: float | Scalar) -> Float[Array, ""]:
-        """λ of a step."""
+        """λ at a step on its way from `start` to the given one."""
         progress = self._progress(step)
         if self.shape == "step":
             return jnp.where(progress > 0, given, self.start).astype(jnp.float32)

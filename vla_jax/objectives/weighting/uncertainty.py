@@ -25,7 +25,7 @@ class Uncertainty(Weighting):
         return self.by_name(lambda name: 0.0)
 
     def weights(self, step: Int[Array, ""] | int, state: Named, gram: Gram | None) -> Weights:
-        """Of the log-variances before this step."""
+        """λ_i · exp(-s_i) with the log-variances s before this step."""
         return self.everywhere(lambda name: self.lambdas[name] * jnp.exp(-state[name]))
 
     def update(self, state: Named, losses: Named, gram: Gram | None) -> Named:

@@ -7,9 +7,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vla_jax.flow.config import SolverConfig
-from vla_jax.serve.compiled.program import Inputs, Program, Shape, Text
+from vla_jax.serve.compiled.program import Inputs, PolicyProgram, Shape, Text
 from vla_jax.serve.sampling import Continuation, Overlap
-from vla_jax.serve.schedule import Schedule, make_schedule
+from vla_jax.serve.schedule import ConditionTable, make_schedule
 from vla_jax.sharding.mesh import batch_sharding, batch_shards, replicated
 from vla_jax.sharding.rules import activate
 from vla_jax.types import Context, PyTree
@@ -18,14 +18,14 @@ from vla_jax.types import Context, PyTree
 class Compiler:
     """Parameters on their devices, and the executables that were made for them."""
 
-    def __init__(self, program: Program, params: PyTree, mesh: Mesh | None):
+    def __init__(self, program: PolicyProgram, params: PyTree, mesh: Mesh | None):
         self.program, self.mesh, self.params = program, mesh, params
         self._executables: dict[Shape, Any] = {}
-        self._schedules: dict[SolverConfig, Schedule | None] = {}
+        self._schedules: dict[SolverConfig, ConditionTable | None] = {}
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Those that are compiled."""
+        """Shapes whose executable is there, so that a call with them compiles nothing."""
         return tuple(self._executables)
 
     def executable(self, shape: Shape) -> Any:
@@ -38,7 +38,7 @@ class Compiler:
         """Runs it; arrays stay on the device."""
         return self.executable(shape)(self.params, self.schedule(shape.solver), inputs, context)
 
-    def schedule(self, solver: SolverConfig) -> Schedule | None:
+    def schedule(self, solver: SolverConfig) -> ConditionTable | None:
         """What the network knows of a solver's times, computed at its first use; None: at every evaluation."""
         if not self.program.rewrites.time:
             return None

@@ -31,7 +31,7 @@ class Rewrites:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """All of them."""
+        """Names of the rewrites that can be switched on and off."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
 

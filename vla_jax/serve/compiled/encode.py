@@ -19,13 +19,13 @@ class Encoded(NamedTuple):
     images: dict[str, np.ndarray]
     """The model's cameras that have an image, in the model's order."""
     state: np.ndarray
-    """In the robot's units."""
+    """[q], in the robot's units."""
     group: int
-    """Of the statistics."""
+    """Which row of the normalisation's statistics holds for it (by task, where they are kept apart)."""
     text: TextTokens
 
 
-class Encoder:
+class ObservationEncoder:
     """Checks an observation and tokenises its texts."""
 
     def __init__(self, bundle: DataBundle, *, resize: bool = False):

@@ -47,7 +47,7 @@ def served(params: PyTree, model: VLAConfig, config: CompileConfig, mesh: Mesh |
 
 
 def size_bytes(params: PyTree) -> int:
-    """Of all arrays."""
+    """Bytes of all arrays together."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
@@ -76,7 +76,11 @@ def _kept(
 
 
 def _turned(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The tree with the matrices of layers that lie apart, and of no stack, in the order in which they multiply."""
+    """The tree with the matrices of layers that lie apart, and of no stack, in the order in which they multiply.
+
+    XLA on CPU transposes any other order anew at every evaluation. Scans slice their stack along its first axis, so
+    stacks stay as they are.
+    """
     turned: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{above}{name}"

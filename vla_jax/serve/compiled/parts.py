@@ -12,7 +12,7 @@ from vla_jax.serve.compiled.runner import ProgramRunner
 Part = Literal["vision", "prefill", "denoise"]
 
 
-class Parts:
+class TimedParts:
     """Vision, prefill (vision with it) and denoise of one shape, with inputs that lie on the device."""
 
     def __init__(self, runner: ProgramRunner, shape: Shape, rows: Sequence[Encoded]):

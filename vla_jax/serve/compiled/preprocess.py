@@ -97,7 +97,7 @@ class Scaling(NamedTuple):
     known: Affine
     """Of actions towards the model."""
     resize: ResizeImages
-    """To the model's images."""
+    """Scales images of any size into the model's, with their proportions kept."""
 
 
 def scaling_of(bundle: DataBundle) -> Scaling:

@@ -20,7 +20,7 @@ from vla_jax.serve.compiled.preprocess import (
     robot_actions,
 )
 from vla_jax.serve.sampling import Continuation, Overlap, Sampling, sample_chunks
-from vla_jax.serve.schedule import Schedule
+from vla_jax.serve.schedule import ConditionTable
 from vla_jax.types import Batch, Context, Given, PyTree
 
 
@@ -28,11 +28,11 @@ class Shape(NamedTuple):
     """All that makes one executable differ from another of the same policy."""
 
     rows: int
-    """Observations."""
+    """Observations in a call (axis b)."""
     cameras: tuple[tuple[str, int, int], ...]
     """Name, height and width of each, as the robot sends them."""
     length: int
-    """Text tokens."""
+    """Text tokens of a row, padding included (axis l)."""
     samples: int
     plan_visible: bool
     """The text holds a plan that the actions see."""
@@ -42,13 +42,13 @@ class Shape(NamedTuple):
     again: bool = False
     """From the context that an earlier call left: no images, no text."""
     keep: bool = False
-    """Return that context."""
+    """Return the context beside the actions, for a later call with `again`."""
     continues: Continuation | None = None
     """The chunks continue those that run, and how."""
 
 
 class Text(NamedTuple):
-    """A batch of prompts."""
+    """Prompts as token ids, padded to one length, with a plan behind each where there are plans."""
 
     tokens: Int[Array, "b l"]
     mask: Bool[Array, "b l"]
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
     text: Text | None
     state: Float[Array, "b q"]
     group: Int[Array, " b"]
-    """Of the statistics."""
+    """Which row of the normalisation's statistics holds for each observation."""
     key: Array
     """Key data [b …] as `jax.random.key_data` gives them."""
     number: Int[Array, " b"]
@@ -85,7 +85,7 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class PolicyProgram:
     """The function and its parts, each of which can be compiled (and timed) by itself."""
 
     config: VLAConfig
@@ -98,7 +98,12 @@ class Program:
         return VLA(self.config if not cameras else dataclasses.replace(self.config, cameras=cameras))
 
     def act(
-        self, params: PyTree, schedule: Schedule | None, inputs: Inputs, context: Context | None, shape: Shape
+        self,
+        params: PyTree,
+        schedule: ConditionTable | None,
+        inputs: Inputs,
+        context: Context | None,
+        shape: Shape,
     ) -> Any:
         """Actions [b S k a], and the context where it is to be kept."""
         if context is None:
@@ -144,7 +149,7 @@ class Program:
         return jnp.pad(state, ((0, 0), (0, self.config.expert.state_dim - state.shape[-1])))
 
     def denoise(
-        self, params: PyTree, schedule: Schedule | None, context: Context, inputs: Inputs, shape: Shape
+        self, params: PyTree, schedule: ConditionTable | None, context: Context, inputs: Inputs, shape: Shape
     ) -> Float[Array, "b S k a"]:
         """Noise to actions in the robot's units."""
         expert, dims = self.config.expert, self.scaling.action.factor.shape[-1]

@@ -20,9 +20,9 @@ from vla_jax.flow.processes import make_process
 from vla_jax.models.vla import portable
 from vla_jax.serve.compiled.compiler import Compiler
 from vla_jax.serve.compiled.config import CompileConfig, batch_bucket
-from vla_jax.serve.compiled.encode import Encoded, Encoder
+from vla_jax.serve.compiled.encode import Encoded, ObservationEncoder
 from vla_jax.serve.compiled.preprocess import scaling_of
-from vla_jax.serve.compiled.program import Inputs, Program, Shape
+from vla_jax.serve.compiled.program import Inputs, PolicyProgram, Shape
 from vla_jax.serve.compiled.prompts import null, stacked, used
 from vla_jax.serve.executors.base import Running
 from vla_jax.serve.sampling import Overlap
@@ -56,10 +56,10 @@ class ProgramRunner:
         model = dataclasses.replace(
             portable(config.model, jax.default_backend()), dtype=how.dtype or config.model.dtype
         )
-        program = Program(model, make_process(config.process), scaling_of(bundle), how.rewrites)
+        program = PolicyProgram(model, make_process(config.process), scaling_of(bundle), how.rewrites)
         self.compiler = Compiler(program, params, mesh)
         on_host = how.resize == "host"
-        self._encoder = Encoder(bundle, resize=on_host)
+        self._encoder = ObservationEncoder(bundle, resize=on_host)
         one_size = (bundle.resize.height, bundle.resize.width)
         self._sizes = {name: one_size if on_host else size for name, size in bundle.select.cameras.items()}
         longest, reads = config.data.max_text_tokens, config.model.backbone
@@ -106,7 +106,7 @@ class ProgramRunner:
     def encode(
         self, observation: Observation, plan: Sequence[str] | None = None, *, null_prompt: bool = False
     ) -> list[Encoded]:
-        """Rows of an observation, see `Encoder`. Raises ValueError."""
+        """Rows of an observation, see `ObservationEncoder`. Raises ValueError."""
         return self._encoder(observation, plan, null_prompt=null_prompt)
 
     def length_of(self, rows: Sequence[Encoded]) -> int:
@@ -141,7 +141,7 @@ class ProgramRunner:
             raise ValueError(f"{len(rows)} rows with {len(keys)} keys do not fit a bucket of {bucket}")
         real, last = len(rows), [len(rows) - 1] * (bucket - len(rows))
         numbers = np.zeros(real, np.int32) if numbers is None else numbers
-        rows = [*rows, *[rows[-1]] * len(last)]
+        rows = [*rows, *[rows[-1]] * len(last)]  # copies of the last row fill the bucket; cut off below
         keys, numbers = (np.concatenate([x, x[last]]) for x in (keys, numbers))
         states = np.stack([row.state for row in rows])
         weights = None
@@ -195,7 +195,7 @@ class ProgramRunner:
         again = shape.again
         host: dict[str, Any] = dict(  # NumPy's arrays where a program's are declared
             images=() if again else tuple(images.values()),
-            present=np.asarray([name in found for name in images]),
+            present=np.asarray([name in found for name in images], bool),
             text=None if again else stacked(texts, shape.length, plan_visible=shape.plan_visible),
             state=self.bundle.model_state(np.stack([row.state for row in rows])).astype(np.float32),
             group=np.asarray([row.group for row in rows], np.int32),

@@ -272,7 +272,7 @@ class RecedingHorizon(ChunkExecutor):
     """Runs the first `execute` actions of each chunk, then stands still for `delay` steps while it predicts anew."""
 
     def reset(self, observation: Observation, plan: Sequence[str] | None = None) -> None:
-        """Begins an episode."""
+        """Begins an episode, in which there is no last action yet."""
         super().reset(observation, plan)
         self._last: Float[np.ndarray, "b a"] | None = None
 

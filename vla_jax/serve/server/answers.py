@@ -25,7 +25,7 @@ class Serves(Protocol):
     spec: Spec
 
     def prepare(self, request: Request, seed: int) -> Any:
-        """A row; raises Refused."""
+        """What `run` takes of one request. Raises Refused where it asks for what cannot be done."""
         ...
 
     def run(self, rows: Sequence[Any]) -> Sequence[Any]:
@@ -116,7 +116,7 @@ class Answers:
         return future
 
     def _row(self, request: Request, seed: int) -> Any | Refused | Failed:
-        """In the pool."""
+        """Prepares a request, in the pool of threads; errors are returned and not raised."""
         try:
             return self._engine.prepare(request, seed)
         except Refused as refusal:

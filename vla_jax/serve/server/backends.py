@@ -20,7 +20,7 @@ SERVED = CompileConfig(rewrites=Rewrites(reuse=False))
 """Without `reuse`: what is left of one client's call must not decide how another's is rounded."""
 
 
-class Program(NamedTuple):
+class CallKey(NamedTuple):
     """What rows must have in common to share a call."""
 
     samples: int
@@ -37,7 +37,7 @@ class Program(NamedTuple):
 
 
 class Backend(Protocol):
-    """Rows in, actions out."""
+    """Computes a call of the server: prepared rows to actions."""
 
     lengths: tuple[int, ...]
     """Text lengths of its programs."""
@@ -47,12 +47,12 @@ class Backend(Protocol):
         ...
 
     def run(
-        self, rows: Sequence[Any], seeds: Sequence[int], guidance: Sequence[float] | None, program: Program
+        self, rows: Sequence[Any], seeds: Sequence[int], guidance: Sequence[float] | None, program: CallKey
     ) -> Float[np.ndarray, "b S k a"]:
         """Actions in the robots' units for a full bucket."""
         ...
 
-    def compile(self, program: Program, buckets: Collection[int]) -> int:
+    def compile(self, program: CallKey, buckets: Collection[int]) -> int:
         """Makes a program for all buckets before it is asked for; returns how many that are."""
         ...
 
@@ -83,7 +83,7 @@ class CompiledBackend:
         rows: Sequence[Encoded],
         seeds: Sequence[int],
         guidance: Sequence[float] | None,
-        program: Program,
+        program: CallKey,
     ) -> Float[np.ndarray, "b S k a"]:
         """See `Backend.run`."""
         known = program.cameras in self.camera_sets
@@ -99,7 +99,7 @@ class CompiledBackend:
             cameras=program.cameras if known else self.camera_sets[0],
         )
 
-    def compile(self, program: Program, buckets: Collection[int]) -> int:
+    def compile(self, program: CallKey, buckets: Collection[int]) -> int:
         """For every set of cameras; a program that writes a plan is that of its actions."""
         count = 0
         for cameras in self.camera_sets:
@@ -136,7 +136,7 @@ class TokensBackend:
         rows: Sequence[tuple[Batch, Observation]],
         seeds: Sequence[int],
         guidance: Sequence[float] | None,
-        program: Program,
+        program: CallKey,
     ) -> Float[np.ndarray, "b S k a"]:
         """See `Backend.run`."""
         policy = self._policy
@@ -157,12 +157,12 @@ class TokensBackend:
             [policy.bundle.robot_actions(chunk[None], seen) for chunk, (_, seen) in zip(chunks, rows)]
         )
 
-    def compile(self, program: Program, buckets: Collection[int]) -> int:
+    def compile(self, program: CallKey, buckets: Collection[int]) -> int:
         """Nothing ahead of time: the engine runs every program once."""
         return 0
 
 
 @jax.jit
 def _keys(seeds: Int[Array, " b"]) -> Key[Array, " b"]:
-    """`jax.random.key` of each."""
+    """One key per seed, [b]: a row's noise does not depend on the rows that share its call."""
     return jax.vmap(jax.random.key)(seeds)

@@ -21,7 +21,7 @@ from vla_jax.data.observations import owned
 from vla_jax.flow.config import SolverConfig
 from vla_jax.serve.compiled.config import CompileConfig
 from vla_jax.serve.policy import Policy
-from vla_jax.serve.server.backends import SERVED, Backend, CompiledBackend, Program, TokensBackend
+from vla_jax.serve.server.backends import SERVED, Backend, CallKey, CompiledBackend, TokensBackend
 from vla_jax.serve.server.errors import Refused
 from vla_jax.serve.server.request import Request
 from vla_jax.serve.server.spec import Spec
@@ -31,12 +31,12 @@ MAX_PIXELS = 1280 * 720
 """Of images that are resized unless another limit is given: more than robots' cameras usually send."""
 
 
-class Row(NamedTuple):
-    """One prepared request."""
+class PreparedRequest(NamedTuple):
+    """A request whose images and texts are encoded, with what it needs to share a call with others."""
 
-    program: Program
+    program: CallKey
     observation: Observation
-    """Of one robot."""
+    """What one robot sees, before tokenising and resizing (axis b is 1)."""
     encoded: Any
     """The same as the back end takes it."""
     seed: int
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a row gets."""
+    """The answer to one request."""
 
     actions: Float[np.ndarray, "*S k a"]
     """In the robot's units; with samples above 1, one chunk per sample."""
@@ -111,7 +111,7 @@ class Engine:
             policy, tuple(sorted(set(samples))), plans, guidance, default_prompt, max_pixels, about
         )
 
-    def prepare(self, request: Request, seed: int) -> Row:
+    def prepare(self, request: Request, seed: int) -> PreparedRequest:
         """The row of a request (its own seed before the given one). Raises Refused; any thread may call it."""
         observation = Observation(
             images={
@@ -127,7 +127,7 @@ class Engine:
         except ValueError as error:  # a text that does not fit, an instruction without statistics
             raise Refused("invalid", " ".join(str(error).split())) from None
         plan_visible = request.plan_visible or request.plan is not None
-        program = Program(
+        program = CallKey(
             samples=request.samples,
             plan_visible=plan_visible,
             writes=request.write_plan or request.plan_visible,
@@ -136,9 +136,9 @@ class Engine:
             length=self._backend.lengths[-1] if plan_visible else length,
         )
         seed = seed if request.seed is None else request.seed
-        return Row(program, observation, encoded, seed, request.guidance)
+        return PreparedRequest(program, observation, encoded, seed, request.guidance)
 
-    def run(self, rows: Sequence[Row], bucket: int | None = None) -> list[Answer | Exception]:
+    def run(self, rows: Sequence[PreparedRequest], bucket: int | None = None) -> list[Answer | Exception]:
         """One call for rows of one program; an exception in place of an answer that a robot must not get."""
         bucket = bucket or next((size for size in self.buckets if size >= len(rows)), 0)
         if not len(rows) <= bucket:
@@ -158,7 +158,7 @@ class Engine:
         chunks = chunks[:, 0] if program.samples == 1 else chunks
         return [self._answer(chunk, text, bucket) for _, chunk, text in zip(rows, chunks, texts)]
 
-    def programs(self) -> Iterator[Program]:
+    def programs(self) -> Iterator[CallKey]:
         """Everything that a request can ask for with an image of every camera."""
         cameras = self._cameras(self.spec.cameras)
         for samples in self.spec.samples:
@@ -166,7 +166,7 @@ class Engine:
                 for writes in (False, True)[: 1 + self.spec.writes_plans]:
                     for guided in (False, True)[: 1 + self.spec.guides]:
                         for length in self._backend.lengths[-1:] if plan_visible else self._backend.lengths:
-                            yield Program(samples, plan_visible, writes, guided, cameras, length)
+                            yield CallKey(samples, plan_visible, writes, guided, cameras, length)
 
     def warm_up(self) -> int:
         """Compiles everything that a request can ask for and runs it once; returns how many calls that were."""
@@ -253,7 +253,7 @@ def _frames(observation: Observation, camera: str) -> UInt8[np.ndarray, "b h w 3
     return images
 
 
-def _stack(rows: Sequence[Row]) -> Observation:
+def _stack(rows: Sequence[PreparedRequest]) -> Observation:
     """Observations of single robots as one of them all."""
     observations = [row.observation for row in rows]
     return Observation(

@@ -10,7 +10,7 @@ _LOGGER = logging.getLogger("vla_jax.serve")
 _PER_SECOND = 5
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """{"time": …, "level": …, "event": …, and the event's own fields}."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -63,7 +63,7 @@ class Logs:
 def write_to(stream: TextIO = sys.stderr) -> None:
     """Sends the server's log to a stream, as JSON lines."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonFormatter())
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
     _LOGGER.setLevel(logging.INFO)

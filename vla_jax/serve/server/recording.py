@@ -55,7 +55,7 @@ class Recorder:
         self._thread.start()
 
     def add(self, request: bytes, reply: bytes) -> None:
-        """Never blocks."""
+        """Queues an exchange for the writer's thread without waiting; drops and counts it where that is too slow."""
         record = Recorded(time.time(), request, reply)
         try:
             self._count(record)

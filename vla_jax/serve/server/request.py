@@ -36,7 +36,7 @@ class Request:
     state: Float[np.ndarray, " q"]
     prompt: str
     seed: int | None = None
-    """Of the noise; None: the server chooses one, and says which."""
+    """Seed of the noise; None: the server chooses one, and says which."""
     samples: int = 1
     plan: str | None = None
     """A text that the actions are to follow."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from vla_jax.sim.tabletop.config import TabletopConfig
 from vla_jax.sim.tabletop.episode import (
-    Episode,
+    TabletopEpisode,
     checked_seeds,
     kind_weights,
     measure,
@@ -20,7 +20,7 @@ from vla_jax.sim.tabletop.episode import (
     sample_episode,
     texts,
 )
-from vla_jax.sim.tabletop.expert import Rollout, rollout
+from vla_jax.sim.tabletop.expert import ExpertEpisode, rollout
 from vla_jax.sim.tabletop.render import render, rgb_view
 from vla_jax.sim.tabletop.world import Scene, State
 
@@ -97,7 +97,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=0)
 def _rollouts(
     config: TabletopConfig, seeds, weights, swapped_fraction, scattered_fraction
-) -> tuple[Episode, Rollout, Any]:
+) -> tuple[TabletopEpisode, ExpertEpisode, Any]:
     fractions = jnp.stack([jnp.float32(swapped_fraction), jnp.float32(scattered_fraction)])
 
     def one(seed):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from vla_jax.sim.env import EnvSpec
 from vla_jax.sim.tabletop.config import KINDS, TabletopConfig
 from vla_jax.sim.tabletop.episode import (
-    Episode,
+    TabletopEpisode,
     checked_seeds,
     kind_weights,
     measure,
@@ -69,7 +69,7 @@ class TabletopEnv:
     def reset(self, seeds: Sequence[int]) -> Observation:
         """Starts one episode per seed."""
         self._seeds = checked_seeds(seeds)
-        self.episodes: Episode = _sample(self.config, self._seeds, self._weights, self._swapped)
+        self.episodes: TabletopEpisode = _sample(self.config, self._seeds, self._weights, self._swapped)
         """The scenes and what is asked for, as device arrays with a leading axis b."""
         self.state: State = jax.vmap(initial_state)(self.episodes.scene)
         """The robots, as device arrays with a leading axis b."""
@@ -155,12 +155,12 @@ class TabletopEnv:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(config: TabletopConfig, seeds, weights, swapped) -> Episode:
+def _sample(config: TabletopConfig, seeds, weights, swapped) -> TabletopEpisode:
     return jax.vmap(lambda seed: sample_episode(config, seed, jnp.stack(weights), swapped))(seeds)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(config: TabletopConfig, episodes: Episode, state: State, actions: Float[Array, "b k 3"]):
+def _advance(config: TabletopConfig, episodes: TabletopEpisode, state: State, actions: Float[Array, "b k 3"]):
     def one(state, action):
         state = jax.vmap(functools.partial(step, config))(episodes.scene, state, action)
         return state, state.position
@@ -170,17 +170,17 @@ def _advance(config: TabletopConfig, episodes: Episode, state: State, actions: F
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(config: TabletopConfig, episodes: Episode, state: State):
+def _observe(config: TabletopConfig, episodes: TabletopEpisode, state: State):
     return jax.vmap(functools.partial(render, config))(episodes.scene, state), jax.vmap(lambda s: s.vector)(
         state
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measure(config: TabletopConfig, episodes: Episode, positions, steps):
+def _measure(config: TabletopConfig, episodes: TabletopEpisode, positions, steps):
     return jax.vmap(functools.partial(measure, config))(episodes, positions, steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _expert(config: TabletopConfig, episodes: Episode, state: State):
+def _expert(config: TabletopConfig, episodes: TabletopEpisode, state: State):
     return jax.vmap(functools.partial(expert_action, config))(episodes.scene, state, episodes.side)

@@ -27,7 +27,7 @@ SIDE_NAMES = {LEFT: "left", RIGHT: "right"}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Episode:
+class TabletopEpisode:
     """A scene, what is asked for in it, and the expert's choice of side (`kind` indexes KINDS).
 
     `scene.target` is the object of the instruction, `own_target` the one that the scene was laid out for.
@@ -56,7 +56,7 @@ def sample_episode(
     weights: Float[Array, "3"] | tuple[float, ...],
     swapped: Bool[Array, ""] | bool,
     scattered: Bool[Array, ""] | bool = False,
-) -> Episode:
+) -> TabletopEpisode:
     """Draws the episode of a seed; `weights` are those of KINDS, towards the scene's own target.
 
     `swapped` asks for another object in the very same scene, `scattered` starts anywhere on the table; kind and
@@ -74,7 +74,7 @@ def sample_episode(
         target=jnp.where(swapped, other, own_target),
         start=jnp.where(scattered, start, scene.start),
     )
-    return Episode(
+    return TabletopEpisode(
         scene=scene,
         own_target=own_target,
         kind=scene_kind(config, scene),
@@ -100,7 +100,7 @@ def object_names(scene: Scene) -> list[tuple[str, ...]]:
     return [tuple(map(object_name, *pair)) for pair in zip(colours, shapes)]
 
 
-def texts(episodes: Episode) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def texts(episodes: TabletopEpisode) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Instructions and plans of a batch of episodes (on the host). The plan of a clear scene names no side."""
     names = [
         row[target] for row, target in zip(object_names(episodes.scene), np.asarray(episodes.scene.target))
@@ -127,7 +127,10 @@ class Track:
 
 
 def measure(
-    config: TabletopConfig, episode: Episode, positions: Float[Array, "points 2"], steps: Int[Array, ""]
+    config: TabletopConfig,
+    episode: TabletopEpisode,
+    positions: Float[Array, "points 2"],
+    steps: Int[Array, ""],
 ) -> Track:
     """Measures the first `steps` moves of a trajectory (later positions are ignored).
 
@@ -167,7 +170,7 @@ def expert_path(config: TabletopConfig, scene: Scene, side: Int[Array, ""]) -> F
 def records(
     config: TabletopConfig,
     seeds,
-    episodes: Episode,
+    episodes: TabletopEpisode,
     track: Track,
     *,
     success: Bool[np.ndarray, " b"],

@@ -51,7 +51,7 @@ def expert_action(
     return jnp.concatenate([jnp.where(blocked, tangent, straight), close[None].astype(jnp.float32)])
 
 
-class Rollout(NamedTuple):
+class ExpertEpisode(NamedTuple):
     """An expert's episode, padded to T = max_steps: `states` before each action, and the one at the end."""
 
     states: State
@@ -66,7 +66,7 @@ class Rollout(NamedTuple):
 
 def rollout(
     config: TabletopConfig, scene: Scene, side: Int[Array, ""], disturbance: Float[Array, "t 2"]
-) -> Rollout:
+) -> ExpertEpisode:
     """Runs the expert under additive velocity disturbances [m/s]; `actions` are its own, undisturbed ones.
 
     So the labels show how to come back (DART, Laskey et al. 2017). A disturbance that would bring the gripper
@@ -81,7 +81,7 @@ def rollout(
         return step(config, scene, state, executed), (state, action)
 
     final, (states, actions) = jax.lax.scan(act, initial_state(scene), disturbance)
-    return Rollout(states=states, actions=actions, final=final)
+    return ExpertEpisode(states=states, actions=actions, final=final)
 
 
 def sample_disturbance(config: TabletopConfig, key: Array) -> Float[Array, "t 2"]:
