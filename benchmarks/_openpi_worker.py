@@ -92,7 +92,7 @@ def _least(
     """Milliseconds that the device needs for what the row's cameras and text ask."""
     itemsize = {"float32": 4, "bfloat16": 2}[settings["dtype"]]
     shape = {"batch": row["batch"], "cameras": row["cameras"], "length": row["text_tokens"]}
-    work = roofline.work(policy.config.model, **shape, samples=1, evaluations=solver.nfe, itemsize=itemsize)
+    work = roofline.bounds(policy.config.model, **shape, samples=1, evaluations=solver.nfe, itemsize=itemsize)
     return 1e3 * sum(best.seconds(part) for part in work.values())
 
 
