@@ -8,10 +8,13 @@ nothing.
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import AbstractArray, install_import_hook
 
 PACKAGES = (
@@ -41,11 +44,29 @@ def has_shape(annotation: Any) -> bool:
     return any(has_shape(part) for part in typing.get_args(annotation))
 
 
+def widened(annotation: Any) -> Any:
+    """The same where NumPy's arrays do for JAX's, as they do for JAX's functions: shapes and types are checked."""
+    if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+        if annotation.array_type is not jax.Array:
+            return annotation
+        return annotation.dtype[jax.Array | np.ndarray, annotation.dim_str]
+    args = tuple(widened(part) if has_shape(part) else part for part in typing.get_args(annotation))
+    if args == typing.get_args(annotation):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.Union[args]  # noqa: UP007
+    return (
+        annotation.copy_with(args)
+        if hasattr(annotation, "copy_with")
+        else typing.get_origin(annotation)[args]
+    )
+
+
 def checked(function: Callable) -> Callable:
     """The typechecker that jaxtyping calls: beartype, of those annotations that hold shapes."""
     from beartype import BeartypeConf, beartype
 
-    kept = {name: hint for name, hint in function.__annotations__.items() if has_shape(hint)}
+    kept = {name: widened(hint) for name, hint in function.__annotations__.items() if has_shape(hint)}
     if not kept or f"{function.__module__}.{function.__qualname__}" in LETS_WRONG_ONES_IN:
         return function
     function.__annotations__ = kept
