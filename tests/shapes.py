@@ -20,7 +20,6 @@ from jaxtyping import AbstractArray, install_import_hook
 PACKAGES = (
     "vla_jax.flow", "vla_jax.data", "vla_jax.checkpoint", "vla_jax.sharding", "vla_jax.convert", "vla_jax.train",
     "vla_jax.aot", "vla_jax.lab", "vla_jax.sim", "vla_jax.toy", "vla_jax.cli",
-    "vla_jax.layers", "vla_jax.objectives", "vla_jax.models", "vla_jax.serve",
 )  # fmt: skip
 
 
