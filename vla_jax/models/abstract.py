@@ -101,8 +101,7 @@ def _stack(path: str, leaves: list[tuple[dict[str | None, int], int]]) -> Stack:
         of = (n for sizes, n in leaves if "embed" in sizes and any(name in sizes for name in names))
         return sum(of) // (depth * width)
 
-    both = (
-        per_token("heads", "kv_heads") - head_width
-    )  # without the way back, which is as large as the queries
+    # Without the way back from the heads, which is as large as the queries, and without the second product.
+    projected = per_token("heads", "kv_heads") - head_width
     hidden = per_token("mlp") - max(sizes.get("mlp", 0) for sizes, _ in leaves)
-    return Stack(path, depth, width, heads, head_width, both, hidden)
+    return Stack(path, depth, width, heads, head_width, projected, hidden)
